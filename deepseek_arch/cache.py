@@ -1,0 +1,237 @@
+"""The latent cache: per token and layer, the normed key-value latent and the rotated shared key, nothing per head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["LatentCache"]
+
+_GROWTH = 1.5
+_STEP = 64  # capacities are multiples of this
+
+
+class LatentCache:
+    """Cache of latent attention for a batch whose rows may have different lengths.
+
+    Token i of a row is always in slot i: padding is never stored, so a slot is a position and rows that are padded,
+    rewound or accepted differently stay comparable. Each layer has one buffer [B, capacity, kv_lora_rank +
+    qk_rope_head_dim] (576 values a token for V3), which grows by half when full; slots beyond a row's length are zeros.
+
+    Args:
+        num_layers: decoder layers that write to it.
+        batch_size: rows, B.
+        kv_lora_rank, qk_rope_head_dim: widths of the latent and of the shared key, C and R.
+        capacity: slots to allocate at first (default: what the first tokens need).
+        first_layer: the layer index that maps to the first buffer.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        *,
+        capacity: int | None = None,
+        first_layer: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        sizes = {"num_layers": num_layers, "batch_size": batch_size, "kv_lora_rank": kv_lora_rank}
+        for name, value in {**sizes, "qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}.items():
+            if value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}")
+        self.num_layers, self.batch_size, self.first_layer = num_layers, batch_size, first_layer
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.device, self.dtype = torch.device(device or "cpu"), dtype or torch.get_default_dtype()
+        self._buffers = [self._new_buffer(capacity or 0) for _ in range(num_layers)]
+        self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
+        self._pending: _Append | None = None
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held, per row."""
+        return self._lengths[0]
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated per row."""
+        return self._buffers[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token takes over all layers."""
+        return self.num_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * self._buffers[0].element_size()
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentCache(layers={self.num_layers}, lengths={list(self.lengths)}, capacity={self.capacity}, "
+            f"{self.bytes_per_token} bytes a token, {self.dtype}, {self.device})"
+        )
+
+    # ---------------------------------------------------------------- writing
+
+    @contextmanager
+    def append(self, num_tokens: int, valid: Tensor | None = None) -> Iterator[Tensor]:
+        """Reserves slots for one forward pass; every layer's `update` inside the block writes to them.
+
+        Args:
+            num_tokens: T, new tokens per row.
+            valid: bool [B, T]; tokens that are False (padding) are not stored.
+
+        Yields:
+            int64 [B, T], the slot of each token, which is its position. A token that is not stored gets the slot of
+            the last one before it, or 0.
+
+        On an exception inside the block every row goes back to its former length.
+        """
+        before = list(self._lengths)
+        start = self.lengths
+        lengths = torch.tensor(start, device=self.device)
+        if valid is not None and bool(valid.all()):
+            valid = None
+        if valid is None:
+            slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
+            after = tuple(length + num_tokens for length in start)
+        else:
+            if valid.shape != (self.batch_size, num_tokens):
+                raise ValueError(f"expected valid [{self.batch_size}, {num_tokens}], got {list(valid.shape)}")
+            valid = valid.to(self.device)
+            slots = (lengths[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
+            after = tuple((lengths + valid.sum(-1)).tolist())
+        self._pending = _Append(after, slots, valid)
+        try:
+            yield slots
+        except BaseException:
+            self._pending = None
+            self._restore(before)
+            raise
+        finally:
+            self._pending = None
+
+    def update(self, latent: Tensor, rotated_key: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Appends new tokens to a layer and returns everything it holds.
+
+        Args:
+            latent: [B, 1, T, C], after its norm.
+            rotated_key: [B, 1, T, R], after its rotation.
+            layer_idx: `first_layer` for the first buffer.
+
+        Returns:
+            latents [B, 1, S, C] and rotated keys [B, 1, S, R], views; S is the longest row's length.
+        """
+        states = self.update_states(torch.cat((latent, rotated_key), dim=-1)[:, 0], layer_idx)[:, None]
+        return states[..., : self.kv_lora_rank], states[..., self.kv_lora_rank :]
+
+    def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
+        """`update` of latent and rotated key side by side: [B, T, C + R] -> [B, S, C + R]."""
+        index = layer_idx - self.first_layer
+        if not 0 <= index < self.num_layers:
+            last = self.first_layer + self.num_layers - 1
+            raise ValueError(f"expected layer_idx between {self.first_layer} and {last}, got {layer_idx}")
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        if states.ndim != 3 or states.shape[0] != self.batch_size or states.shape[2] != width:
+            raise ValueError(f"expected states [{self.batch_size}, T, {width}], got {list(states.shape)}")
+        before, pending = self._lengths[index], self._pending
+        tokens = states.shape[1]
+        after = pending.lengths if pending else tuple(length + tokens for length in before)
+        longest = max(after)
+        buffer = self._reserve(index, longest)
+        stored = states.to(buffer.dtype)
+        uniform = len(set(before)) == 1 and (pending is None or pending.valid is None)
+        if uniform:
+            start = before[0]
+            self._lengths[index] = after
+            if stored.requires_grad:  # the buffer takes a copy; the gradient flows through the returned tensor
+                buffer[:, start:longest] = stored.detach()
+                return torch.cat((buffer[:, :start], stored), dim=1)
+            buffer[:, start:longest] = stored
+            return buffer[:, :longest]
+        slots, valid = self._ragged_slots(before, tokens, pending)
+        rows = torch.arange(self.batch_size, device=self.device)[:, None].expand_as(slots)
+        if valid is not None:
+            rows, slots, stored = rows[valid], slots[valid], stored[valid]
+        buffer[rows, slots] = stored.detach()
+        self._lengths[index] = after
+        held = buffer[:, :longest]
+        return held.index_put((rows, slots), stored) if stored.requires_grad else held
+
+    # ---------------------------------------------------------------- rewinding and reordering
+
+    def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Drops the tokens of each row beyond `lengths` (one number, or one per row)."""
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
+        wanted = (lengths,) * self.batch_size if isinstance(lengths, int) else tuple(lengths)
+        if len(wanted) != self.batch_size:
+            raise ValueError(f"expected one length or {self.batch_size}, got {len(wanted)}")
+        for length, held in zip(wanted, self.lengths, strict=True):
+            if not 0 <= length <= held:
+                raise ValueError(f"expected lengths between 0 and those held {list(self.lengths)}, got {list(wanted)}")
+        self._restore([wanted] * self.num_layers)
+
+    def reset(self) -> None:
+        """Empties every row; the memory stays."""
+        self.rewind(0)
+
+    def reorder(self, index: Tensor) -> None:
+        """Makes row i a copy of row `index[i]` (beam search); the batch may change its size."""
+        index = index.to(self.device)
+        if index.ndim != 1 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size):
+            raise ValueError(f"expected row indices between 0 and {self.batch_size - 1}, got {index.tolist()}")
+        order = index.tolist()
+        self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
+        self._lengths = [tuple(lengths[row] for row in order) for lengths in self._lengths]
+        self.batch_size = len(order)
+
+    # ---------------------------------------------------------------- internals
+
+    def _new_buffer(self, capacity: int) -> Tensor:
+        # Zeros, not empty: a masked slot still takes part in products, where 0 x NaN would be NaN.
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        return torch.zeros(self.batch_size, capacity, width, device=self.device, dtype=self.dtype)
+
+    def _reserve(self, index: int, needed: int) -> Tensor:
+        buffer = self._buffers[index]
+        if needed > buffer.shape[1]:
+            wanted = max(needed, int(buffer.shape[1] * _GROWTH))
+            grown = self._new_buffer(-(-wanted // _STEP) * _STEP)
+            grown[:, : buffer.shape[1]] = buffer
+            self._buffers[index] = buffer = grown
+        return buffer
+
+    def _ragged_slots(self, before: tuple[int, ...], tokens: int, pending: _Append | None):
+        if pending is not None:
+            return pending.slots, pending.valid
+        starts = torch.tensor(before, device=self.device)[:, None]
+        return starts + torch.arange(tokens, device=self.device), None
+
+    def _restore(self, lengths: list[tuple[int, ...]]) -> None:
+        """Sets the lengths of every layer, zeroing what falls out."""
+        for index, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
+            for row, (held, kept) in enumerate(zip(old, new, strict=True)):
+                if kept < held:
+                    self._buffers[index][row, kept:held] = 0
+        self._lengths = list(lengths)
+
+
+class _Append:
+    """The slots that one forward pass writes to."""
+
+    def __init__(self, lengths: tuple[int, ...], slots: Tensor, valid: Tensor | None) -> None:
+        self.lengths, self.slots, self.valid = lengths, slots, valid

@@ -1,0 +1,44 @@
+"""One decoder layer: attention and feed-forward, each behind a norm and a residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import DeepseekConfig
+from .mla import MultiHeadLatentAttention
+from .mlp import MLP
+from .moe import MoE
+from .norm import RMSNorm
+
+__all__ = ["DecoderLayer"]
+
+
+class DecoderLayer(nn.Module):
+    """Decoder layer `layer_idx`: dense or with experts, as the config says for that index.
+
+    Subclasses may set `attention_class` to another implementation of the same attention.
+    """
+
+    attention_class: type[MultiHeadLatentAttention] = MultiHeadLatentAttention
+
+    def __init__(self, config: DeepseekConfig, layer_idx: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layer_idx = layer_idx
+        self.self_attn = self.attention_class.from_config(config, layer_idx, **factory)
+        self.mlp: MoE | MLP
+        if config.is_moe_layer(layer_idx):
+            self.mlp = MoE.from_config(config, **factory)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, **factory)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Any | None = None
+    ) -> Tensor:
+        """[B, T, H] -> the same; arguments as for `MultiHeadLatentAttention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

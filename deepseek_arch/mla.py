@@ -1,0 +1,259 @@
+"""Multi-head latent attention (DeepSeek-V2 report, section 2.1; V3 report, equations 1 to 11), in its two forms.
+
+Expanded: latents become per-head keys and values; cheapest when many queries share the expansion (prefill, training).
+Absorbed: the expansion's weights move to the queries and outputs, so that attention runs on the latents themselves, as
+if all heads shared one key and value head of kv_lora_rank + qk_rope_head_dim; cheapest for few queries on a long cache.
+Both compute the same thing; a rule over (queries, keys) chooses.
+
+Notation: B batch, T queries, S keys, H hidden_size, N heads, C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim,
+V v_head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepseek_kernels import dispatch
+
+from .cache import LatentCache
+from .config import DeepseekConfig
+from .linear import Linear
+from .norm import RMSNorm
+from .rope import rotate
+
+__all__ = ["MultiHeadLatentAttention", "causal_mask"]
+
+_FOLD_LIMIT = 16  # queries up to which heads and queries share the rows of one product in the absorbed form
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention over a compressed key-value latent.
+
+    Args:
+        softmax_scale: default `(qk_nope_head_dim + qk_rope_head_dim) ** -0.5`, in both forms (TRAPS A13); YaRN
+            multiplies it (`DeepseekConfig.softmax_scale`).
+        q_lora_rank: None for a single `q_proj` without a query latent (V2-Lite, Moonlight).
+        norm_eps: epsilon of the latent norms; 1e-6 in every published model (TRAPS B1).
+        bias: biases on q_a_proj, kv_a_proj_with_mqa and o_proj.
+        layer_idx: which layer of a cache is this one's.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        softmax_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+        dropout: float = 0.0,
+        layer_idx: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.layer_idx, self.dropout = num_heads, layer_idx, dropout
+        self.kv_lora_rank, self.q_lora_rank = kv_lora_rank, q_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+        self.qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
+        self.softmax_scale = self.qk_head_dim**-0.5 if softmax_scale is None else softmax_scale
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if q_lora_rank is None:
+            self.q_proj = Linear(hidden_size, num_heads * self.qk_head_dim, bias=False, **factory)
+        else:
+            self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=bias, **factory)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, norm_eps, **factory)
+            self.q_b_proj = Linear(q_lora_rank, num_heads * self.qk_head_dim, bias=False, **factory)
+        self.kv_a_proj_with_mqa = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias, **factory)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps, **factory)
+        self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False, **factory)
+        self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias, **factory)
+
+    @classmethod
+    def from_config(
+        cls, config: DeepseekConfig, layer_idx: int = 0, *, device=None, dtype=None
+    ) -> MultiHeadLatentAttention:
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            q_lora_rank=config.q_lora_rank,
+            softmax_scale=config.softmax_scale,
+            norm_eps=config.latent_norm_eps,
+            bias=config.attention_bias,
+            dropout=config.attention_dropout,
+            layer_idx=layer_idx,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Any | None = None,
+    ) -> Tensor:
+        """Attends and projects back.
+
+        Args:
+            x: [B, T, H], normed hidden states.
+            rope: cosines and sines [B, T, R / 2] of the tokens' positions.
+            mask: bool (True attends) or additive float, broadcastable to [B, 1, T, S]. None is causal, the last query
+                aligned with the last key.
+            cache: a `LatentCache`, or anything whose `update(latent [B, 1, T, C], rotated_key [B, 1, T, R],
+                layer_idx)` returns both for all S keys (transformers' caches do).
+
+        Returns:
+            [B, T, H].
+        """
+        q_nope, q_rope, latent, key = self.project(x, rope)
+        latents, keys, states = self.remember(latent, key, cache)
+        if self.prefers_absorbed(x.shape[1], latents.shape[1]):
+            states = torch.cat((latents, keys), dim=-1) if states is None else states
+            out = self.attend_absorbed(q_nope, q_rope, states, mask)
+        else:
+            out = self.attend_expanded(q_nope, q_rope, latents, keys, mask)
+        return self.o_proj(out.flatten(-2))
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B, T, H] -> queries [B, T, N, P] and [B, T, N, R], latent [B, T, C] after its norm, key [B, T, R].
+
+        The rotary parts are rotated. The key is shared by all heads and not normed (TRAPS A4).
+        """
+        cos, sin = rope
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        # -1: under tensor parallelism a rank holds a share of the heads.
+        q_nope, q_rope = q.unflatten(-1, (-1, self.qk_head_dim)).split(
+            [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
+        )
+        latent, key = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return (
+            q_nope,
+            rotate(q_rope, cos[:, :, None], sin[:, :, None]),
+            self.kv_a_layernorm(latent),
+            rotate(key, cos, sin),
+        )
+
+    def remember(self, latent: Tensor, key: Tensor, cache: Any | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Appends to the cache: latents [B, S, C], keys [B, S, R], and both side by side where the cache has them so."""
+        if cache is None:
+            return latent, key, None
+        if isinstance(cache, LatentCache):
+            states = cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
+            latents, keys = states.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            return latents, keys, states
+        latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
+        return latents[:, 0], keys[:, 0], None
+
+    def prefers_absorbed(self, queries: int, keys: int) -> bool:
+        """Whether the absorbed form costs fewer multiplications for T queries on S keys.
+
+        Per head, expanding costs (P + V) C a key, absorbing the same a query; attending costs 2 max(P + R, V) a pair
+        expanded and 2 (C + R) absorbed (both after padding keys and values to one width). V3: absorbed up to about 170
+        queries on a long cache, never without one.
+        """
+        if self.training and self.dropout > 0:
+            return False  # the absorbed form has no dropout
+        form = (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+        extra = 2 * (self.kv_lora_rank + self.qk_rope_head_dim - max(self.qk_head_dim, self.v_head_dim))
+        return queries * form + queries * keys * extra < keys * form
+
+    def attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, keys: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention on per-head keys and values -> [B, T, N, V]."""
+        queries, key_states, values = self.expand(q_nope, q_rope, latents, keys)
+        # One width for keys and values: unequal ones take a path several times slower on CPU, and none on some GPUs.
+        width = max(self.qk_head_dim, self.v_head_dim)
+        causal = mask is None and queries.shape[2] == key_states.shape[2]
+        if mask is None and not causal:
+            mask = causal_mask(queries.shape[2], key_states.shape[2], queries.device)
+        out = F.scaled_dot_product_attention(
+            _pad(queries, width),
+            _pad(key_states, width),
+            _pad(values, width),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.softmax_scale,
+        )
+        return out[..., : self.v_head_dim].transpose(1, 2)
+
+    def expand(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, T, P + R], keys [B, N, S, P + R] and values [B, N, S, V] of every head."""
+        heads = self.kv_b_proj(latents).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [B, S, N, P+V]
+        k_nope, values = heads.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        shared = keys[:, None].expand(-1, k_nope.shape[1], -1, -1)  # [B, N, S, R], no copy yet
+        queries = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        return queries, torch.cat((k_nope, shared), dim=-1), values
+
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V]."""
+        batch, queries, heads, _ = q_nope.shape
+        up = self.kv_b_weight().unflatten(0, (heads, -1))  # [N, P + V, C]
+        q_latent = _per_head("btnp,npc->btnc", q_nope, up[:, : self.qk_nope_head_dim])
+        q = torch.cat((q_latent, q_rope), dim=-1)  # [B, T, N, C + R]
+        if mask is None and queries > 1:
+            mask = causal_mask(queries, states.shape[1], states.device)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
+            raise ValueError(f"expected a mask for all heads [B, 1, T, S], got {list(mask.shape)}")
+        shared = states[:, None]  # [B, 1, S, C + R]
+        if queries <= _FOLD_LIMIT:
+            # All heads read the same keys, so heads become rows: keys are read once, not once a head.
+            folded = q.reshape(batch, 1, queries * heads, -1)
+            rows = None if mask is None else mask.repeat_interleave(heads, dim=-2)
+            out = F.scaled_dot_product_attention(folded, shared, shared, attn_mask=rows, scale=self.softmax_scale)
+            out = out.view(batch, queries, heads, -1)
+        else:
+            shared = shared.expand(-1, heads, -1, -1)
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), shared, shared, attn_mask=mask, scale=self.softmax_scale
+            ).transpose(1, 2)
+        # The last R columns are the shared keys' weighted sum, which nobody asked for.
+        return _per_head("btnc,nvc->btnv", out[..., : self.kv_lora_rank], up[:, self.qk_nope_head_dim :])
+
+    def kv_b_weight(self) -> Tensor:
+        """The matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
+
+        Only a plain linear layer's weight may be read: an adapter, a quantized layer, an offload hook or a sharded
+        parameter computes something else, so those are asked for the images of the unit vectors.
+        """
+        module = self.kv_b_proj
+        plain = type(module) in (Linear, nn.Linear) and type(module.weight) is nn.Parameter
+        if plain and not module._forward_pre_hooks and not module._forward_hooks and not hasattr(module, "_hf_hook"):
+            return module.weight
+        like = next((p for p in self.kv_a_layernorm.parameters()), module.weight)
+        unit = torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)
+        return module(unit).T
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
+
+
+def causal_mask(queries: int, keys: int, device=None) -> Tensor:
+    """bool [T, S], True where a query may attend: the last query is aligned with the last key (TRAPS B8)."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:
+    """An einsum with one weight per head, in float32 where the CPU has no 16-bit products."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not dispatch.native_half_matmul():
+        return torch.einsum(equation, x.float(), weight.float()).to(x.dtype)
+    return torch.einsum(equation, x, weight)

@@ -1,0 +1,338 @@
+"""The trunk and the language model: embedding, decoder layers, final norm, head, multi-token prediction.
+
+Notation: B batch, T tokens of this call, S keys, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .cache import LatentCache
+from .config import DeepseekConfig, UnsupportedModelError
+from .layer import DecoderLayer
+from .linear import Linear
+from .masking import attention_mask_for_documents, document_numbers, key_mask_for_slots, positions_from_mask
+from .moe import Experts, Router
+from .mtp import MTPLayer, shift_labels, shift_left
+from .norm import RMSNorm
+from .rope import RotaryEmbedding
+
+__all__ = ["CausalLMOutput", "DecoderLayer", "DeepseekLM", "DeepseekModel", "TrunkOutput"]
+
+
+@dataclass
+class TrunkOutput:
+    """What the trunk gives back.
+
+    Attributes:
+        hidden_states: [B, T, H] after the final norm.
+        pre_norm: [B, T, H] before it.
+        rope, mask: the cosines and sines and the attention mask that the layers used, for modules that run on top.
+        documents: [B, T] document numbers, or None where every row is one document.
+    """
+
+    hidden_states: Tensor
+    pre_norm: Tensor
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    documents: Tensor | None
+
+
+@dataclass
+class CausalLMOutput:
+    """What the language model gives back.
+
+    Attributes:
+        logits: [B, kept, vocab_size].
+        loss: mean cross-entropy of the next token, float32 scalar, when labels were given.
+        aux_loss: None; balance losses belong to training recipes.
+        mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
+            when labels were given and the model has multi-token-prediction layers. Train on
+            `loss + weight * mtp_loss` (V3: weight 0.3, later 0.1).
+        hidden_states: [B, T, H], the trunk's output after the final norm.
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
+    hidden_states: Tensor | None = None
+
+
+class DeepseekModel(nn.Module):
+    """The trunk: token ids to final hidden states."""
+
+    def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
+        super().__init__()
+        if config.is_sparse_attention:
+            raise UnsupportedModelError(
+                f"expected a model with dense latent attention, got {config.model_type} with index_topk="
+                f"{config.index_topk}: DeepSeek sparse attention is not implemented yet, so this model cannot be built "
+                "(its config, parameter counts and plan work)"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.rope = RotaryEmbedding.from_config(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> TrunkOutput:
+        """Runs the layers; see `DeepseekLM.forward` for the arguments."""
+        x = self.embed(input_ids, inputs_embeds)
+        batch, tokens = x.shape[:2]
+        valid = _check_mask(attention_mask, batch, tokens, cache)
+        if position_ids is not None and position_ids.shape[-1] != tokens:
+            raise ValueError(f"expected position_ids [B, {tokens}], got {list(position_ids.shape)}")
+        if cache is not None and cache.batch_size != batch:
+            raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
+        documents = document_numbers(position_ids, valid)
+        if cache is not None and documents is not None:
+            raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
+        with cache.append(tokens, valid) if cache is not None else nullcontext() as slots:
+            if slots is not None:
+                mask = key_mask_for_slots(slots, cache.lengths, tokens, valid)
+                positions = slots if position_ids is None else position_ids
+            else:
+                mask = attention_mask_for_documents(documents, valid)
+                positions = (
+                    positions_from_mask(valid, batch, tokens, x.device) if position_ids is None else position_ids
+                )
+            rope = self.rope(positions)
+            for layer in self.layers:
+                if self.gradient_checkpointing and self.training and cache is None:
+                    x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                else:
+                    x = layer(x, rope, mask, cache)
+        return TrunkOutput(self.norm(x), x, rope, mask, documents)
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Token embeddings [B, T, H] of ids [B, T], or `inputs_embeds` as it is.
+
+        Raises:
+            ValueError: neither or both are given, a shape is wrong, or an id lies outside the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"expected inputs_embeds [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}"
+                )
+            return inputs_embeds
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
+            raise ValueError(
+                f"expected integer input_ids [B, T] with T >= 1, got {list(input_ids.shape)} {input_ids.dtype}"
+            )
+        # On an accelerator the look would wait for the device; its own assertion catches the mistake there.
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(input_ids))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"expected token ids between 0 and {self.config.vocab_size - 1}, got {low if low < 0 else high}"
+                )
+        return self.embed_tokens(input_ids)
+
+
+class DeepseekLM(nn.Module):
+    """A DeepSeek language model: trunk, head and multi-token-prediction layers.
+
+    Parameters are named as in the published files, except that the experts of a layer are stacked
+    (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`) and prediction layer `num_hidden_layers + k` is `mtp.k`.
+
+    Args:
+        config: what to build; `DeepseekConfig.from_pretrained("tiny")` for a start.
+        device, dtype: where and as what to create the parameters, as torch's own factories. Weights are random
+            (normal, `config.initializer_range`); on device "meta" nothing is allocated.
+
+    Raises:
+        UnsupportedModelError: the config describes a model with sparse attention.
+    """
+
+    def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
+        super().__init__()
+        target = torch.empty(0, device=device).device  # honours torch.device contexts
+        # Built without memory first, so that no parameter is drawn twice.
+        factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        self.config = config
+        self.model = DeepseekModel(config, **factory)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        self.mtp = nn.ModuleList(MTPLayer(config, k, **factory) for k in range(config.num_nextn_predict_layers))
+        if target.type != "meta":
+            self.to_empty(device=target)
+            self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew: normal with `config.initializer_range`, norms one, biases zero."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, Router | Experts):
+                module.reset_parameters(std)
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def tie_weights(self) -> None:
+        """Makes the head and the embedding one parameter where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recomputes each decoder layer in the backward pass instead of keeping its activations (training only)."""
+        self.model.gradient_checkpointing = enabled
+
+    def new_cache(self, batch_size: int, capacity: int | None = None) -> LatentCache:
+        """An empty cache for the trunk's layers, on the model's device, in its dtype."""
+        return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity)
+
+    def new_mtp_cache(self, batch_size: int, capacity: int | None = None) -> LatentCache:
+        """An empty cache for the multi-token-prediction layers.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not len(self.mtp):
+            raise ValueError("expected a model with multi-token-prediction layers, got num_nextn_predict_layers 0")
+        return self._new_cache(len(self.mtp), self.config.num_hidden_layers, batch_size, capacity)
+
+    def _new_cache(self, num_layers: int, first_layer: int, batch_size: int, capacity: int | None) -> LatentCache:
+        return LatentCache(
+            num_layers,
+            batch_size,
+            self.config.kv_lora_rank,
+            self.config.qk_rope_head_dim,
+            capacity=capacity,
+            first_layer=first_layer,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+    ) -> CausalLMOutput:
+        """One forward pass, for training and for inference.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], nonzero for real tokens; padding may stand on either side. With a cache it may also
+                cover the tokens before ([B, past + T]); its last T columns count.
+            position_ids: int [B, T]. Default: each row counts its real tokens from 0, or goes on from its cache.
+                Without a cache, positions that start again within a row mark packed documents, which do not see each
+                other.
+            cache: a `LatentCache`, updated in place; padding is not stored. If the call raises, it is as before.
+            labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. For packed
+                documents, ignore each document's first token.
+            logits_to_keep: 0 for all positions, n for the last n, or an index tensor of positions.
+            inputs_embeds: [B, T, H] instead of input_ids.
+
+        Raises:
+            ValueError: shapes, token ids or the cache do not fit.
+        """
+        if labels is not None and not isinstance(logits_to_keep, Tensor) and logits_to_keep:
+            raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
+        trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        hidden = trunk.hidden_states
+        if labels is not None and labels.shape != hidden.shape[:2]:
+            raise ValueError(f"expected labels {list(hidden.shape[:2])}, got {list(labels.shape)}")
+        kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden[:, -logits_to_keep:]
+        out = CausalLMOutput(logits=self.lm_head(kept), hidden_states=hidden)
+        if labels is not None:
+            out.loss = _cross_entropy(out.logits, shift_labels(labels, 1))
+            if len(self.mtp) and input_ids is not None and cache is None:
+                out.mtp_loss = self._mtp_loss(trunk, input_ids, attention_mask, labels)
+        return out
+
+    def mtp_hidden(self, trunk: TrunkOutput) -> Tensor:
+        """The trunk's hidden state that the first prediction depth reads (TRAPS F2)."""
+        return trunk.hidden_states if self.config.mtp_input == "post_norm" else trunk.pre_norm
+
+    def mtp_forward(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        depth: int = 0,
+        *,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LatentCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs prediction depth `depth`.
+
+        Args:
+            hidden: [B, T, H], `mtp_hidden` of the trunk, or the hidden state of the depth before.
+            next_ids: [B, T], the token `depth + 1` after each position.
+            rope, mask: the trunk's, for the same positions.
+            cache: from `new_mtp_cache`.
+
+        Returns:
+            logits [B, T, vocab_size] of the token `depth + 2` after each position, and the depth's hidden state
+            [B, T, H].
+        """
+        layer = self.mtp[depth]
+        hidden = layer(hidden, self.model.embed(next_ids), rope, mask, cache)
+        return self.lm_head(layer.shared_head.norm(hidden)), hidden
+
+    def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+        """Mean over depths of the cross-entropy `depth + 2` tokens ahead (equations 24 and 25, without lambda).
+
+        Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
+        document count nothing; being last, they are seen by no position that does (TRAPS F8).
+        """
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+        hidden, losses = self.mtp_hidden(trunk), []
+        for depth in range(len(self.mtp)):
+            next_ids = shift_left(input_ids, depth + 1)
+            logits, hidden = self.mtp_forward(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask)
+            losses.append(_cross_entropy(logits, shift_labels(labels, depth + 2, trunk.documents)))
+        return torch.stack(losses).mean()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that are not -100, in float32; 0 where there are none."""
+    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().to(logits.device), reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def _check_mask(mask: Tensor | None, batch: int, tokens: int, cache: LatentCache | None) -> Tensor | None:
+    """The attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
+    if mask is None:
+        return None
+    wide_enough = mask.shape[-1] == tokens or (cache is not None and mask.shape[-1] > tokens)
+    if mask.ndim != 2 or mask.shape[0] != batch or not wide_enough:
+        raise ValueError(f"expected attention_mask [{batch}, {tokens}], got {list(mask.shape)}")
+    return mask[:, -tokens:] != 0

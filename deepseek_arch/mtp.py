@@ -1,0 +1,85 @@
+"""Multi-token prediction (V3 report, section 2.2): one more decoder layer that predicts one token further.
+
+h'_i = eh_proj([enorm(Emb(t_{i+k})); hnorm(h_i)])        (equation 21, but with the embedding first: the stored
+                                                          weights take it that way, TRAPS F1)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import DeepseekConfig
+from .layer import DecoderLayer
+from .linear import Linear
+from .norm import RMSNorm
+
+__all__ = ["MTPLayer", "shift_labels", "shift_left"]
+
+
+class SharedHead(nn.Module):
+    """The module's own final norm; the head behind it is the trunk's (TRAPS F6)."""
+
+    def __init__(self, hidden_size: int, eps: float, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.norm = RMSNorm(hidden_size, eps, device=device, dtype=dtype)
+
+
+class MTPLayer(DecoderLayer):
+    """Prediction depth `depth` (from 0): decoder layer `num_hidden_layers + depth` of the published files.
+
+    The embedding and the head are the trunk's and no parameters of this module.
+    """
+
+    def __init__(self, config: DeepseekConfig, depth: int = 0, *, device=None, dtype=None) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(config, config.num_hidden_layers + depth, **factory)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False, **factory)
+        self.shared_head = SharedHead(config.hidden_size, config.rms_norm_eps, **factory)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        next_embeddings: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Any | None = None,
+    ) -> Tensor:
+        """One step of the causal chain.
+
+        Args:
+            hidden: [B, T, H], h_i of the trunk or of the depth before.
+            next_embeddings: [B, T, H], the embedding of the token `depth + 1` after position i.
+            rope, mask, cache: as for the decoder layers; positions are those of h_i (TRAPS F4).
+
+        Returns:
+            [B, T, H], the block's output: the next depth's `hidden`; `shared_head.norm` and the trunk's head turn it
+            into the logits of the token `depth + 2` after position i.
+        """
+        joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
+        return super().forward(self.eh_proj(joined), rope, mask, cache)
+
+
+def shift_left(x: Tensor, by: int, fill: int = 0) -> Tensor:
+    """Column i becomes column `i + by`: [B, T] -> [B, T], the last `by` columns filled with `fill`."""
+    shifted = torch.full_like(x, fill)
+    if by < x.shape[1]:
+        shifted[:, : x.shape[1] - by] = x[:, by:]
+    return shifted
+
+
+def shift_labels(labels: Tensor, by: int, documents: Tensor | None = None, ignore: int = -100) -> Tensor:
+    """The label `by` tokens ahead, ignored where it lies behind the end of the row or of the token's document.
+
+    Args:
+        labels: [B, T].
+        documents: [B, T] document numbers, or None for one document a row.
+    """
+    shifted = shift_left(labels, by, ignore)
+    if documents is None:
+        return shifted
+    return shifted.masked_fill(shift_left(documents, by, -1) != documents, ignore)
