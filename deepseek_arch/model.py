@@ -97,8 +97,8 @@ class DeepseekModel(nn.Module):
         x = self.embed(input_ids, inputs_embeds)
         batch, tokens = x.shape[:2]
         valid = _check_mask(attention_mask, batch, tokens, cache)
-        if position_ids is not None and position_ids.shape[-1] != tokens:
-            raise ValueError(f"expected position_ids [B, {tokens}], got {list(position_ids.shape)}")
+        if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != tokens):
+            raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
         if cache is not None and cache.batch_size != batch:
             raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
         documents = document_numbers(position_ids, valid)

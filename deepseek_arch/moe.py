@@ -102,7 +102,8 @@ class Router(nn.Module):
 
         Experts come in order of falling preference; equal scores go to the smaller id.
         """
-        logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())  # [T, E]
+        with torch.autocast(x.device.type, enabled=False):  # which would take the product down to 16 bits
+            logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())  # [T, E]
         weights, ids = self.route(logits)
         return logits, weights, ids
 

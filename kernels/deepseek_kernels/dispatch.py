@@ -14,8 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "BackendError", "Choice", "describe", "native_half_matmul", "pick", "register", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Choice",
+    "autocast",
+    "describe",
+    "native_half_matmul",
+    "pick",
+    "register",
+    "use_backend",
+]
 
 BACKENDS = ("auto", "reference", "triton")
 _VARIABLE = "DEEPSEEK_KERNELS_BACKEND"
@@ -86,6 +97,15 @@ _NATIVE_HALF_MATMUL = not (
 def native_half_matmul() -> bool:
     """Whether this CPU multiplies 16-bit floats in hardware."""
     return _NATIVE_HALF_MATMUL
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a product, cast as `torch.autocast` casts those of a built-in one; unchanged outside of it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t for t in tensors)
 
 
 def describe() -> list[Choice]:

@@ -28,6 +28,7 @@ def dense_gemm(x: Tensor, weight: Tensor) -> Tensor:
     to float32; fewer rows are bound by reading the weight, which the built-in does at full speed.
     """
     dispatch.pick("dense_gemm")
+    x, weight = dispatch.autocast(x, weight)
     if (
         x.device.type != "cpu"
         or x.dtype not in (torch.bfloat16, torch.float16)

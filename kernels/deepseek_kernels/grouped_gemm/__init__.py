@@ -25,7 +25,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         [P, N] in `x.dtype`. Only experts that own rows are read. Gradients of experts that own none are zeros.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes or the dtypes do not fit.
     """
     if x.ndim != 2 or weight.ndim != 3 or ends.ndim != 1:
         raise ValueError(
@@ -38,4 +38,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
             f"got {list(x.shape)} and {list(ends.shape)}"
         )
     dispatch.pick("grouped_gemm")
+    x, weight = dispatch.autocast(x, weight)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}")
     return grouped_gemm_reference(x, weight, ends)
