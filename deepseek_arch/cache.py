@@ -204,7 +204,8 @@ class LatentCache:
     def _new_buffer(self, capacity: int) -> Tensor:
         # Zeros, not empty: a masked slot still takes part in products, where 0 x NaN would be NaN.
         width = self.kv_lora_rank + self.qk_rope_head_dim
-        return torch.zeros(self.batch_size, capacity, width, device=self.device, dtype=self.dtype)
+        with torch.inference_mode(False):  # a cache filled under inference mode stays usable outside of it
+            return torch.zeros(self.batch_size, capacity, width, device=self.device, dtype=self.dtype)
 
     def _reserve(self, index: int, needed: int) -> Tensor:
         buffer = self._buffers[index]

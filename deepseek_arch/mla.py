@@ -148,7 +148,7 @@ class MultiHeadLatentAttention(nn.Module):
         )
 
     def remember(self, latent: Tensor, key: Tensor, cache: Any | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Appends to the cache -> latents [B, S, C], keys [B, S, R], and both in one tensor if the cache holds them so."""
+        """Appends to the cache -> latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one."""
         if cache is None:
             return latent, key, None
         if isinstance(cache, LatentCache):

@@ -254,15 +254,15 @@ class DeepseekLM(nn.Module):
                 Without a cache, positions that start again within a row mark packed documents, which do not see each
                 other.
             cache: a `LatentCache`, updated in place; padding is not stored. If the call raises, it is as before.
-            labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. For packed
-                documents, ignore each document's first token.
+            labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. Padding predicts
+                nothing. For packed documents, ignore each document's first token.
             logits_to_keep: 0 for all positions, n for the last n, or an index tensor of positions.
             inputs_embeds: [B, T, H] instead of input_ids.
 
         Raises:
             ValueError: shapes, token ids or the cache do not fit.
         """
-        if labels is not None and not isinstance(logits_to_keep, Tensor) and logits_to_keep:
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
         trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         hidden = trunk.hidden_states
@@ -271,9 +271,10 @@ class DeepseekLM(nn.Module):
         kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden[:, -logits_to_keep:]
         out = CausalLMOutput(logits=self.lm_head(kept), hidden_states=hidden)
         if labels is not None:
-            out.loss = _cross_entropy(out.logits, shift_labels(labels, 1))
+            padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
+            out.loss = _cross_entropy(out.logits, _ignore(shift_labels(labels, 1), padding))
             if len(self.mtp) and input_ids is not None and cache is None:
-                out.mtp_loss = self._mtp_loss(trunk, input_ids, attention_mask, labels)
+                out.mtp_loss = self._mtp_loss(trunk, input_ids, padding, labels)
         return out
 
     def mtp_hidden(self, trunk: TrunkOutput) -> Tensor:
@@ -306,20 +307,25 @@ class DeepseekLM(nn.Module):
         hidden = layer(hidden, self.model.embed(next_ids), rope, mask, cache)
         return self.lm_head(layer.shared_head.norm(hidden)), hidden
 
-    def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
+    def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor) -> Tensor:
         """Mean over depths of the cross-entropy `depth + 2` tokens ahead (equations 24 and 25, without lambda).
 
         Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
         document count nothing; being last, they are seen by no position that does (TRAPS F8).
         """
-        if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+        labels = _ignore(labels, padding)
         hidden, losses = self.mtp_hidden(trunk), []
         for depth in range(len(self.mtp)):
             next_ids = shift_left(input_ids, depth + 1)
             logits, hidden = self.mtp_forward(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask)
-            losses.append(_cross_entropy(logits, shift_labels(labels, depth + 2, trunk.documents)))
+            targets = shift_labels(labels, depth + 2, trunk.documents)
+            losses.append(_cross_entropy(logits, _ignore(targets, padding)))
         return torch.stack(losses).mean()
+
+
+def _ignore(targets: Tensor, padding: Tensor | None) -> Tensor:
+    """Targets without those asked of padding, which would make the loss depend on the token that pads."""
+    return targets if padding is None else targets.masked_fill(padding, -100)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

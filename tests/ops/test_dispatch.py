@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from deepseek_kernels import BackendError, dense_gemm, describe, dispatch, use_backend
 
 

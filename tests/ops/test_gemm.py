@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deepseek_kernels import dense_gemm, dispatch, grouped_gemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deepseek_kernels import dense_gemm, dispatch, grouped_gemm
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from deepseek_kernels import permute, sort_by_expert, unpermute
 
 

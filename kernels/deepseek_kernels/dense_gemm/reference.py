@@ -25,20 +25,19 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """[M, N] @ [N, K] -> [M, K] in `grad.dtype`, accumulated in float32."""
-    wide = grad.float()
     out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
     for start in range(0, weight.shape[0], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        out.addmm_(wide[:, rows], weight[rows].float())
+        out.addmm_(grad[:, rows].float(), weight[rows].float())
     return out.to(grad.dtype)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
     """`out` [N, K] = [M, N].T @ [M, K], accumulated in float32, rounded once."""
-    wide_grad, wide = grad.float(), x.float()
+    wide = x.float()
     for start in range(0, grad.shape[1], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        out[rows] = wide_grad[:, rows].T @ wide
+        out[rows] = grad[:, rows].float().T @ wide
 
 
 # A custom operator rather than an autograd.Function: opaque to torch.compile, so that compiled code takes the same
