@@ -100,6 +100,10 @@ _REQUIRED = (
     "v_head_dim",
     "intermediate_size",
 )
+_V4 = (
+    "V4 replaced latent attention by compressed sparse attention and hyper-connections, so none of these modules can "
+    "compute it"
+)
 _PUBLISHED_ONLY_OFF = {"mlp_bias": (False, None), "pretraining_tp": (1, None), "rope_interleave": (True, None)}
 
 
@@ -187,6 +191,8 @@ class DeepseekConfig:
             text, origin = path.read_text(encoding="utf-8"), str(path)
         elif str(source) in presets():
             text, origin = _preset_file(str(source)).read_text(encoding="utf-8"), f"preset {source}"
+        elif str(source).startswith("deepseek-v4"):
+            raise UnsupportedModelError(f"{source}: expected a model with latent attention; {_V4}")
         else:
             raise ConfigError(
                 f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}; "
@@ -215,12 +221,7 @@ class DeepseekConfig:
         data = dict(data)
         model_type = data.get("model_type")
         if model_type not in _MODEL_TYPES:
-            reason = (
-                " (V4 replaced latent attention by compressed sparse attention and hyper-connections, so none of"
-                " these modules can compute it)"
-                if str(model_type).startswith("deepseek_v4")
-                else ""
-            )
+            reason = f" ({_V4})" if str(model_type).startswith("deepseek_v4") else ""
             raise UnsupportedModelError(
                 f"expected model_type to be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}{reason}"
             )
@@ -498,14 +499,14 @@ def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
         return
     if kind == "default":
         return
-    for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings"):
-        value = c.rope_scaling.get(name)
+    least = {"factor": 1, "original_max_position_embeddings": 1}
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", *least):
+        value, bound = c.rope_scaling.get(name), least.get(name, 0)
         if value is None and name != "factor":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            problems.append(f"expected rope_scaling[{name!r}] to be a finite number >= 0, got {value!r}")
-        elif name == "factor" and value < 1:
-            problems.append(f"expected rope_scaling['factor'] >= 1, got {value!r}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < bound:
+            problems.append(f"expected rope_scaling[{name!r}] to be a finite number >= {bound}, got {value!r}")
 
 
 def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
@@ -530,6 +531,8 @@ def _read_rope(data: dict[str, Any], problems: list[str]) -> None:
         problems.append(f"expected rope_parameters to be a mapping, got {parameters!r}")
         return
     parameters = dict(parameters)
+    if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+        problems.append("expected partial_rotary_factor 1.0 in rope_parameters")
     theta = parameters.pop("rope_theta", None)
     if theta is not None:
         data.setdefault("rope_theta", theta)

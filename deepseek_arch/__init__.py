@@ -1,0 +1,94 @@
+"""DeepSeek-family models in PyTorch: latent attention, mixture of experts, multi-token prediction, checkpoints.
+
+    import deepseek_arch as da
+
+    model = da.load("path/to/checkpoint")
+    tokens = da.generate(model, input_ids)
+
+The names below are imported when first used, so that the command line starts without PyTorch. `deepseek_arch.hf`, the
+transformers integration, is imported explicitly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseek_arch.accounting import ParameterCount, count_parameters, flops_per_token, kv_cache_bytes, weight_bytes
+    from deepseek_arch.cache import LatentCache
+    from deepseek_arch.checkpoint import CheckpointError, inspect_checkpoint, load, save, slice_checkpoint
+    from deepseek_arch.config import ConfigError, DeepseekConfig, UnsupportedModelError, presets
+    from deepseek_arch.generation import generate
+    from deepseek_arch.linear import Linear
+    from deepseek_arch.mla import MultiHeadLatentAttention
+    from deepseek_arch.mlp import MLP
+    from deepseek_arch.model import CausalLMOutput, DecoderLayer, DeepseekLM, DeepseekModel
+    from deepseek_arch.moe import Experts, MoE, Router
+    from deepseek_arch.mtp import MTPLayer
+    from deepseek_arch.norm import RMSNorm
+    from deepseek_arch.rope import RotaryEmbedding
+
+__all__ = [
+    "MLP",
+    "CausalLMOutput",
+    "CheckpointError",
+    "ConfigError",
+    "DecoderLayer",
+    "DeepseekConfig",
+    "DeepseekLM",
+    "DeepseekModel",
+    "Experts",
+    "LatentCache",
+    "Linear",
+    "MTPLayer",
+    "MoE",
+    "MultiHeadLatentAttention",
+    "ParameterCount",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Router",
+    "UnsupportedModelError",
+    "__version__",
+    "count_parameters",
+    "flops_per_token",
+    "generate",
+    "inspect_checkpoint",
+    "kv_cache_bytes",
+    "load",
+    "presets",
+    "save",
+    "slice_checkpoint",
+    "weight_bytes",
+]
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "accounting": ("ParameterCount", "count_parameters", "flops_per_token", "kv_cache_bytes", "weight_bytes"),
+    "cache": ("LatentCache",),
+    "checkpoint": ("CheckpointError", "inspect_checkpoint", "load", "save", "slice_checkpoint"),
+    "config": ("ConfigError", "DeepseekConfig", "UnsupportedModelError", "presets"),
+    "generation": ("generate",),
+    "linear": ("Linear",),
+    "mla": ("MultiHeadLatentAttention",),
+    "mlp": ("MLP",),
+    "model": ("CausalLMOutput", "DecoderLayer", "DeepseekLM", "DeepseekModel"),
+    "moe": ("Experts", "MoE", "Router"),
+    "mtp": ("MTPLayer",),
+    "norm": ("RMSNorm",),
+    "rope": ("RotaryEmbedding",),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

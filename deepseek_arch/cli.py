@@ -1,0 +1,243 @@
+"""The `deepseek-arch` command.
+
+Exit codes: 0 done, 1 what was asked cannot be done (one message on stderr, no traceback), 2 wrong usage. Imports are
+inside the commands, so that help and `plan` need not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import report
+
+if TYPE_CHECKING:
+    from .text import Tokenizer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="deepseek-arch",
+    help="DeepSeek-family models: plan them, inspect and slice their checkpoints, generate with them.",
+    epilog="Set DEEPSEEK_ARCH_TRACEBACK=1 to see where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder with config.json and safetensors in the published layout.", show_default=False)
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"deepseek-arch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A preset name (deepseek-v3, tiny; a wrong one lists all), a config.json, or a checkpoint folder.",
+            show_default=False,
+        ),
+    ],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are cached at a time.")] = 1,
+    memory: Annotated[
+        list[float] | None,
+        typer.Option(help="Memory of a device in GB (10^9 bytes); repeatable.", show_default="24, 40, 80, 141"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, cache and weight memory of a model, from its config alone."""
+    from .config import DeepseekConfig
+    from .planning import DEVICE_GIGABYTES, make_plan
+
+    made = make_plan(DeepseekConfig.from_pretrained(model), context, batch, memory or DEVICE_GIGABYTES)
+    if as_json:
+        _print_json({"model": model, **made.to_dict()})
+    else:
+        report.print_plan(model, made)
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """What a checkpoint holds, what would be loaded from it, and what is wrong with it.
+
+    Reads the config and the headers of the shards only. Exits with 1 if the checkpoint would not load.
+    """
+    from .inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(checkpoint)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        report.print_inspection(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command(name="slice")
+def slice_(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    layers: Annotated[
+        str | None, typer.Option(help="Decoder layers to keep: 0,3,60 or 0-3 or both.", show_default="all")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first so many routed experts.", show_default="all")
+    ] = None,
+    mtp: Annotated[bool, typer.Option(help="Keep the multi-token-prediction layers.")] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 500MB or 5GB.")] = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write part of a checkpoint as a smaller checkpoint, FP8 codes and scales copied as they are."""
+    from .saving import slice_checkpoint
+
+    wanted = None if layers is None else _parse_numbers(layers, "--layers", ranges=True)
+    saved = slice_checkpoint(checkpoint, out, wanted, experts, mtp, max_shard_size)
+    if as_json:
+        _print_json({"path": str(saved.path), "tensors": saved.tensors, "bytes": saved.nbytes})
+    else:
+        typer.echo(saved)
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 0,17,4.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the so many best tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw from the best tokens that sum to this.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Of the weights.", show_default="config's")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, given as text or as token ids; new tokens are printed as they come."""
+    from .text import Tokenizer, TokenPrinter
+
+    if (prompt is None) == (ids is None):
+        raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
+    tokenizer = Tokenizer.of(checkpoint)
+    tokens = _parse_numbers(ids, "--ids") if ids is not None else _encode(tokenizer, prompt or "", checkpoint)
+
+    import torch
+
+    from .checkpoint import load
+    from .generation import generate as continue_prompt
+
+    model = load(checkpoint, device=device, dtype=dtype, fp8="dequantize", mtp=False)
+    printer = TokenPrinter(tokenizer, None if as_json else partial(typer.echo, nl=False))
+    started = time.perf_counter()
+    out = continue_prompt(
+        model,
+        torch.tensor([tokens], device=device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        callback=printer,
+    )
+    seconds = time.perf_counter() - started
+    new = out[0, len(tokens) :].tolist()
+    if as_json:
+        text = None if tokenizer is None else tokenizer.decode(new)
+        _print_json({"prompt_ids": tokens, "new_ids": new, "text": text, "seconds": seconds})
+    else:
+        printer.end()
+        typer.echo(f"{len(new)} tokens in {seconds:.2f} s", err=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, and which implementation each operator will use here and why."""
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+    else:
+        report.print_doctor(found)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _parse_numbers(text: str, option: str, ranges: bool = False) -> list[int]:
+    """`0,3,60` or `0 3 60`; with `ranges` also `0-3`."""
+    numbers: list[int] = []
+    for part in re.split(r"[,\s]+", text.strip(", \t\n")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?" if ranges else r"(\d+)", part)
+        if match is None:
+            forms = "0,3,60 or 0-3" if ranges else "0,17,4"
+            raise typer.BadParameter(f"expected numbers such as {forms}, got {text!r}", param_hint=option)
+        first = int(match[1])
+        numbers += range(first, int(match[2]) + 1) if ranges and match[2] else [first]
+    if not numbers:
+        raise typer.BadParameter(f"expected at least one number, got {text!r}", param_hint=option)
+    return numbers
+
+
+def _encode(tokenizer: Tokenizer | None, prompt: str, checkpoint: Path) -> list[int]:
+    if tokenizer is None:
+        raise ValueError(
+            f"expected a tokenizer in {str(checkpoint)!r} for --prompt, found no tokenizer.json or "
+            "tokenizer_config.json; give token ids with --ids"
+        )
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("expected a prompt of at least one token, got an empty one")
+    return tokens
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; always ends in SystemExit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+            app(args=None if args is None else list(args), prog_name="deepseek-arch")
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        # What a user passed, a file system, a missing optional package: all of these say what was expected.
+        if os.environ.get("DEEPSEEK_ARCH_TRACEBACK"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What every test starts from: its own seed, one thread, and uninitialized memory that shows."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import zlib
+from importlib import metadata
+
+import pytest
+import torch
+
+with contextlib.suppress(ImportError):  # a bare GPU machine has pytest and torch only
+    from hypothesis import settings
+
+    # The same examples in every run; no deadline, because tests check and benchmarks measure.
+    settings.register_profile("reproducible", derandomize=True, deadline=None)
+    settings.load_profile("reproducible")
+
+# The models are tiny: threads would only wait for each other, and sums would depend on their number.
+torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    # Fills `torch.empty` with NaN, so that a value nobody wrote cannot pass for a zero. Not on a GPU, where the same
+    # switch would replace the kernels under test by deterministic ones.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_report_header() -> str:
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "none"
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    packages = ("torch", "transformers", "triton")
+    return ", ".join([*(f"{package} {version(package)}" for package in packages), f"device {device}"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds every generator with a hash of the test's name: a test gives the same numbers alone and in any order."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    torch.manual_seed(value)
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        numpy.random.seed(value)
+    return value
