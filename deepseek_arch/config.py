@@ -119,6 +119,8 @@ class DeepseekConfig:
             class default 1e-6 whatever `rms_norm_eps` says.
         mtp_input: the hidden state a multi-token-prediction module reads: "post_norm" (after the trunk's final norm:
             transformers, vLLM, SGLang) or "pre_norm" (torchtitan). The authors never settled it.
+        mtp_chain: the hidden state that a further prediction depth reads from the one before: "block" (the block's
+            output: V3 report, vLLM) or "head_norm" (after `shared_head.norm`: transformers, SGLang).
         extra: fields of the file that this class does not know, written back by `to_dict`.
     """
 
@@ -161,6 +163,7 @@ class DeepseekConfig:
     rope_scaling: Mapping[str, Any] | None = None
     tie_word_embeddings: bool = False
     mtp_input: str = "post_norm"
+    mtp_chain: str = "block"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -276,7 +279,7 @@ class DeepseekConfig:
             value = getattr(self, f.name)
             if f.name == "extra" or (value is None and f.name not in ("q_lora_rank", "rope_scaling")):
                 continue
-            if f.name in ("latent_norm_eps", "mtp_input") and value == f.default:
+            if f.name in ("latent_norm_eps", "mtp_input", "mtp_chain") and value == f.default:
                 continue
             if isinstance(value, tuple):
                 value = list(value)
@@ -419,6 +422,7 @@ class DeepseekConfig:
             ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
             ("hidden_act", ("silu",)),
             ("mtp_input", ("post_norm", "pre_norm")),
+            ("mtp_chain", ("block", "head_norm")),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -214,7 +214,7 @@ class MultiHeadLatentAttention(nn.Module):
         if queries <= _FOLD_LIMIT:
             # All heads read the same keys, so heads become rows: keys are read once, not once a head.
             folded = q.reshape(batch, 1, queries * heads, -1)
-            rows = None if mask is None else mask.repeat_interleave(heads, dim=-2)
+            rows = mask if mask is None or mask.shape[-2] == 1 else mask.repeat_interleave(heads, dim=-2)
             out = F.scaled_dot_product_attention(folded, shared, shared, attn_mask=rows, scale=self.softmax_scale)
             out = out.view(batch, queries, heads, -1)
         else:

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from .cache import LatentCache
 from .config import DeepseekConfig, UnsupportedModelError
 from .layer import DecoderLayer
-from .linear import Linear
+from .linear import Embedding, Linear
 from .masking import attention_mask_for_documents, document_numbers, key_mask_for_slots, positions_from_mask
 from .moe import Experts, Router
 from .mtp import MTPLayer, shift_labels, shift_left
 from .norm import RMSNorm
 from .rope import RotaryEmbedding
 
-__all__ = ["CausalLMOutput", "DecoderLayer", "DeepseekLM", "DeepseekModel", "TrunkOutput"]
+__all__ = ["CausalLMOutput", "DecoderLayer", "DeepseekLM", "DeepseekModel", "TrunkOutput", "allocate"]
 
 
 @dataclass
@@ -80,7 +80,7 @@ class DeepseekModel(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         self.rope = RotaryEmbedding.from_config(config)
@@ -97,7 +97,7 @@ class DeepseekModel(nn.Module):
         x = self.embed(input_ids, inputs_embeds)
         batch, tokens = x.shape[:2]
         valid = _check_mask(attention_mask, batch, tokens, cache)
-        if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != tokens):
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
             raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
         if cache is not None and cache.batch_size != batch:
             raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
@@ -174,7 +174,7 @@ class DeepseekLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self.mtp = nn.ModuleList(MTPLayer(config, k, **factory) for k in range(config.num_nextn_predict_layers))
         if target.type != "meta":
-            self.to_empty(device=target)
+            allocate(self, target)
             self.reset_parameters()
         self.tie_weights()
 
@@ -264,10 +264,12 @@ class DeepseekLM(nn.Module):
         """
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
+        if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
+            raise ValueError(f"expected logits_to_keep >= 0, got {logits_to_keep}")
+        if labels is not None:
+            labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         hidden = trunk.hidden_states
-        if labels is not None and labels.shape != hidden.shape[:2]:
-            raise ValueError(f"expected labels {list(hidden.shape[:2])}, got {list(labels.shape)}")
         kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden[:, -logits_to_keep:]
         out = CausalLMOutput(logits=self.lm_head(kept), hidden_states=hidden)
         if labels is not None:
@@ -276,6 +278,18 @@ class DeepseekLM(nn.Module):
             if len(self.mtp) and input_ids is not None and cache is None:
                 out.mtp_loss = self._mtp_loss(trunk, input_ids, padding, labels)
         return out
+
+    def _check_labels(self, labels: Tensor, tokens: Tensor | None) -> Tensor:
+        """Labels as int64, where every one is a token id or -100."""
+        if tokens is not None and labels.shape != tokens.shape[:2]:
+            raise ValueError(f"expected labels {list(tokens.shape[:2])}, got {list(labels.shape)}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
+            if wrong.numel():
+                raise ValueError(
+                    f"expected labels of -100 or between 0 and {self.config.vocab_size - 1}, got {int(wrong[0])}"
+                )
+        return labels.long()
 
     def mtp_hidden(self, trunk: TrunkOutput) -> Tensor:
         """The trunk's hidden state that the first prediction depth reads (TRAPS F2)."""
@@ -300,12 +314,13 @@ class DeepseekLM(nn.Module):
             cache: from `new_mtp_cache`.
 
         Returns:
-            logits [B, T, vocab_size] of the token `depth + 2` after each position, and the depth's hidden state
-            [B, T, H].
+            logits [B, T, vocab_size] of the token `depth + 2` after each position, and the hidden state [B, T, H]
+            for the next depth (`config.mtp_chain`, TRAPS F3).
         """
         layer = self.mtp[depth]
         hidden = layer(hidden, self.model.embed(next_ids), rope, mask, cache)
-        return self.lm_head(layer.shared_head.norm(hidden)), hidden
+        normed = layer.shared_head.norm(hidden)
+        return self.lm_head(normed), normed if self.config.mtp_chain == "head_norm" else hidden
 
     def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor) -> Tensor:
         """Mean over depths of the cross-entropy `depth + 2` tokens ahead (equations 24 and 25, without lambda).
@@ -321,6 +336,23 @@ class DeepseekLM(nn.Module):
             targets = shift_labels(labels, depth + 2, trunk.documents)
             losses.append(_cross_entropy(logits, _ignore(targets, padding)))
         return torch.stack(losses).mean()
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Gives meta parameters and buffers memory, uninitialized; what was shared stays shared.
+
+    Not `to_empty`: creating a tensor like one on meta makes PyTorch import its compiler, seconds and 150 MB.
+    """
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, meta in tensors.items():
+                if meta is None:
+                    continue
+                if id(meta) not in made:
+                    memory = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+                    made[id(meta)] = nn.Parameter(memory) if isinstance(meta, nn.Parameter) else memory
+                tensors[name] = made[id(meta)]
 
 
 def _ignore(targets: Tensor, padding: Tensor | None) -> Tensor:

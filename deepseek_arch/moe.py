@@ -83,6 +83,8 @@ class Router(nn.Module):
         )
 
     def reset_parameters(self, std: float = 0.02) -> None:
+        if self.weight.is_meta:
+            return
         nn.init.normal_(self.weight, std=std)
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
@@ -96,6 +98,11 @@ class Router(nn.Module):
         if moved is not None and moved.dtype != torch.float32:
             self.e_score_correction_bias = bias.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.e_score_correction_bias is not None:  # `assign=True` takes the tensor as it comes
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., H] -> logits float32 [T, E], weights float32 [T, K], expert ids int64 [T, K].
@@ -157,6 +164,8 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
+        if self.gate_up_proj.is_meta:
+            return
         nn.init.normal_(self.gate_up_proj, std=std)
         nn.init.normal_(self.down_proj, std=std)
 

@@ -1,0 +1,255 @@
+"""Published safetensors -> `DeepseekLM`: checked, streamed, exact.
+
+`load` compares the whole checkpoint with its config before it allocates anything, then reads each tensor once, in file
+order, straight into its place in the model: beside the model itself it needs memory for a few dozen megabytes, or one
+tensor. `save`, `slice_checkpoint` and `inspect_checkpoint` live in their own files and are found here too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint_plan import CheckpointError, Plan, Read, make_plan
+from .fp8 import decode_scale, dequantize_blocks
+from .inspection import CheckpointReport, inspect_checkpoint
+from .model import DeepseekLM, allocate
+from .progress import progress
+from .safetensors_io import DTYPES, ShardError, TensorReader, memory_of
+from .saving import SaveReport, save, slice_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointReport",
+    "LoadReport",
+    "SaveReport",
+    "inspect_checkpoint",
+    "load",
+    "save",
+    "slice_checkpoint",
+]
+
+_BAND_BYTES = 16 * 2**20  # what is staged at a time where bytes cannot go straight into the model
+_FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class LoadReport:
+    """What `load` did; `model.load_report`.
+
+    Attributes:
+        loaded: tensors read into the model.
+        dequantized: how many of them were FP8.
+        cast: how many others changed their dtype.
+        aliases: second copies of the embedding and the head that were found equal and dropped.
+        skipped: stray tensors, and multi-token-prediction layers that were not wanted.
+        bytes_read: tensor bytes read, FP8 scales and compared copies included, headers not.
+        shards: names of the files that tensors were read from.
+        warnings: everything that was also passed to `warnings.warn`.
+    """
+
+    path: Path
+    loaded: int = 0
+    dequantized: int = 0
+    cast: int = 0
+    aliases: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    seconds: float = 0.0
+    shards: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded:,} tensors from {len(self.shards)} files, {self.bytes_read:,} bytes"]
+        for count, what in (
+            (self.dequantized, "dequantized from FP8"),
+            (self.cast, "cast"),
+            (len(self.aliases), "repeated tensors found equal"),
+            (len(self.skipped), "skipped"),
+            (len(self.warnings), "warnings"),
+        ):
+            if count:
+                parts.append(f"{count:,} {what}")
+        return ", ".join(parts) + f", in {self.seconds:.1f} s"
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    fp8: str = "dequantize",
+    layers: Iterable[int] | None = None,
+    experts: int | None = None,
+    mtp: bool = True,
+) -> DeepseekLM:
+    """Reads a checkpoint folder in the published layout.
+
+    Args:
+        path: a folder with config.json and safetensors: the shards of an index, or every *.safetensors.
+        device: where the model goes; tensors are read straight to it.
+        dtype: of all parameters but the router's bias, which stays float32. Default: the config's, or where config.json
+            has none the embedding's.
+        fp8: "dequantize" turns FP8 tensors into `dtype`, exactly but for that one rounding. ("keep" is not available
+            yet.)
+        layers, experts, mtp: load part of the model, see `selection.select`. Only the bytes needed are read.
+
+    Returns:
+        The model in eval mode, with a `LoadReport` as `model.load_report`. Its config has the dtype of its parameters
+        and no `quantization_config`.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype; FP8 tensors lack their scales or
+            have wrong or non-finite ones; shards are missing, truncated or unreadable; repeated embeddings differ.
+            Everything that headers and scales can tell is reported at once, before memory is allocated.
+        ValueError: an argument is wrong, or the config describes no supported model.
+    """
+    started = time.perf_counter()
+    device = _check_device(device)
+    if fp8 not in ("keep", "dequantize"):
+        raise ValueError(f"expected fp8 'keep' or 'dequantize', got {fp8!r}")
+    plan = make_plan(path, layers, experts, mtp)
+    dtype = _check_dtype(dtype, plan)
+    if fp8 == "keep" and plan.fp8_reads:
+        raise ValueError(
+            "fp8='keep' is not available yet: expected fp8='dequantize' for a checkpoint with FP8 tensors "
+            f"({len(plan.fp8_reads):,} in {str(path)!r})"
+        )
+    plan.raise_problems()
+    config = plan.selection.config.replace(dtype=str(dtype), quantization_config=None)
+    model = DeepseekLM(config, device="meta", dtype=dtype)
+    report = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings)
+    total = sum(read.nbytes for read in (*plan.reads, *plan.repeats))
+    with TensorReader() as reader, progress(f"loading {plan.folder.name}", total) as bar:
+        try:
+            scales = _read_scales(plan, reader)
+            allocate(model, device)
+            _fill(model, plan, scales, reader, report, bar)
+            _compare_repeats(model, plan, reader, report, bar)
+        except ShardError as error:
+            raise CheckpointError(plan.folder, {"shards": [str(error)]}) from None
+    report.bytes_read = reader.bytes_read
+    report.shards = sorted({read.tensor.file.name for read in (*plan.reads, *plan.repeats)})
+    report.seconds = time.perf_counter() - started
+    for message in report.warnings:
+        warnings.warn(f"{plan.folder}: {message}", stacklevel=2)
+    model.load_report = report
+    return model.eval()
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"expected an available device, got {device!r}: {error}") from None
+    if checked.type == "meta":
+        raise ValueError("expected a device with memory, got 'meta'; DeepseekLM(config, device='meta') builds one")
+    return checked
+
+
+def _check_dtype(dtype: torch.dtype | str | None, plan: Plan) -> torch.dtype:
+    if dtype is None:
+        said = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
+        if said.get("torch_dtype") or said.get("dtype"):
+            dtype = plan.selection.source.dtype
+        else:  # not the config class's default, which would round a float32 checkpoint
+            embedding = (read.tensor.dtype for read in plan.reads if read.slot.name == "model.embed_tokens.weight")
+            dtype = DTYPES[next(embedding, "BF16")]
+    name = str(dtype).removeprefix("torch.")
+    if name not in _FLOATS:
+        raise ValueError(f"expected dtype to be one of {', '.join(_FLOATS)}, got {dtype!r}")
+    return _FLOATS[name]
+
+
+def _read_scales(plan: Plan, reader: TensorReader) -> dict[str, Tensor]:
+    """The scales of all FP8 tensors, float32, by the name of the tensor they scale.
+
+    Read first, since a tensor and its scales may lie in any two shards; they are 1/16384 of the elements.
+    """
+    scales, problems = {}, []
+    reads = [(read.scale, read.slot) for read in plan.fp8_reads if read.scale is not None]
+    for info, slot in sorted(reads, key=lambda pair: (pair[0].file.name, pair[0].offset)):
+        try:
+            scales[slot.name] = decode_scale(reader.rows(info, 0, info.shape[0])).clone()
+        except ShardError:
+            raise
+        except ValueError as error:
+            problems.append(f"{info.name}: {error}")
+    if problems:
+        raise CheckpointError(plan.folder, {"scales": problems})
+    return scales
+
+
+def _bands(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Cuts `rows` into ranges of about `_BAND_BYTES`, at multiples of `multiple`."""
+    step = max(1, _BAND_BYTES // max(1, row_bytes) // multiple) * multiple
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _fill(
+    model: DeepseekLM, plan: Plan, scales: dict[str, Tensor], reader: TensorReader, report: LoadReport, bar: tqdm
+) -> None:
+    """Reads every tensor into its place, in file order."""
+    state = model.state_dict()
+    unfilled = set(state) - {read.slot.parameter for read in plan.reads}
+    # A parameter that no tensor fills would stay random: the table of names and the modules disagree.
+    assert unfilled <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()), unfilled
+    block_size = plan.selection.source.weight_block_size
+    for read in plan.reads:
+        target = read.slot.of(state)
+        if read.scale is not None:
+            assert block_size is not None
+            _fill_dequantized(target, read, scales.pop(read.slot.name), block_size, reader)
+            report.dequantized += 1
+        else:
+            _fill_plain(target, read, reader)
+            report.cast += target.dtype != DTYPES[read.tensor.dtype]
+        report.loaded += 1
+        bar.update(read.nbytes)
+        if read.slot.name.endswith(".e_score_correction_bias") and not target.isfinite().all():
+            report.warnings.append(f"{read.slot.name} has values that are not finite; routing by it is undefined")
+
+
+def _fill_plain(target: Tensor, read: Read, reader: TensorReader) -> None:
+    rows = read.slot.rows
+    if target.device.type == "cpu" and target.dtype == DTYPES[read.tensor.dtype] and target.is_contiguous():
+        reader.read_into(read.tensor, memory_of(target))
+        return
+    for first, last in _bands(rows, read.nbytes // rows):
+        target[first:last].copy_(reader.rows(read.tensor, first, last))
+
+
+def _fill_dequantized(
+    target: Tensor, read: Read, scale: Tensor, block_size: tuple[int, int], reader: TensorReader
+) -> None:
+    rows, (block_rows, _) = read.slot.rows, block_size
+    for first, last in _bands(rows, read.nbytes // rows, multiple=block_rows):
+        codes = reader.rows(read.tensor, first, last).to(target.device)
+        part = scale[first // block_rows : -(-last // block_rows)].to(target.device)
+        dequantize_blocks(codes, part, block_size, out=target[first:last])
+
+
+def _compare_repeats(model: DeepseekLM, plan: Plan, reader: TensorReader, report: LoadReport, bar: tqdm) -> None:
+    """Checks that second copies of the embedding and the head are what the trunk has (TRAPS F6)."""
+    state, different = model.state_dict(), []
+    for read in plan.repeats:
+        target = read.slot.of(state)
+        for first, last in _bands(read.slot.rows, read.nbytes // read.slot.rows):
+            # Compared as bytes: equal copies are, whatever they hold.
+            copy = reader.rows(read.tensor, first, last).to(target.device, target.dtype)
+            if not torch.equal(copy.view(torch.uint8), target[first:last].view(torch.uint8)):
+                different.append(f"{read.slot.name} is not {read.slot.parameter}")
+                break
+        report.aliases.append(read.slot.name)
+        bar.update(read.nbytes)
+    if different:
+        raise CheckpointError(plan.folder, {"repeated tensors that differ": different})

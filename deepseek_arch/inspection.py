@@ -1,0 +1,106 @@
+"""A checkpoint's tensors and what would become of them, for people and programs; nothing is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_plan import Problems, make_plan
+from .config import DeepseekConfig
+from .safetensors_io import TensorInfo
+
+__all__ = ["CheckpointReport", "inspect_checkpoint"]
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `inspect_checkpoint` found.
+
+    Attributes:
+        tensors: every tensor, in file order: name, dtype as in the file, shape, shard, bytes.
+        loads: names that would be loaded; dequantized: how many of them are FP8.
+        aliases: second copies of the embedding and head, which `load` compares with the trunk's.
+        problems: by kind; a checkpoint with none loads.
+    """
+
+    path: Path
+    config: DeepseekConfig
+    tensors: tuple[TensorInfo, ...]
+    loads: tuple[str, ...]
+    dequantized: int
+    aliases: tuple[str, ...]
+    skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
+    problems: Problems
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    @property
+    def shards(self) -> dict[str, int]:
+        """Tensor bytes by shard name."""
+        return dict(_sums((info.file.name, info.nbytes) for info in self.tensors))
+
+    @property
+    def dtypes(self) -> dict[str, tuple[int, int]]:
+        """dtype -> (tensors, bytes)."""
+        counts = Counter(info.dtype for info in self.tensors)
+        sizes = _sums((info.dtype, info.nbytes) for info in self.tensors)
+        return {dtype: (counts[dtype], sizes[dtype]) for dtype in sorted(counts)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return {
+            "path": str(self.path),
+            "model_type": self.config.model_type,
+            "ok": self.ok,
+            "bytes": self.nbytes,
+            "shards": self.shards,
+            "dtypes": {name: {"tensors": n, "bytes": size} for name, (n, size) in self.dtypes.items()},
+            "tensors": [
+                {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "shard": i.file.name, "bytes": i.nbytes}
+                for i in self.tensors
+            ],
+            "loads": list(self.loads),
+            "dequantized": self.dequantized,
+            "aliases": list(self.aliases),
+            "skipped": list(self.skipped),
+            "warnings": list(self.warnings),
+            "problems": {kind: list(details) for kind, details in self.problems.items()},
+        }
+
+
+def _sums(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for key, value in pairs:
+        sums[key] += value
+    return sums
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointReport:
+    """What a checkpoint holds and whether it would load, from its config and its shards' headers alone.
+
+    Raises:
+        ValueError: `path` is no checkpoint folder, or its config describes no supported model. Everything else that
+            is wrong is in the report's `problems`.
+    """
+    plan = make_plan(path, open_all=True)
+    return CheckpointReport(
+        path=plan.folder,
+        config=plan.selection.source,
+        tensors=tuple(plan.tensors),
+        loads=tuple(read.slot.name for read in plan.reads),
+        dequantized=len(plan.fp8_reads),
+        aliases=tuple(read.slot.name for read in plan.repeats),
+        skipped=tuple(plan.skipped),
+        warnings=tuple(plan.warnings),
+        problems=dict(plan.problems),
+    )

@@ -1,0 +1,213 @@
+"""`DeepseekLM` -> published safetensors, and published safetensors -> a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_plan import INDEX_NAME, Read, make_plan
+from .config import DeepseekConfig
+from .fp8 import block_grid, quantize_blocks
+from .progress import progress
+from .safetensors_io import DTYPE_NAMES, TensorInfo, TensorReader
+from .safetensors_writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
+from .state_dict import Slot, layout, scale_name
+
+__all__ = ["FP8_QUANTIZATION", "SaveReport", "save", "slice_checkpoint"]
+
+FP8_QUANTIZATION: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+_COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+_BAND_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What was written.
+
+    Attributes:
+        files: the shards, their index and config.json, and companions such as a tokenizer.
+        tensors: how many tensors, FP8 scales and repeated embeddings included; nbytes: their bytes.
+        quantized: how many of them are FP8.
+    """
+
+    path: Path
+    config: DeepseekConfig
+    files: tuple[Path, ...]
+    tensors: int
+    nbytes: int
+    quantized: int
+
+    def __str__(self) -> str:
+        fp8 = f", {self.quantized:,} in FP8" if self.quantized else ""
+        return f"{self.tensors:,} tensors, {self.nbytes:,} bytes in {len(self.files)} files at {self.path}{fp8}"
+
+
+def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_size: int | str = "5GB") -> SaveReport:
+    """Writes a model in the published layout, which transformers and the serving engines read.
+
+    Names are the published ones: one tensor for each expert, multi-token-prediction layers at `num_hidden_layers + k`
+    with their copies of the embedding and the head. Tensors are written one at a time. A checkpoint that is in the
+    folder already is replaced when the new one is complete, and is as it was if anything fails; other files in the
+    folder stay.
+
+    Args:
+        format: "bf16" writes all parameters as they are, unquantized: a bfloat16 model in bfloat16, a float32 model in
+            float32, bit for bit (`torch_dtype` of config.json says which). "fp8" rounds the projections and experts to
+            FP8 blocks, as the published FP8 checkpoints do; router, norms, embedding, head and eh_proj stay as they are
+            (TRAPS E7). Block size and scale format are the config's `quantization_config`, or 128 x 128 and float32.
+        max_shard_size: bytes, or "5GB", "200MB" and so on; a larger tensor gets a shard of its own.
+
+    Raises:
+        ValueError: an argument is wrong, the model's tensors are not what its config says, or, for "fp8", a weight is
+            not finite.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    if format not in ("bf16", "fp8"):
+        raise ValueError(f"expected format 'bf16' or 'fp8', got {format!r}")
+    max_bytes = parse_size(max_shard_size)
+    state, config = _check_model(model)
+    config = _saved_config(config, state, fp8=format == "fp8")
+    block_size = config.weight_block_size
+    slots = [slot for slot in layout(config) if not _is_tied_head(slot, config)]
+    groups = [_specs(slot, state, block_size) for slot in slots]
+    shards = plan_shards(groups, max_bytes)
+    scale_format = (config.quantization_config or {}).get("scale_fmt")
+    quantized = 0
+    with CheckpointWriter(path, shards) as writer, progress(f"saving {writer.folder.name}", writer.nbytes) as bar:
+        for slot, group in zip(slots, groups, strict=True):
+            tensor = slot.of(state)
+            if len(group) == 2:
+                assert block_size is not None
+                try:
+                    codes, scale = quantize_blocks(tensor, block_size, scale_format)
+                except ValueError as error:
+                    raise ValueError(f"{slot.name}: {error}") from None
+                writer.write(slot.name, codes)
+                writer.write(scale_name(slot.name), scale)
+                quantized += 1
+            else:
+                writer.write(slot.name, tensor)
+            bar.update(sum(spec.nbytes for spec in group))
+        files = writer.commit(config.to_dict())
+    tensors = sum(len(group) for group in groups)
+    return SaveReport(Path(path), config, tuple(files), tensors, writer.nbytes, quantized)
+
+
+def _is_tied_head(slot: Slot, config: DeepseekConfig) -> bool:
+    return slot.name == "lm_head.weight" and config.tie_word_embeddings
+
+
+def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig]:
+    config = getattr(model, "config", None)
+    if not isinstance(config, DeepseekConfig):
+        raise ValueError(f"expected a DeepseekLM, got {type(model).__name__}")
+    state = model.state_dict()
+    wrong = []
+    for slot in layout(config):
+        tensor = state.get(slot.parameter)
+        shape = None if tensor is None else slot.of(state).shape
+        if shape != slot.shape:
+            wrong.append(f"{slot.parameter}: expected {list(slot.shape)} for {slot.name}, got {shape and list(shape)}")
+        elif tensor.is_meta:
+            wrong.append(f"{slot.parameter}: expected a tensor with memory, got one on device meta")
+    if wrong:
+        raise ValueError("expected the parameters that the model's config describes: " + "; ".join(wrong[:5]))
+    return state, config
+
+
+def _saved_config(config: DeepseekConfig, state: dict[str, Tensor], fp8: bool) -> DeepseekConfig:
+    """The config of the written files. Without FP8 tensors there must be no `quantization_config` (TRAPS E12)."""
+    dtypes = {tensor.dtype for name, tensor in state.items() if not name.endswith(".e_score_correction_bias")}
+    # One word for all parameters: the widest, so that reading them back loses nothing.
+    widest = dtypes.pop()
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    quantization = None
+    if fp8:
+        given = config.quantization_config if config.weight_block_size else {}
+        quantization = {**FP8_QUANTIZATION, **{k: v for k, v in (given or {}).items() if v is not None}}
+    return config.replace(dtype=str(widest), quantization_config=quantization)
+
+
+def _specs(slot: Slot, state: dict[str, Tensor], block_size: tuple[int, int] | None) -> list[TensorSpec]:
+    if slot.fp8 and block_size is not None:
+        scale = TensorSpec(scale_name(slot.name), "F32", block_grid(slot.shape, block_size))
+        return [TensorSpec(slot.name, "F8_E4M3", slot.shape), scale]
+    return [TensorSpec(slot.name, DTYPE_NAMES[state[slot.parameter].dtype], slot.shape)]
+
+
+def slice_checkpoint(
+    path: str | Path,
+    out: str | Path,
+    layers: Iterable[int] | None = None,
+    experts: int | None = None,
+    mtp: bool = True,
+    max_shard_size: int | str = "5GB",
+) -> SaveReport:
+    """Writes part of a checkpoint as a checkpoint: fewer layers, fewer experts, no multi-token-prediction layers.
+
+    Tensors are copied as they are, FP8 codes and scales included, a piece at a time; the config says what is left.
+    Tokenizer and other small text files come along, unless `out` has its own.
+
+    Args:
+        layers, experts, mtp: see `selection.select`.
+
+    Raises:
+        CheckpointError: the checkpoint is not what its config says; nothing is written.
+        ValueError: an argument is wrong, or `out` is the checkpoint itself.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    max_bytes = parse_size(max_shard_size)
+    plan = make_plan(path, layers, experts, mtp)
+    plan.raise_problems()
+    if Path(out).exists() and Path(out).samefile(path):
+        raise ValueError(f"expected another folder to write to than the checkpoint's own, got {str(out)!r}")
+    selection = plan.selection
+    reads = {read.slot.name: read for read in (*plan.reads, *plan.repeats)}
+    # In the order of the layers, whatever the order of the source.
+    ordered = [reads[slot.name] for slot in layout(selection) if slot.name in reads]
+    copies = [list(_copies(read, selection.source.weight_block_size)) for read in ordered]
+    groups = [[TensorSpec(name, info.dtype, (rows, *info.shape[1:])) for name, info, rows in group] for group in copies]
+    with (
+        CheckpointWriter(out, plan_shards(groups, max_bytes)) as writer,
+        TensorReader() as reader,
+        progress(f"slicing {plan.folder.name}", writer.nbytes) as bar,
+    ):
+        for name, info, rows in (copy for group in copies for copy in group):
+            row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
+            step = max(1, _BAND_BYTES // max(1, row_bytes))
+            for first in range(0, rows, step):
+                last = min(first + step, rows)
+                writer.write(name, reader.rows(info, first, last), first * row_bytes)
+                bar.update((last - first) * row_bytes)
+        files = writer.commit(selection.config.to_dict(), _companions(plan.folder))
+    quantized = sum(len(group) == 2 for group in groups)
+    tensors = sum(len(group) for group in groups)
+    return SaveReport(Path(out), selection.config, tuple(files), tensors, writer.nbytes, quantized)
+
+
+def _copies(read: Read, block_size: tuple[int, int] | None) -> Iterator[tuple[str, TensorInfo, int]]:
+    """(new name, stored tensor, leading rows) of a tensor and of its scales."""
+    yield read.slot.new_name, read.tensor, read.slot.rows
+    if read.scale is not None:
+        assert block_size is not None
+        yield scale_name(read.slot.new_name), read.scale, -(-read.slot.rows // block_size[0])
+
+
+def _companions(folder: Path) -> list[Path]:
+    weights = ("config.json", INDEX_NAME)
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.suffix in _COMPANION_SUFFIXES and file.name not in weights and file.name[0] != "."
+    )
