@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checkpoint.saving import FP8_QUANTIZATION, SaveReport
+from .checkpoint.writer import CheckpointWriter, TensorSpec, shard_names
 from .config import DeepseekConfig
 from .fp8 import block_grid, dequantize_blocks, quantize_blocks
-from .safetensors_writer import CheckpointWriter, TensorSpec, shard_names
-from .saving import FP8_QUANTIZATION, SaveReport
 from .state_dict import Slot, layout, scale_name
 
 __all__ = ["write_checkpoint"]

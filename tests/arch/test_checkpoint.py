@@ -20,8 +20,8 @@ import deepseek_arch as da
 import published
 import small_models
 from deepseek_arch.checkpoint import LoadReport, load, save, slice_checkpoint
+from deepseek_arch.checkpoint.inspection import inspect_checkpoint
 from deepseek_arch.fp8 import block_grid, dequantize_blocks, quantize_blocks
-from deepseek_arch.inspection import inspect_checkpoint
 from deepseek_arch.selection import select
 from deepseek_arch.state_dict import layer_of, layout, scale_name
 from deepseek_arch.synthetic import write_checkpoint

@@ -15,12 +15,11 @@ import torch
 import checkpoint_files as files
 import deepseek_arch as da
 import small_models
-from deepseek_arch import checkpoint, safetensors_writer
-from deepseek_arch.checkpoint import CheckpointError, load, save, slice_checkpoint
+from deepseek_arch.checkpoint import CheckpointError, load, loading, save, slice_checkpoint, writer
+from deepseek_arch.checkpoint.inspection import inspect_checkpoint
+from deepseek_arch.checkpoint.reader import ShardError, read_header
+from deepseek_arch.checkpoint.writer import parse_size
 from deepseek_arch.fp8 import quantize_blocks
-from deepseek_arch.inspection import inspect_checkpoint
-from deepseek_arch.safetensors_io import ShardError, read_header
-from deepseek_arch.safetensors_writer import parse_size
 from deepseek_arch.state_dict import scale_name
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 12]}
@@ -50,7 +49,7 @@ def fails(folder, kind: str, *details: str) -> CheckpointError:
     """Loading, slicing and inspecting agree on the problem; the error names everything, and comes before the model is
     allocated."""
     allocated = AssertionError("memory was allocated for a checkpoint that cannot be loaded")
-    with mock.patch.object(checkpoint, "_allocate", side_effect=allocated), pytest.raises(CheckpointError) as caught:
+    with mock.patch.object(loading, "allocate", side_effect=allocated), pytest.raises(CheckpointError) as caught:
         load(folder)
     error = caught.value
     assert isinstance(error, ValueError)
@@ -333,13 +332,13 @@ def test_random_damage_never_gives_another_exception(folder):
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_an_error(folder, monkeypatch):
-    allocate = checkpoint._allocate
+    allocate = loading.allocate
 
     def shrink(*arguments):
         allocate(*arguments)
         os.truncate(shard(folder), shard(folder).stat().st_size - 5)
 
-    monkeypatch.setattr(checkpoint, "_allocate", shrink)
+    monkeypatch.setattr(loading, "allocate", shrink)
     with pytest.raises(CheckpointError, match="truncated: ended 5 bytes before the end of"):
         load(folder)
 
@@ -525,7 +524,7 @@ def test_a_failed_save_to_a_new_folder_leaves_none(tmp_path):
 
 def test_too_little_room_is_known_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(safetensors_writer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"bytes to write, 1,000 free"):
         save(da.DeepseekLM(small_models.config("v3")), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
@@ -543,7 +542,7 @@ def test_a_rename_that_fails_is_undone(folder, monkeypatch, last_good):
             raise PermissionError("no")
         replace(source, target)
 
-    monkeypatch.setattr(safetensors_writer.os, "replace", failing)
+    monkeypatch.setattr(writer.os, "replace", failing)
     with pytest.raises(PermissionError):
         save(da.DeepseekLM(small_models.config("v3")), folder)
     assert snapshot(folder) == before
@@ -555,7 +554,7 @@ def test_interrupting_a_save_leaves_the_old_checkpoint(folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors_writer.CheckpointWriter, "commit", interrupted)
+    monkeypatch.setattr(writer.CheckpointWriter, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(da.DeepseekLM(small_models.config("v3")), folder)
     assert snapshot(folder) == before

@@ -16,9 +16,9 @@ import torch
 import deepseek_arch
 import deepseek_kernels
 from deepseek_arch.cli import main
+from deepseek_arch.cli.text import Tokenizer, TokenPrinter
 from deepseek_arch.config import DeepseekConfig, presets
 from deepseek_arch.synthetic import write_checkpoint
-from deepseek_arch.text import Tokenizer, TokenPrinter
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("plan", "inspect", "slice", "generate", "doctor")
@@ -330,7 +330,7 @@ def test_doctor_names_versions_devices_and_every_operator(cli):
 def test_warnings_are_one_line(cli, monkeypatch):
     import warnings
 
-    from deepseek_arch import planning
+    from deepseek_arch.cli import planning
 
     def warn(*args):
         warnings.warn("something to know", stacklevel=1)

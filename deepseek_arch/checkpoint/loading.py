@@ -2,7 +2,7 @@
 
 `load` compares the whole checkpoint with its config before it allocates anything, then reads each tensor once, in file
 order, straight into its place in the model: beside the model itself it needs memory for a few dozen megabytes, or one
-tensor. `save`, `slice_checkpoint` and `inspect_checkpoint` live in their own files and are found here too.
+tensor.
 """
 
 from __future__ import annotations
@@ -18,24 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint_plan import CheckpointError, Plan, Read, make_plan
-from .fp8 import decode_scale, dequantize_blocks
-from .inspection import CheckpointReport, inspect_checkpoint
-from .model import DeepseekLM, allocate
+from ..fp8 import decode_scale, dequantize_blocks
+from ..model import DeepseekLM, allocate
+from .plan import CheckpointError, Plan, Read, make_plan
 from .progress import progress
-from .safetensors_io import DTYPES, ShardError, TensorReader, memory_of
-from .saving import SaveReport, save, slice_checkpoint
+from .reader import DTYPES, ShardError, TensorReader, memory_of
 
-__all__ = [
-    "CheckpointError",
-    "CheckpointReport",
-    "LoadReport",
-    "SaveReport",
-    "inspect_checkpoint",
-    "load",
-    "save",
-    "slice_checkpoint",
-]
+__all__ = ["LoadReport", "load"]
 
 _BAND_BYTES = 16 * 2**20  # what is staged at a time where bytes cannot go straight into the model
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_plan import Problems, make_plan
-from .config import DeepseekConfig
-from .safetensors_io import TensorInfo
+from ..config import DeepseekConfig
+from .plan import Problems, make_plan
+from .reader import TensorInfo
 
 __all__ = ["CheckpointReport", "inspect_checkpoint"]
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import DeepseekConfig
-from .fp8 import block_grid
-from .safetensors_io import ShardError, TensorInfo, read_header
-from .selection import Selection, select
-from .state_dict import Slot, is_stray, layer_of, layout, scale_name
+from ..config import DeepseekConfig
+from ..fp8 import block_grid
+from ..selection import Selection, select
+from ..state_dict import Slot, is_stray, layer_of, layout, scale_name
+from .reader import ShardError, TensorInfo, read_header
 
 __all__ = ["INDEX_NAME", "CheckpointError", "Plan", "Problems", "Read", "make_plan"]
 

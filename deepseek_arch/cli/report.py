@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .inspection import CheckpointReport
+    from ..checkpoint import CheckpointReport
     from .planning import Fit, Plan
 
 __all__ = ["print_doctor", "print_inspection", "print_plan"]

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from .checkpoint_plan import INDEX_NAME
-from .safetensors_io import DTYPE_NAMES, DTYPES, memory_of
+from .plan import INDEX_NAME
+from .reader import DTYPE_NAMES, DTYPES, memory_of
 
 __all__ = ["CheckpointWriter", "TensorSpec", "parse_size", "plan_shards", "shard_names"]
 

@@ -43,7 +43,7 @@ Checkpoint = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(f"deepseek-arch {__version__}")
         raise typer.Exit
@@ -76,7 +76,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, cache and weight memory of a model, from its config alone."""
-    from .config import DeepseekConfig
+    from ..config import DeepseekConfig
     from .planning import DEVICE_GIGABYTES, make_plan
 
     made = make_plan(DeepseekConfig.from_pretrained(model), context, batch, memory or DEVICE_GIGABYTES)
@@ -92,7 +92,7 @@ def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
 
     Reads the config and the headers of the shards only. Exits with 1 if the checkpoint would not load.
     """
-    from .inspection import inspect_checkpoint
+    from ..checkpoint import inspect_checkpoint
 
     found = inspect_checkpoint(checkpoint)
     if as_json:
@@ -118,7 +118,7 @@ def slice_(
     as_json: Json = False,
 ) -> None:
     """Write part of a checkpoint as a smaller checkpoint, FP8 codes and scales copied as they are."""
-    from .saving import slice_checkpoint
+    from ..checkpoint import slice_checkpoint
 
     wanted = None if layers is None else _parse_numbers(layers, "--layers", ranges=True)
     saved = slice_checkpoint(checkpoint, out, wanted, experts, mtp, max_shard_size)
@@ -156,8 +156,8 @@ def generate(
 
     import torch
 
-    from .checkpoint import load
-    from .generation import generate as continue_prompt
+    from ..checkpoint import load
+    from ..generation import generate as continue_prompt
 
     model = load(checkpoint, device=device, dtype=dtype, fp8="dequantize", mtp=False)
     printer = TokenPrinter(tokenizer, None if as_json else partial(typer.echo, nl=False))
@@ -237,7 +237,3 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .accounting import (
+from ..accounting import (
     ParameterCount,
     count_parameters,
     decode_flops_per_token,
@@ -18,7 +18,7 @@ from .accounting import (
     kv_cache_bytes,
     weight_bytes,
 )
-from .config import DeepseekConfig
+from ..config import DeepseekConfig
 
 __all__ = ["DEVICE_GIGABYTES", "USABLE", "Fit", "Plan", "make_plan"]
 

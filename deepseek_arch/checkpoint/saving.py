@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_plan import INDEX_NAME, Read, make_plan
-from .config import DeepseekConfig
-from .fp8 import block_grid, quantize_blocks
+from ..config import DeepseekConfig
+from ..fp8 import block_grid, quantize_blocks
+from ..state_dict import Slot, layout, scale_name
+from .plan import INDEX_NAME, Read, make_plan
 from .progress import progress
-from .safetensors_io import DTYPE_NAMES, TensorInfo, TensorReader
-from .safetensors_writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
-from .state_dict import Slot, layout, scale_name
+from .reader import DTYPE_NAMES, TensorInfo, TensorReader
+from .writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
 
 __all__ = ["FP8_QUANTIZATION", "SaveReport", "save", "slice_checkpoint"]
 

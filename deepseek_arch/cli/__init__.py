@@ -1,0 +1,5 @@
+"""The `deepseek-arch` command."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]
