@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepseek_kernels import dispatch
+from deepseek_kernels import dispatch, mla_decode
 
 from .cache import LatentCache
 from .config import DeepseekConfig
@@ -26,8 +26,6 @@ from .norm import RMSNorm
 from .rope import rotate
 
 __all__ = ["MultiHeadLatentAttention", "causal_mask"]
-
-_FOLD_LIMIT = 16  # queries up to which heads and queries share the rows of one product in the absorbed form
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -202,26 +200,13 @@ class MultiHeadLatentAttention(nn.Module):
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V]."""
-        batch, queries, heads, _ = q_nope.shape
+        queries, heads = q_nope.shape[1:3]
         up = self.kv_b_weight().unflatten(0, (heads, -1))  # [N, P + V, C]
         q_latent = _per_head("btnp,npc->btnc", q_nope, up[:, : self.qk_nope_head_dim])
         q = torch.cat((q_latent, q_rope), dim=-1)  # [B, T, N, C + R]
         if mask is None and queries > 1:
             mask = causal_mask(queries, states.shape[1], states.device)
-        if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
-            raise ValueError(f"expected a mask for all heads [B, 1, T, S], got {list(mask.shape)}")
-        shared = states[:, None]  # [B, 1, S, C + R]
-        if queries <= _FOLD_LIMIT:
-            # All heads read the same keys, so heads become rows: keys are read once, not once a head.
-            folded = q.reshape(batch, 1, queries * heads, -1)
-            rows = mask if mask is None or mask.shape[-2] == 1 else mask.repeat_interleave(heads, dim=-2)
-            out = F.scaled_dot_product_attention(folded, shared, shared, attn_mask=rows, scale=self.softmax_scale)
-            out = out.view(batch, queries, heads, -1)
-        else:
-            shared = shared.expand(-1, heads, -1, -1)
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), shared, shared, attn_mask=mask, scale=self.softmax_scale
-            ).transpose(1, 2)
+        out = mla_decode(q, states, self.softmax_scale, mask)
         # The last R columns are the shared keys' weighted sum, which nobody asked for.
         return _per_head("btnc,nvc->btnv", out[..., : self.kv_lora_rank], up[:, self.qk_nope_head_dim :])
 

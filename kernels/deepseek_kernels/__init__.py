@@ -6,6 +6,7 @@
 from .dense_gemm import dense_gemm
 from .dispatch import BackendError, describe, use_backend
 from .grouped_gemm import grouped_gemm
+from .mla_decode import mla_decode
 from .moe_permute import permute, sort_by_expert, unpermute
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "dense_gemm",
     "describe",
     "grouped_gemm",
+    "mla_decode",
     "permute",
     "sort_by_expert",
     "unpermute",
