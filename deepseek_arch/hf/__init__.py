@@ -1,0 +1,43 @@
+"""DeepSeek-family models in transformers: Auto classes, `generate`, Trainer, PEFT and TRL on this package's modules.
+
+    import deepseek_arch.hf as dhf
+
+    model = dhf.DeepseekForCausalLM.from_pretrained("path/to/checkpoint")   # no registration needed
+
+    dhf.register()                                                          # explicit, and undone by unregister()
+    model = AutoModelForCausalLM.from_pretrained("path/to/checkpoint")      # the same class
+
+Importing this changes nothing for transformers' own classes.
+"""
+
+from .configuration import (
+    ArchDeepseekV2Config,
+    ArchDeepseekV3Config,
+    ArchGlm4MoeLiteConfig,
+    ArchKimiK2Config,
+    as_arch_config,
+)
+from .modeling import (
+    DeepseekForCausalLM,
+    DeepseekForSequenceClassification,
+    DeepseekForTokenClassification,
+    DeepseekModel,
+    DeepseekPreTrainedModel,
+)
+from .registration import register, registered, unregister
+
+__all__ = [
+    "ArchDeepseekV2Config",
+    "ArchDeepseekV3Config",
+    "ArchGlm4MoeLiteConfig",
+    "ArchKimiK2Config",
+    "DeepseekForCausalLM",
+    "DeepseekForSequenceClassification",
+    "DeepseekForTokenClassification",
+    "DeepseekModel",
+    "DeepseekPreTrainedModel",
+    "as_arch_config",
+    "register",
+    "registered",
+    "unregister",
+]

@@ -1,0 +1,195 @@
+"""Config classes: transformers' own, under our class names, with a way to and from `DeepseekConfig`.
+
+Three things differ from the native classes, all of them in memory only:
+
+- The class name, because transformers finds the model class by it: a class called `DeepseekV3Config` would silently get
+  the native model.
+- `architectures` names our classes and `auto_map` is empty, because some trainers look the first architecture up in
+  transformers before they ask any Auto class.
+- `quantization_config.quant_method` is a name of ours, so that our FP8 reader is used and no other model's changes.
+
+`to_dict`, and with it every saved file, has the published names back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, PreTrainedConfig
+
+from ..config import DeepseekConfig, UnsupportedModelError
+from .quantizer import FP8_METHOD, PUBLISHED_METHOD
+
+__all__ = [
+    "CONFIG_CLASSES",
+    "ArchDeepseekV2Config",
+    "ArchDeepseekV3Config",
+    "ArchGlm4MoeLiteConfig",
+    "ArchKimiK2Config",
+    "as_arch_config",
+    "load_config",
+]
+
+# Arguments of `from_pretrained` that say where the files are, needed for the config and for the weights ...
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# ... and those that a config has fields for, although they are about the load.
+_FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
+_SPARSE = (
+    "{model_type} selects its keys with sparse attention, which these modules do not have; "
+    "use transformers' own class for it (its configuration and parameter counts are supported here)"
+)
+
+
+class _ArchConfig(PreTrainedConfig):
+    """What our config classes share; mixed in before the native class."""
+
+    published_prefix: ClassVar[str]
+    """What the published class names of the family start with."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        names = self.architectures
+        self.architectures = [_own_name(name, self.published_prefix) for name in names] if names else names
+        self.auto_map = {}
+        quantization = getattr(self, "quantization_config", None)
+        if isinstance(quantization, dict) and quantization.get("quant_method") == PUBLISHED_METHOD:
+            self.quantization_config = {**quantization, "quant_method": FP8_METHOD}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published `config.json` layout: published class names, and the rope fields in their older form too."""
+        out = super().to_dict()
+        out.pop("auto_map", None)
+        if out.get("architectures"):
+            out["architectures"] = [_published_name(name, self.published_prefix) for name in out["architectures"]]
+        quantization = out.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == FP8_METHOD:
+            out["quantization_config"] = {**quantization, "quant_method": PUBLISHED_METHOD}
+        rope = dict(out.get("rope_parameters") or {})
+        if rope:  # DeepSeek's own code and most serving engines read these two, not `rope_parameters`
+            kind = rope.pop("rope_type", rope.pop("type", "default"))
+            out["rope_theta"] = rope.pop("rope_theta")
+            out["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+        return out
+
+    def to_core(self) -> DeepseekConfig:
+        """The same model as a `DeepseekConfig`.
+
+        Raises:
+            ConfigError: the fields describe no model of this family.
+            UnsupportedModelError: they describe one that cannot be built.
+        """
+        core = DeepseekConfig.from_dict(self.to_dict())
+        if core.is_sparse_attention:
+            raise UnsupportedModelError(_SPARSE.format(model_type=self.model_type))
+        return core
+
+
+def _expert_names(native: type[PreTrainedConfig]) -> dict[str, str]:
+    return {**native.attribute_map, "num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+
+
+@strict
+class ArchDeepseekV2Config(_ArchConfig, DeepseekV2Config):
+    """DeepSeek-V2, V2-Lite, V2.5."""
+
+    model_type = "deepseek_v2"
+    published_prefix = "DeepseekV2"
+    attribute_map = _expert_names(DeepseekV2Config)
+
+    output_router_logits: bool = False  # transformers 5.17 has no such field, and trainers look for it
+
+    def validate_architecture(self) -> None:
+        """Heads need not divide the hidden size, as the native check has it: their width is a field of its own."""
+
+
+@strict
+class ArchDeepseekV3Config(_ArchConfig, DeepseekV3Config):
+    """DeepSeek-V3, V3.1, R1, Moonlight."""
+
+    model_type = "deepseek_v3"
+    published_prefix = "DeepseekV3"
+    attribute_map = _expert_names(DeepseekV3Config)
+
+    output_router_logits: bool = False
+    # The native default is one prediction module, whether or not the file speaks of any.
+    num_mtp_layers: int = 0
+
+
+@strict
+class ArchKimiK2Config(ArchDeepseekV3Config):
+    """Kimi-K2: V3's fields and class names under a model type that transformers does not know."""
+
+    model_type = "kimi_k2"
+
+
+@strict
+class ArchGlm4MoeLiteConfig(_ArchConfig, Glm4MoeLiteConfig):
+    """GLM-4.7-Flash."""
+
+    model_type = "glm4_moe_lite"
+    published_prefix = "Glm4MoeLite"
+    attribute_map = _expert_names(Glm4MoeLiteConfig)
+
+    output_router_logits: bool = False
+
+
+CONFIG_CLASSES: dict[str, type[_ArchConfig]] = {
+    cls.model_type: cls for cls in (ArchDeepseekV2Config, ArchDeepseekV3Config, ArchKimiK2Config, ArchGlm4MoeLiteConfig)
+}
+
+
+def config_class(model_type: str | None) -> type[_ArchConfig]:
+    """Our config class for a published model type.
+
+    Raises:
+        UnsupportedModelError: there is none; for V3.2 the message says that sparse attention is what is missing.
+    """
+    if model_type in CONFIG_CLASSES:
+        return CONFIG_CLASSES[model_type]
+    if model_type == "deepseek_v32":
+        raise UnsupportedModelError(_SPARSE.format(model_type=model_type))
+    raise UnsupportedModelError(f"expected model_type to be one of {', '.join(CONFIG_CLASSES)}, got {model_type!r}")
+
+
+def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> _ArchConfig:
+    """`config` itself if it is one of ours, else our class with the same fields.
+
+    Args:
+        config: one of ours, transformers' native class for the same family, or a `DeepseekConfig`.
+
+    Raises:
+        UnsupportedModelError: a family that cannot be built.
+        ValueError: not a config.
+    """
+    if isinstance(config, _ArchConfig):
+        return config
+    if not isinstance(config, PreTrainedConfig | DeepseekConfig):
+        raise ValueError(f"expected a transformers config or a DeepseekConfig, got {type(config).__name__}")
+    own = config_class(config.model_type)
+    return own.from_dict(config.to_dict())
+
+
+def load_config(source: Any, **kwargs: Any) -> tuple[_ArchConfig, dict[str, Any]]:
+    """Reads the config of a checkpoint, and returns it with those of `kwargs` that are for the model's loading.
+
+    Args:
+        source: whatever `PreTrainedConfig.from_pretrained` takes.
+        kwargs: its keyword arguments (`revision`, `token`, ...), or changes of config fields.
+    """
+    where = {name: kwargs.pop(name) for name in _WHERE if name in kwargs}
+    for_model = {name: kwargs.pop(name) for name in _FOR_MODEL if name in kwargs}
+    data, _ = PreTrainedConfig.get_config_dict(source, **where)
+    own = config_class(data.get("model_type"))
+    config, unused = own.from_pretrained(source, return_unused_kwargs=True, **where, **kwargs)
+    return config, {**where, **for_model, **unused}
+
+
+def _own_name(name: str, prefix: str) -> str:
+    return "Deepseek" + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+
+def _published_name(name: str, prefix: str) -> str:
+    if name.startswith("Deepseek") and not name.startswith("DeepseekV"):
+        return prefix + name.removeprefix("Deepseek")
+    return name

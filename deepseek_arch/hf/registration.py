@@ -1,0 +1,82 @@
+"""Making transformers' Auto classes give our classes, and undoing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration import CONFIG_CLASSES, config_class
+from .modeling import (
+    DeepseekForCausalLM,
+    DeepseekForSequenceClassification,
+    DeepseekForTokenClassification,
+    DeepseekModel,
+)
+
+__all__ = ["register", "registered", "unregister"]
+
+_MODEL_CLASSES = (
+    (AutoModel, DeepseekModel),
+    (AutoModelForCausalLM, DeepseekForCausalLM),
+    (AutoModelForSequenceClassification, DeepseekForSequenceClassification),
+    (AutoModelForTokenClassification, DeepseekForTokenClassification),
+)
+_ABSENT = object()
+# What stood in transformers' tables before: (table, key) -> value or _ABSENT. Empty while not registered.
+_before: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
+
+
+def register(*model_types: str) -> None:
+    """From now on `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the classifiers' Auto classes give our classes.
+
+    Classes asked for by name, transformers' own among them, stay what they are. Repeating the call changes nothing.
+
+    Args:
+        model_types: which families (default: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite).
+
+    Raises:
+        UnsupportedModelError: a family that these modules cannot compute, such as deepseek_v32 (sparse attention).
+    """
+    classes = {model_type: config_class(model_type) for model_type in model_types or CONFIG_CLASSES}
+    for model_type, own in classes.items():
+        _put(CONFIG_MAPPING._extra_content, model_type, own)
+        for auto, model in _MODEL_CLASSES:
+            _put(auto._model_mapping._extra_content, own, model)
+
+
+def unregister() -> None:
+    """Undoes `register`: the Auto classes give what they gave before. Without a registration, nothing happens."""
+    for (_, key), (table, value) in reversed(_before.items()):
+        if value is _ABSENT:
+            table.pop(key, None)
+        else:
+            table[key] = value
+    _before.clear()
+
+
+@contextmanager
+def registered(*model_types: str) -> Iterator[None]:
+    """`register` within a `with` block; a registration that was there before it stays."""
+    held = dict(_before)
+    register(*model_types)
+    try:
+        yield
+    finally:
+        if not held:
+            unregister()
+
+
+def _put(table: dict[Any, Any], key: Any, value: Any) -> None:
+    # The tables behind transformers' public `register`, which never forgets and refuses its own model types.
+    if table.get(key) is not value:
+        _before.setdefault((id(table), key), (table, table.get(key, _ABSENT)))
+        table[key] = value

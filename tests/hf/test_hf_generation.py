@@ -1,0 +1,125 @@
+"""`generate` gives transformers' own tokens, by every road."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+from twins import native, ours
+
+import small_models
+from small_models import tokens
+
+NEW = 10
+# Token 60 is not drawn into prompts, so that padding cannot be taken for text.
+PAD = 60
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = ours(small_models.config("v3", rope_scaling=small_models.YARN))
+    return model, native(model)
+
+
+@pytest.fixture(scope="module")
+def prompt(pair):
+    ids = tokens(pair[0].config.to_core().replace(vocab_size=PAD), 3, 8, seed=3)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 5, 1)):
+        ids[row, :pad], mask[row, :pad] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, prompt, **how):
+    torch.manual_seed(0)
+    return model.generate(**prompt, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **how})
+
+
+ROADS = {
+    "greedy": {},
+    "without a cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.9},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "several of each": {"do_sample": True, "num_return_sequences": 2},
+    "stop token": {"eos_token_id": [5, 17, 40]},
+    "penalty": {"repetition_penalty": 1.5},
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_tokens_equal_the_native_ones_for_a_left_padded_batch(pair, prompt, road):
+    got, expected = (generate(model, prompt, **ROADS[road]) for model in pair)
+    assert torch.equal(got, expected)
+    assert got.shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("kind", ["v2", "v2-lite", "glm"])
+def test_other_families_generate_the_native_tokens(kind):
+    model = ours(small_models.config(kind))
+    prompt = {"input_ids": tokens(model.config.to_core().replace(vocab_size=PAD), 2, 6)}
+    assert torch.equal(generate(model, prompt), generate(native(model), prompt))
+
+
+def test_a_padded_row_generates_what_it_would_alone(pair, prompt):
+    together = generate(pair[0], prompt)
+    alone = generate(pair[0], {"input_ids": prompt["input_ids"][1:2, 5:]})
+    assert torch.equal(together[1, -NEW:], alone[0, -NEW:])
+
+
+def test_eager_attention_generates_the_same_and_shows_its_weights(pair, prompt):
+    model = pair[0]
+    expected = generate(model, prompt)
+    model.set_attn_implementation("eager")
+    try:
+        out = generate(model, prompt, output_attentions=True, return_dict_in_generate=True)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(out.sequences, expected)
+    last = out.attentions[-1]  # of the last step, one per layer
+    assert len(last) == model.config.num_hidden_layers
+    sums = last[0].sum(-1)
+    assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
+    assert last[0][1, :, :, :5].abs().max() == 0  # padding gets nothing
+
+
+@pytest.mark.parametrize("how", ["draft model", "prompt lookup"])
+def test_assisted_generation_gives_the_greedy_tokens(pair, prompt, how):
+    """Drafts that are refused are cropped from the cache."""
+    model = pair[0]
+    one = {"input_ids": prompt["input_ids"][:1]}
+    draft = ours(small_models.config("v2-lite", num_hidden_layers=1))
+    assistance = {"assistant_model": draft} if how == "draft model" else {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(generate(model, one, **assistance), generate(model, one))
+
+
+def test_our_models_draft_for_native_ones(pair, prompt):
+    one = {"input_ids": prompt["input_ids"][:1]}
+    draft = ours(small_models.config("v3", num_hidden_layers=2))
+    assert torch.equal(generate(pair[1], one, assistant_model=draft), generate(pair[1], one))
+
+
+def test_a_conversation_goes_on_from_its_cache(pair):
+    model = pair[0]
+    first, second = tokens(model.config.to_core(), 1, 5, seed=1), tokens(model.config.to_core(), 1, 4, seed=2)
+    cache = DynamicCache(config=model.config)
+    turn = generate(model, {"input_ids": first}, past_key_values=cache)
+    whole = torch.cat((turn, second), 1)
+    expected = generate(model, {"input_ids": whole})
+    assert torch.equal(generate(model, {"input_ids": whole}, past_key_values=cache), expected)
+
+
+def test_the_cache_holds_latents_not_heads(pair):
+    """kv_lora_rank + qk_rope_head_dim values a token and layer, whatever the number of heads (TRAPS B7)."""
+    model = pair[0]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 7, dtype=torch.long), past_key_values=cache)
+    assert cache.layers[0].keys.shape == (1, 1, 7, model.config.kv_lora_rank)
+    assert cache.layers[0].values.shape == (1, 1, 7, model.config.qk_rope_head_dim)
+
+
+def test_drafting_with_prediction_layers_is_refused(pair, prompt):
+    with pytest.raises(ValueError, match="use_mtp"):
+        generate(pair[0], prompt, use_mtp=True)

@@ -1,0 +1,171 @@
+"""Trainer, PEFT and the balance loss: the same numbers as transformers' own class gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from twins import native, ours, same_tensors
+
+import deepseek_arch as da
+import deepseek_arch.hf as dhf
+import small_models
+from small_models import error, tokens
+
+TOLERANCE = 1e-4
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_memory_only(reentrant):
+    model = ours(small_models.config("v3")).train()
+    ids = tokens(model.config.to_core(), 2, 9)
+    model(ids, labels=ids).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda *args: calls.append(1))
+    model(ids, labels=ids).loss.backward()
+    assert len(calls) == 2  # once forward, once again on the way back
+    got = gradients(model)
+    assert got.keys() == expected.keys()
+    assert max(error(got[name], expected[name]) for name in expected) <= TOLERANCE
+
+
+def test_balance_loss_and_its_factor():
+    """Switch's loss: E times the sum over experts of (choices per token) x (mean probability)."""
+    model = ours(small_models.config("v3")).train()
+    core = model.config.to_core()
+    ids, mask = tokens(core, 2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    out = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+    logits = torch.stack(out.router_logits)[:, mask.flatten().bool()].flatten(0, 1)  # real tokens of all layers
+    probability = logits.softmax(-1)
+    chosen = F.one_hot(probability.topk(core.num_experts_per_tok).indices, core.n_routed_experts).sum(1).float()
+    expected = core.n_routed_experts * (chosen.mean(0) * probability.mean(0)).sum()
+    assert error(out.aux_loss, expected) <= TOLERANCE
+    plain = model(ids, attention_mask=mask, labels=ids)
+    assert plain.aux_loss is None and plain.router_logits is None
+    assert torch.equal(out.loss, plain.loss)  # no factor in this config
+    for field, factor in (("aux_loss_alpha", 0.01), ("router_aux_loss_coef", 0.5)):
+        setattr(model.config, field, factor)
+        weighted = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+        assert error(weighted.loss, plain.loss + factor * expected) <= TOLERANCE
+    out.aux_loss.backward()
+    assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
+
+
+def train(model, folder, **changes):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens(model.config_core, 8, 10, seed=3)]
+    arguments = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    trainer = Trainer(model, TrainingArguments(str(folder), **(arguments | changes)), train_dataset=rows)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_follows_the_native_losses_and_saves_a_published_checkpoint(tmp_path, capsys):
+    model = ours(small_models.config("v3", num_nextn_predict_layers=1))
+    twin = native(model)
+    model.config_core = twin.config_core = model.config.to_core()
+    untouched = {name: p.clone() for name, p in model.mtp.state_dict().items()}
+    losses = train(model, tmp_path, gradient_checkpointing=True, save_strategy="steps", save_steps=6)
+    assert losses == pytest.approx(train(twin, tmp_path / "native"), rel=TOLERANCE)
+    assert losses[-1] < losses[0]
+    saved = tmp_path / "checkpoint-6"
+    assert same_tensors(da.load(saved).state_dict(), model.state_dict())
+    with dhf.registered():
+        assert same_tensors(AutoModelForCausalLM.from_pretrained(saved).state_dict(), model.state_dict())
+    assert same_tensors(model.mtp.state_dict(), untouched)
+
+
+# ---------------------------------------------------------------- PEFT
+
+ADAPTERS = {
+    "attention": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    "stacked experts": {
+        "target_modules": ["o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "all linear layers": {"target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("where", ADAPTERS)
+def test_lora_trains_saves_merges_and_fits_native_models(folder_of, tmp_path, where):
+    peft = pytest.importorskip("peft")
+    folder = folder_of("v3", num_nextn_predict_layers=1)
+    base = dhf.DeepseekForCausalLM.from_pretrained(folder)
+    frozen = {name: p.clone() for name, p in base.state_dict().items()}
+    # Random adapters, so that they show at once; LoRA's own start changes nothing.
+    settings = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTERS[where])
+    model = peft.get_peft_model(base, settings).eval()
+    ids = tokens(base.config.to_core(), 2, 9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    first = model(ids, labels=ids).loss
+    first.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < first
+        logits = model(ids).logits
+        with model.disable_adapter():
+            plain = model(ids).logits
+        # The absorbed form reads kv_b_proj through its adapter: cached and uncached agree.
+        steps = [model(ids[:, :-1], use_cache=True)]
+        steps.append(model(ids[:, -1:], past_key_values=steps[0].past_key_values))
+        assert error(torch.cat([step.logits for step in steps], 1), logits) <= TOLERANCE
+        model.save_pretrained(tmp_path / "adapter")
+        for cls in (dhf.DeepseekForCausalLM, DeepseekV3ForCausalLM):
+            again = peft.PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "adapter").eval()
+            assert error(again(ids).logits, logits) <= TOLERANCE
+        attached = dhf.DeepseekForCausalLM.from_pretrained(folder)
+        attached.load_adapter(str(tmp_path / "adapter"))
+        assert error(attached.eval()(ids).logits, logits) <= TOLERANCE
+        merged = model.merge_and_unload()
+        assert error(merged(ids).logits, logits) <= TOLERANCE
+        merged.save_pretrained(tmp_path / "merged")
+        core = da.load(tmp_path / "merged")
+        assert error(core(ids).logits, logits) <= TOLERANCE
+    assert error(logits, plain) > 0.01
+    assert torch.equal(core.model.embed_tokens.weight, frozen["model.embed_tokens.weight"])
+
+
+def test_adapter_folders_load_through_auto_classes_and_still_demand_every_weight(folder_of, edited, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    broken = edited(folder_of("v3"), lambda tensors, _: tensors.pop("model.layers.1.self_attn.q_a_proj.weight"))
+    for base, complete in ((folder_of("v3"), True), (broken, False)):
+        model = dhf.DeepseekForCausalLM.from_pretrained(folder_of("v3"))
+        adapted = peft.get_peft_model(model, settings)
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        adapted.save_pretrained(tmp_path / "adapter")
+        with dhf.registered():
+            if complete:
+                loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+                assert type(loaded) is dhf.DeepseekForCausalLM
+                ids = tokens(model.config.to_core(), 1, 6)
+                with torch.no_grad():
+                    assert error(loaded(ids).logits, adapted.eval()(ids).logits) <= TOLERANCE
+            else:
+                with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.self_attn\.q_a_proj\.weight"):
+                    AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
