@@ -195,7 +195,8 @@ class LatentCache:
         if index.ndim != 1 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size):
             raise ValueError(f"expected row indices between 0 and {self.batch_size - 1}, got {index.tolist()}")
         order = index.tolist()
-        self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
+        with torch.inference_mode(False):  # as in `_new_buffer`
+            self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
         self._lengths = [tuple(lengths[row] for row in order) for lengths in self._lengths]
         self.batch_size = len(order)
 

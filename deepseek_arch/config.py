@@ -73,6 +73,7 @@ _MODEL_TYPES: dict[str, dict[str, Any]] = {
     "kimi_k2": _SIGMOID,
     "glm4_moe_lite": {**_SIGMOID, "first_k_dense_replace": 1},
 }
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -191,7 +192,10 @@ class DeepseekConfig:
             if not path.is_file():
                 raise ConfigError(f"expected a checkpoint folder with a config.json, got {str(source)!r} without one")
         if path.is_file():
-            text, origin = path.read_text(encoding="utf-8"), str(path)
+            try:
+                text, origin = path.read_text(encoding="utf-8"), str(path)
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}: expected JSON in UTF-8, got {error}") from None
         elif str(source) in presets():
             text, origin = _preset_file(str(source)).read_text(encoding="utf-8"), f"preset {source}"
         elif str(source).startswith("deepseek-v4"):
@@ -229,9 +233,9 @@ class DeepseekConfig:
                 f"expected model_type to be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}{reason}"
             )
         for alias, name in _ALIASES.items():
-            if alias in data:
-                value = data.pop(alias)
-                data.setdefault(name, value)
+            value = data.pop(alias, None)
+            if data.get(name) is None and value is not None:
+                data[name] = value
         problems = [f"{name} is missing" for name in _REQUIRED if data.get(name) is None]
         if problems:
             raise ConfigError("; ".join(problems))
@@ -257,6 +261,7 @@ class DeepseekConfig:
             "q_lora_rank": None,
             "routed_scaling_factor": 1.0,
             "first_k_dense_replace": 0,
+            "dtype": None,
         }
         values = {**neutral, **_MODEL_TYPES[model_type], **{k: v for k, v in data.items() if k in known}}
         for name in ("scoring_func", "topk_method", "norm_topk_prob"):
@@ -265,6 +270,8 @@ class DeepseekConfig:
         for name in ("moe_layer_freq", "num_nextn_predict_layers", "rope_theta", "first_k_dense_replace"):
             if values.get(name, 0) is None:
                 del values[name]
+        if list(values.get("architectures") or ()) == [_ARCHITECTURES[model_type]]:
+            del values["architectures"]  # what `to_dict` writes anyway
         extra = dict(data.get("extra", {})) | {k: v for k, v in data.items() if k not in known and k != "extra"}
         return cls(**values, extra=extra)
 
@@ -281,12 +288,18 @@ class DeepseekConfig:
                 continue
             if f.name in ("latent_norm_eps", "mtp_input", "mtp_chain") and value == f.default:
                 continue
+            if f.name == "dtype":
+                out["torch_dtype"] = value  # the key that every reader knows
+                continue
             if isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):
                 value = dict(value)
-            out["torch_dtype" if f.name == "dtype" else f.name] = value
+            out[f.name] = value
         out.setdefault("architectures", [_ARCHITECTURES[self.model_type]])
+        if self.model_type == "glm4_moe_lite":  # transformers reads the dense prefix of this model from here
+            kinds = ("sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers))
+            out["mlp_layer_types"] = list(kinds)
         return dict(sorted(out.items()))
 
     def replace(self, **changes: Any) -> DeepseekConfig:
@@ -295,6 +308,8 @@ class DeepseekConfig:
         unknown = sorted(set(changes) - known)
         if unknown:
             raise ConfigError(f"expected fields of DeepseekConfig, got {', '.join(unknown)}")
+        if "num_attention_heads" in changes:  # the two are always equal
+            changes.setdefault("num_key_value_heads", None)
         return dataclasses.replace(self, **changes)
 
     # ---------------------------------------------------------------- derived
@@ -364,6 +379,8 @@ class DeepseekConfig:
                 problems.append(f"expected {name} to be a mapping, got {value!r}")
         if self.dtype is not None:
             set_("dtype", str(self.dtype).removeprefix("torch."))
+            if self.dtype not in _DTYPES:
+                problems.append(f"expected dtype to be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         self._check_numbers(problems)
         if not problems:
             self._check_relations(problems)
@@ -509,8 +526,10 @@ def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
         if value is None and name != "factor":
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < bound:
-            problems.append(f"expected rope_scaling[{name!r}] to be a finite number >= {bound}, got {value!r}")
+        positive = name.startswith("beta")
+        if not number or value < bound or (positive and value == 0):
+            relation = ">" if positive else ">="
+            problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {value!r}")
 
 
 def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
@@ -526,22 +545,33 @@ def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
 
 def _read_rope(data: dict[str, Any], problems: list[str]) -> None:
     """Turns transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
-    parameters = data.pop("rope_parameters", None)
-    if data.get("partial_rotary_factor", 1.0) != 1.0:
+    if data.get("partial_rotary_factor", 1.0) not in (1.0, None):
         problems.append(f"expected partial_rotary_factor 1.0, got {data['partial_rotary_factor']!r}")
-    if parameters is None:
-        return
-    if not isinstance(parameters, Mapping):
-        problems.append(f"expected rope_parameters to be a mapping, got {parameters!r}")
-        return
-    parameters = dict(parameters)
-    if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        problems.append("expected partial_rotary_factor 1.0 in rope_parameters")
-    theta = parameters.pop("rope_theta", None)
-    if theta is not None:
-        data.setdefault("rope_theta", theta)
-    if data.get("rope_scaling") is None:
-        data["rope_scaling"] = parameters if _rope_type(parameters) != "default" else None
+    thetas = {"rope_theta": data.pop("rope_theta", None)}
+    scalings = []
+    for name in ("rope_scaling", "rope_parameters"):
+        parameters = data.pop(name, None)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, Mapping):
+            problems.append(f"expected {name} to be a mapping, got {parameters!r}")
+            continue
+        parameters = dict(parameters)
+        if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+            problems.append(f"expected partial_rotary_factor 1.0 in {name}")
+        thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta", None)
+        if _rope_type(parameters) != "default":
+            scalings.append(parameters)
+    said = {name: theta for name, theta in thetas.items() if theta is not None}
+    if len(set(map(str, map(_as_float, said.values())))) > 1:
+        problems.append(f"expected one rope_theta, got {said}")
+    if said:
+        data["rope_theta"] = next(iter(said.values()))
+    data["rope_scaling"] = scalings[0] if scalings else None
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
 
 
 def _preset_file(name: str) -> Any:

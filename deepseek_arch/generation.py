@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,7 +26,8 @@ def sampling_probabilities(
     Returns:
         float32 [..., vocab_size], summing to 1.
     """
-    scores = logits.float() / temperature
+    logits = logits.float()
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature  # a tiny temperature must not overflow
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     if top_p is not None and top_p < 1:
@@ -99,41 +101,43 @@ def generate(
     tokens[:, :prompt] = input_ids
     if max_new_tokens == 0:
         return tokens
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         cache = model.new_cache(batch, capacity=prompt + max_new_tokens)
-        hidden = _prefill(model, input_ids, attention_mask, cache, prefill_chunk or prompt)
+        logits = _prefill(model, input_ids, attention_mask, cache, prefill_chunk or prompt)
         done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         for position in range(prompt, prompt + max_new_tokens):
-            new = sample(model.lm_head(hidden), temperature, top_k, top_p, generator).masked_fill(done, pad)
-            tokens[:, position] = new
+            new = sample(logits, temperature, top_k, top_p, generator)
+            tokens[:, position] = new.masked_fill(done, pad)
             if callback is not None:
-                callback(new)
+                callback(tokens[:, position])
             done = done | torch.isin(new, ends)
-            if position + 1 == prompt + max_new_tokens or (len(ends) and bool(done.all())):
+            if len(ends) and bool(done.all()):
                 return tokens[:, : position + 1]
-            hidden = model.model(new[:, None], cache=cache).hidden_states[:, -1]
+            if position + 1 < prompt + max_new_tokens:
+                # A finished row goes on with what it sampled: `pad` need not be in the vocabulary.
+                logits = model(new[:, None], cache=cache).logits[:, -1]
+        return tokens
     finally:
-        model.train(was_training)
-    raise AssertionError("unreachable")
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _prefill(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor | None, cache, chunk: int) -> Tensor:
-    """Runs the prompts into the cache -> hidden state [B, H] of each row's last prompt token."""
+    """Runs the prompts into the cache -> logits [B, vocab_size] of each row's last prompt token."""
     batch, prompt = input_ids.shape
     last = torch.full((batch,), prompt - 1, device=input_ids.device)
     if attention_mask is not None:
         last = prompt - 1 - (attention_mask != 0).long().flip(-1).argmax(-1)
-    hidden = torch.empty(0)
+    logits = torch.empty(0)
     for start in range(0, prompt, chunk):
-        part = slice(start, start + chunk)
-        mask = None if attention_mask is None else attention_mask[:, part]
-        states = model.model(input_ids[:, part], mask, cache=cache).hidden_states
-        here = (last - start).clamp(0, states.shape[1] - 1)
-        chosen = states.gather(1, here[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0]
-        hidden = chosen if start == 0 else torch.where((last >= start)[:, None], chosen, hidden)
-    return hidden
+        ids = input_ids[:, start : start + chunk]
+        mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
+        here = (last - start).clamp(0, ids.shape[1] - 1)[:, None]
+        chosen = model(ids, mask, cache=cache, logits_to_keep=here).logits[:, 0]
+        logits = chosen if start == 0 else torch.where((last >= start)[:, None], chosen, logits)
+    return logits
 
 
 def _end_tokens(model: DeepseekLM, eos_token_id: int | Iterable[int] | None, device) -> Tensor:
@@ -144,18 +148,20 @@ def _end_tokens(model: DeepseekLM, eos_token_id: int | Iterable[int] | None, dev
 
 def _check(model, input_ids, attention_mask, max_new_tokens, mtp_depth, temperature, top_k, top_p, chunk) -> None:
     problems = []
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"expected input_ids to be a tensor [B, T], got {type(input_ids).__name__}")
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         problems.append(f"expected input_ids [B, T] with T >= 1, got {list(input_ids.shape)}")
     elif attention_mask is not None and attention_mask.shape != input_ids.shape:
         problems.append(f"expected attention_mask {list(input_ids.shape)}, got {list(attention_mask.shape)}")
     elif attention_mask is not None and not bool((attention_mask != 0).any(-1).all()):
         problems.append("expected at least one prompt token in every row, got a row of padding only")
-    if max_new_tokens < 0:
-        problems.append(f"expected max_new_tokens >= 0, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        problems.append(f"expected an integer max_new_tokens >= 0, got {max_new_tokens!r}")
     if mtp_depth:
         problems.append(f"expected mtp_depth 0 (speculative decoding is not implemented yet), got {mtp_depth}")
-    if not temperature >= 0:
-        problems.append(f"expected temperature >= 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        problems.append(f"expected a finite temperature >= 0, got {temperature}")
     if top_k is not None and top_k < 1:
         problems.append(f"expected top_k >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

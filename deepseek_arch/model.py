@@ -54,8 +54,8 @@ class CausalLMOutput:
         loss: mean cross-entropy of the next token, float32 scalar, when labels were given.
         aux_loss: None; balance losses belong to training recipes.
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
-            when labels were given and the model has multi-token-prediction layers. Train on
-            `loss + weight * mtp_loss` (V3: weight 0.3, later 0.1).
+            when labels and input_ids were given, no cache was, and the model has multi-token-prediction layers. Train
+            on `loss + weight * mtp_loss` (V3: weight 0.3, later 0.1).
         hidden_states: [B, T, H], the trunk's output after the final norm.
     """
 
@@ -99,9 +99,11 @@ class DeepseekModel(nn.Module):
         valid = _check_mask(attention_mask, batch, tokens, cache)
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
             raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
-        if cache is not None and cache.batch_size != batch:
-            raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
-        documents = document_numbers(position_ids, valid)
+        if cache is not None:
+            self._check_cache(cache, batch, x.dtype)
+        documents = None
+        if cache is None or not torch.compiler.is_compiling():
+            documents = document_numbers(position_ids, valid)
         if cache is not None and documents is not None:
             raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
         with cache.append(tokens, valid) if cache is not None else nullcontext() as slots:
@@ -120,6 +122,18 @@ class DeepseekModel(nn.Module):
                 else:
                     x = layer(x, rope, mask, cache)
         return TrunkOutput(self.norm(x), x, rope, mask, documents)
+
+    def _check_cache(self, cache: LatentCache, batch: int, dtype: torch.dtype) -> None:
+        c = self.config
+        if cache.batch_size != batch:
+            raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
+        expected = (c.num_hidden_layers, 0, c.kv_lora_rank, c.qk_rope_head_dim)
+        got = (cache.num_layers, cache.first_layer, cache.kv_lora_rank, cache.qk_rope_head_dim)
+        if got != expected:
+            names = "(layers, first layer, kv_lora_rank, qk_rope_head_dim)"
+            raise ValueError(f"expected this model's cache {names} {expected}, got {got}")
+        if cache.dtype != dtype and not torch.is_autocast_enabled(cache.device.type):
+            raise ValueError(f"expected a cache of dtype {dtype}, got {cache.dtype}")
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Token embeddings [B, T, H] of ids [B, T], or `inputs_embeds` as it is.
@@ -254,9 +268,10 @@ class DeepseekLM(nn.Module):
                 Without a cache, positions that start again within a row mark packed documents, which do not see each
                 other.
             cache: a `LatentCache`, updated in place; padding is not stored. If the call raises, it is as before.
-            labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. Padding predicts
-                nothing. For packed documents, ignore each document's first token.
-            logits_to_keep: 0 for all positions, n for the last n, or an index tensor of positions.
+            labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. Padding neither
+                predicts nor is predicted, and no document predicts the next one's first token.
+            logits_to_keep: 0 for all positions, n for the last n, an index tensor of positions, or int64 [B, n] with
+                positions for each row.
             inputs_embeds: [B, T, H] instead of input_ids.
 
         Raises:
@@ -270,11 +285,17 @@ class DeepseekLM(nn.Module):
             labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         hidden = trunk.hidden_states
-        kept = hidden[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else hidden[:, -logits_to_keep:]
+        if not isinstance(logits_to_keep, Tensor):
+            kept = hidden[:, -logits_to_keep:]
+        elif logits_to_keep.ndim == 2:
+            kept = hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[-1]))
+        else:
+            kept = hidden[:, logits_to_keep]
         out = CausalLMOutput(logits=self.lm_head(kept), hidden_states=hidden)
         if labels is not None:
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
-            out.loss = _cross_entropy(out.logits, _ignore(shift_labels(labels, 1), padding))
+            labels = _ignore(labels, padding)
+            out.loss = _cross_entropy(out.logits, _ignore(shift_labels(labels, 1, trunk.documents), padding))
             if len(self.mtp) and input_ids is not None and cache is None:
                 out.mtp_loss = self._mtp_loss(trunk, input_ids, padding, labels)
         return out
@@ -318,8 +339,11 @@ class DeepseekLM(nn.Module):
             for the next depth (`config.mtp_chain`, TRAPS F3).
         """
         layer = self.mtp[depth]
-        hidden = layer(hidden, self.model.embed(next_ids), rope, mask, cache)
-        normed = layer.shared_head.norm(hidden)
+        embeddings = self.model.embed(next_ids)
+        if self.model.gradient_checkpointing and self.training and cache is None:
+            hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, use_reentrant=False)
+        else:
+            hidden, normed = layer(hidden, embeddings, rope, mask, cache)
         return self.lm_head(normed), normed if self.config.mtp_chain == "head_norm" else hidden
 
     def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor) -> Tensor:
@@ -328,7 +352,6 @@ class DeepseekLM(nn.Module):
         Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
         document count nothing; being last, they are seen by no position that does (TRAPS F8).
         """
-        labels = _ignore(labels, padding)
         hidden, losses = self.mtp_hidden(trunk), []
         for depth in range(len(self.mtp)):
             next_ids = shift_left(input_ids, depth + 1)
@@ -356,7 +379,7 @@ def allocate(module: nn.Module, device: torch.device) -> None:
 
 
 def _ignore(targets: Tensor, padding: Tensor | None) -> Tensor:
-    """Targets without those asked of padding, which would make the loss depend on the token that pads."""
+    """Targets without those at padding, which would make the loss depend on the token that pads."""
     return targets if padding is None else targets.masked_fill(padding, -100)
 
 

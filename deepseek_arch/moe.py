@@ -5,6 +5,8 @@ Notation: T tokens (batch and sequence flattened), H hidden_size, E experts, K c
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,7 +111,9 @@ class Router(nn.Module):
 
         Experts come in order of falling preference; equal scores go to the smaller id.
         """
-        with torch.autocast(x.device.type, enabled=False):  # which would take the product down to 16 bits
+        kind = x.device.type
+        # Autocast would take the product down to 16 bits; the meta device has none.
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())  # [T, E]
         weights, ids = self.route(logits)
         return logits, weights, ids
@@ -122,7 +126,7 @@ class Router(nn.Module):
         # A stable sort, not topk: topk leaves the order of equal scores to the device.
         ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = scores.gather(-1, ids)
-        if self.norm_topk_prob and self.top_k > 1:
+        if self.norm_topk_prob and (self.topk_method == "noaux_tc" or self.top_k > 1):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             if self.topk_method != "noaux_tc":
                 return weights, ids  # V2's code scales only what it did not normalize (TRAPS C8)

@@ -48,7 +48,7 @@ class MTPLayer(DecoderLayer):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: Any | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """One step of the causal chain.
 
         Args:
@@ -57,11 +57,12 @@ class MTPLayer(DecoderLayer):
             rope, mask, cache: as for the decoder layers; positions are those of h_i (TRAPS F4).
 
         Returns:
-            [B, T, H], the block's output: the next depth's `hidden`; `shared_head.norm` and the trunk's head turn it
-            into the logits of the token `depth + 2` after position i.
+            The block's output [B, T, H], and the same after `shared_head.norm`, which the trunk's head turns into the
+            logits of the token `depth + 2` after position i.
         """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
-        return super().forward(self.eh_proj(joined), rope, mask, cache)
+        hidden = super().forward(self.eh_proj(joined), rope, mask, cache)
+        return hidden, self.shared_head.norm(hidden)
 
 
 def shift_left(x: Tensor, by: int, fill: int = 0) -> Tensor:

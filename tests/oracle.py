@@ -261,7 +261,7 @@ def route(config, token: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[l
     experts = sorted(candidates, key=lambda e: (-choice[e], e))[:top_k]
 
     gates = [scores[e] for e in experts]  # never the biased ones
-    normalize = config.norm_topk_prob and top_k > 1
+    normalize = config.norm_topk_prob and (sigmoid or top_k > 1)
     if normalize:
         total = sum(gates) + 1e-20
         gates = [g / total for g in gates]

@@ -120,6 +120,11 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig]:
             wrong.append(f"{slot.parameter}: expected {list(slot.shape)} for {slot.name}, got {shape and list(shape)}")
         elif tensor.is_meta:
             wrong.append(f"{slot.parameter}: expected a tensor with memory, got one on device meta")
+        elif type(tensor) not in (Tensor, nn.Parameter):
+            wrong.append(f"{slot.parameter}: expected a plain tensor, got a {type(tensor).__name__} (gather it first)")
+    known = {slot.parameter for slot in layout(config)} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    unknown = sorted(set(state) - known)
+    wrong += [f"{name}: not a parameter of this model (merge adapters first)" for name in unknown]
     if wrong:
         raise ValueError("expected the parameters that the model's config describes: " + "; ".join(wrong[:5]))
     return state, config

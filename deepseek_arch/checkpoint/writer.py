@@ -127,7 +127,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        if self._stream is not None:
+            self._stream.close()
         shutil.rmtree(self._staging, ignore_errors=True)
         if self._made_folder:
             with contextlib.suppress(OSError):  # not empty: the checkpoint is there
@@ -172,6 +173,7 @@ class CheckpointWriter:
 
     def _close(self) -> None:
         if self._stream is not None:
+            os.fsync(self._stream.fileno())  # the renames of `commit` must not outrun the bytes in a power cut
             self._stream.close()
         self._stream = self._current = None
 
@@ -227,4 +229,7 @@ def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
 
 
 def _write_json(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(data, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -231,9 +231,11 @@ def main(args: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
             app(args=None if args is None else list(args), prog_name="deepseek-arch")
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        # What a user passed, a file system, a missing optional package: all of these say what was expected.
+    except (ValueError, OSError, ImportError, MemoryError, ArithmeticError, RuntimeError) as error:
+        # What a user passed, a file system, a missing optional package: all of these say what was expected. PyTorch
+        # raises RuntimeError where a device is absent or out of memory, with pages of details behind the first line.
         if os.environ.get("DEEPSEEK_ARCH_TRACEBACK"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        text = str(error) if isinstance(error, (ValueError, OSError)) else str(error).partition("\n")[0]
+        typer.echo(f"error: {text or type(error).__name__}", err=True)
         raise SystemExit(1) from None

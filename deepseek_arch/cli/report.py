@@ -128,7 +128,12 @@ def print_inspection(found: CheckpointReport) -> None:
             console.print(f"  {escape(line)}")
         if len(details) > _SHOWN:
             console.print(f"  and {len(details) - _SHOWN:,} more (--json lists all)")
-    console.print("[green]This checkpoint loads.[/green]" if found.ok else "[red]This checkpoint does not load.[/red]")
+    if not found.ok:
+        console.print("[red]This checkpoint does not load.[/red]")
+    elif found.config.is_sparse_attention:
+        console.print("[yellow]Complete, but its model cannot be built yet (sparse attention).[/yellow]")
+    else:
+        console.print("[green]This checkpoint loads.[/green]")
 
 
 def _some(names: tuple[str, ...]) -> str:

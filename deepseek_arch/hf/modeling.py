@@ -151,7 +151,7 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
         """What transformers does once a model's modules are there, and ours to read and write published names."""
         super().post_init()
         self.set_saving_conversions()
-        accept_published_names(self, self.config.to_core())
+        accept_published_names(self)
 
     def set_saving_conversions(self) -> None:
         """Fixes what `save_pretrained` undoes, however the model was made."""

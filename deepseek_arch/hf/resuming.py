@@ -1,7 +1,7 @@
 """`load_state_dict` that understands published names.
 
-Trainer goes on from a checkpoint by reading the files it saved and calling `load_state_dict(..., strict=False)`: with the
-published names of the experts in them, the stacked parameters would silently stay as they were.
+Trainer goes on from a checkpoint by reading the files it saved and calling `load_state_dict(..., strict=False)`: with
+the published names of the experts in them, the stacked parameters would silently stay as they were.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DeepseekConfig
 from ..moe import Experts
 from .conversion import mtp_key_mapping
 
@@ -21,25 +20,28 @@ __all__ = ["accept_published_names"]
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the trunk's tensors, in a prediction layer
 
 
-def accept_published_names(model: nn.Module, core: DeepseekConfig) -> None:
-    """Makes `model.load_state_dict` take published names beside its own; a part of the experts is enough (shards)."""
-    for module in model.modules():
-        if isinstance(module, Experts) and not hasattr(module, "_takes_published_names"):
-            module.register_load_state_dict_pre_hook(_stack_experts)
-            module._takes_published_names = True
-    renames = [(re.compile(published), own) for published, own in mtp_key_mapping(core).items()]
+def accept_published_names(model: nn.Module) -> None:
+    """Makes `model.load_state_dict` take published names beside its own; a part of the experts is enough (shards).
 
-    def rename_prediction_layers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for key in list(state_dict):
-            for published, own in renames:
-                name = key.removeprefix(prefix)
-                if key.startswith(prefix) and published.search(name):
-                    tensor, name = state_dict.pop(key), published.sub(own, name)
-                    if not name.endswith(_COPIES):
-                        state_dict[prefix + name] = tensor
+    Args:
+        model: a trunk with `layers`, or a language model with `mtp`; the trunk inside the latter has its own call.
+    """
+    for name in ("layers", "mtp"):
+        for module in getattr(model, name, nn.ModuleList()).modules():
+            if isinstance(module, Experts):
+                module.register_load_state_dict_pre_hook(_stack_experts)
+    if hasattr(model, "mtp"):
+        model.register_load_state_dict_pre_hook(_rename_prediction_layers)
 
-    if renames and hasattr(model, "mtp"):
-        model.register_load_state_dict_pre_hook(rename_prediction_layers)
+
+def _rename_prediction_layers(model: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Replaces `model.layers.{num_hidden_layers + k}.` by `mtp.{k}.`, and drops copies of the trunk's tensors."""
+    for published, own in mtp_key_mapping(model.config.to_core()).items():
+        pattern = re.compile(published)
+        for key in [key for key in state_dict if key.startswith(prefix) and pattern.search(key[len(prefix) :])]:
+            tensor, name = state_dict.pop(key), pattern.sub(own, key[len(prefix) :])
+            if not name.endswith(_COPIES):
+                state_dict[prefix + name] = tensor
 
 
 def _stack_experts(

@@ -1,17 +1,20 @@
 """The only place that decides which implementation of an operator runs.
 
-`auto` (the default) takes the fastest implementation that can run here. A backend asked for by name, through the
-environment variable DEEPSEEK_KERNELS_BACKEND or `use_backend`, never falls back: if it cannot run, the call raises and
-says why.
+`auto` (the default) takes the Triton kernels on a CUDA device that can run them and the reference elsewhere, and says
+why once, through the logger `deepseek_kernels`. A backend asked for by name, through the environment variable
+DEEPSEEK_KERNELS_BACKEND or `use_backend`, never falls back: if it cannot run, the call raises and says why.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -30,10 +33,7 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "triton")
 _VARIABLE = "DEEPSEEK_KERNELS_BACKEND"
-
-# Plain module globals: Dynamo traces and guards them, which it cannot do with a ContextVar or a look at the processor.
-_backend: str = os.environ.get(_VARIABLE) or "auto"
-_operators: dict[str, tuple[str, ...]] = {}
+_logger = logging.getLogger("deepseek_kernels")
 
 
 class BackendError(ValueError):
@@ -49,9 +49,25 @@ class Choice:
     reason: str
 
 
-def register(op: str, *implementations: str) -> None:
-    """Declares that operator `op` has these implementations besides its reference."""
-    _operators[op] = implementations
+@dataclass(frozen=True)
+class _Operator:
+    implementations: tuple[str, ...]
+    capability: tuple[int, int]
+
+
+# Plain module globals: Dynamo traces and guards them, which it cannot do with a ContextVar or a look at the processor.
+_backend: str = os.environ.get(_VARIABLE) or "auto"
+_operators: dict[str, _Operator] = {}
+_said: set[tuple[str, str]] = set()
+
+
+def register(op: str, *implementations: str, capability: tuple[int, int] = (8, 0)) -> None:
+    """Declares that operator `op` has these implementations besides its reference.
+
+    Args:
+        capability: the least CUDA compute capability of its Triton kernels, (8, 9) where they convert to FP8.
+    """
+    _operators[op] = _Operator(implementations, capability)
 
 
 def requested() -> str:
@@ -74,16 +90,65 @@ def use_backend(name: str) -> Iterator[None]:
         _backend = previous
 
 
-def pick(op: str) -> str:
+def pick(op: str, device: torch.device | None = None, unsupported: str | None = None) -> str:
     """The implementation that runs for `op`: "reference" or "triton".
 
+    Args:
+        device: where the operands are; None for an operator that has nothing but its reference.
+        unsupported: why the Triton kernels cannot take these very operands, if they cannot.
+
     Raises:
-        BackendError: a backend was asked for by name that `op` does not have.
+        BackendError: "triton" was asked for by name and cannot run.
     """
     name = requested()
-    if name == "triton" and "triton" not in _operators[op]:
-        raise BackendError(f"operator {op} has no triton implementation; available: reference")
-    return "reference" if name == "auto" and "triton" not in _operators[op] else name
+    if name == "reference":
+        return name
+    kind, index = ("cpu", None) if device is None else (device.type, device.index)
+    obstacle = _obstacle(op, kind, index, unsupported, name == "auto")
+    if obstacle is None:
+        return "triton"
+    if name == "triton":
+        raise BackendError(obstacle)
+    return "reference"
+
+
+def _obstacle(op: str, kind: str, index: int | None, unsupported: str | None, auto: bool) -> str | None:
+    """Why the Triton kernels of `op` do not run on a device of this kind; None if they do. Under `auto` says so once."""
+    operator = _operators[op]
+    if "triton" not in operator.implementations:
+        return f"operator {op} has no triton implementation; available: reference"
+    reason = _machine_obstacle(operator, kind, index, auto) or unsupported
+    if reason is None:
+        return None
+    if auto and (op, reason) not in _said:
+        _said.add((op, reason))
+        # On a GPU the reference is a surprise, and slow; elsewhere it is what one expects.
+        _logger.log(logging.WARNING if kind == "cuda" else logging.INFO, "%s runs its reference: %s", op, reason)
+    return f"operator {op} cannot run on triton: {reason}"
+
+
+# Dynamo calls it while tracing and keeps the answer: it looks at the machine, which cannot be traced. This is what
+# `torch.compiler.assume_constant_result` sets; calling that would import the compiler, and Triton, with this module.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _machine_obstacle(operator: _Operator, kind: str, index: int | None, auto: bool) -> str | None:
+    if not _triton_installed():
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels then run in Python, on any device, very slowly
+        return "TRITON_INTERPRET is set, and the interpreter runs only when asked for by name" if auto else None
+    if kind != "cuda":
+        return f"it needs a CUDA device, got {kind}"
+    found = torch.cuda.get_device_capability(index)
+    if found < operator.capability:
+        least = ".".join(map(str, operator.capability))
+        return f"it needs compute capability {least}, got {found[0]}.{found[1]}"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 # An x86 CPU without AVX-512 has no products of 16-bit floats: torch then computes a bfloat16 product one dot product at
@@ -102,30 +167,34 @@ def native_half_matmul() -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The operands of a product, cast as `torch.autocast` casts those of a built-in one; unchanged outside of it."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t for t in tensors)
 
 
 def describe() -> list[Choice]:
-    """What runs for each operator on this machine, and why."""
+    """What runs for each operator on this machine, and why; implementation "none" where what was asked for cannot run."""
     name, cpu = requested(), torch.backends.cpu.get_cpu_capability()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = (
         f"CPU {cpu}: 16-bit products in hardware"
         if native_half_matmul()
         else f"CPU {cpu} has no 16-bit products: from 16 rows on, weights are expanded to float32 block by block"
     )
     choices = []
-    for op, implementations in sorted(_operators.items()):
-        chosen = pick(op)
+    for op, operator in sorted(_operators.items()):
+        obstacle = _obstacle(op, device.type, device.index, None, name == "auto")
+        chosen = "triton" if obstacle is None else "reference"
         if name != "auto":
-            reason = f"{name} was asked for"
-        elif not implementations:
+            chosen, reason = name, f"{name} was asked for"
+            if name == "triton" and obstacle:
+                chosen, reason = "none", f"{reason}, but {obstacle}"
+        elif not operator.implementations:
             reason = "the reference is the only implementation"
         else:
-            reason = f"available: reference, {', '.join(implementations)}"
-        if op in ("dense_gemm", "grouped_gemm") and not torch.cuda.is_available():
+            reason = obstacle or f"its kernels run on {torch.cuda.get_device_name(device)}"
+        if op in ("dense_gemm", "grouped_gemm") and device.type != "cuda":
             reason += f"; {how}"
         choices.append(Choice(op, chosen, reason))
     return choices

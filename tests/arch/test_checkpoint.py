@@ -751,7 +751,8 @@ def test_inspecting_a_model_that_cannot_be_built_yet(tmp_path):
     weights = {slot.name: torch.zeros(slot.shape) for slot in layout(config)}
     assert any(".indexer." in name for name in weights)
     folder = files.write(tmp_path, weights, config)
-    assert inspect_checkpoint(folder).ok
+    found = inspect_checkpoint(folder)
+    assert found.ok and "sparse attention" in found.warnings[0]
     with pytest.raises(da.UnsupportedModelError, match="sparse attention"):
         load(folder)
     slice_checkpoint(folder, tmp_path / "part", layers=[2])

@@ -365,5 +365,5 @@ def test_a_mask_per_head_is_refused_by_the_absorbed_form(monkeypatch):
     cfg = config("v3")
     attention, _ = _attention(cfg)
     _force(attention, "absorbed", monkeypatch)
-    with pytest.raises(ValueError, match=r"mask for all heads \[B, 1, T, S\], got \[1, 2, 12, 12\]"):
+    with pytest.raises(ValueError, match=r"mask for all heads, \[T, S\] or \[B, 1, T, S\], got \[1, 2, 12, 12\]"):
         attention(_inputs(cfg), _rope(cfg), mask=torch.ones(1, 2, 12, 12, dtype=torch.bool))

@@ -78,12 +78,13 @@ def test_normalization_and_scaling(kind, normalize, total):
         assert torch.equal(weights, scores.gather(-1, ids) * cfg.routed_scaling_factor)
 
 
-def test_a_single_expert_is_not_normalized():
-    """FIGURES 5.1: normalizing needs more than one expert; its weight is its score times the factor."""
-    cfg = config("v3", num_experts_per_tok=1)
-    router, x = _router(cfg), _inputs(cfg)
+def test_a_single_expert_is_normalized_like_several():
+    """As transformers and DeepSeek's inference code do; only V2's published code asks for more than one expert."""
+    router, x = _router(config("v3", num_experts_per_tok=1)), _inputs(config("v3"))
+    assert torch.allclose(router(x)[1], torch.tensor(2.5), rtol=8 * EPS32)
+    router = _router(config("v2", num_experts_per_tok=1, norm_topk_prob=True))
     logits, weights, ids = router(x)
-    assert torch.equal(weights, logits.sigmoid().gather(-1, ids) * 2.5)
+    assert torch.equal(weights, logits.softmax(-1).gather(-1, ids) * router.routed_scaling_factor)
 
 
 def test_masked_groups_are_minus_infinity_not_zero():

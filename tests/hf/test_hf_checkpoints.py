@@ -78,6 +78,19 @@ def test_other_ways_of_saving(folder_of, tmp_path, how):
     assert same_tensors(da.load(tmp_path / "published").state_dict(), expected)
 
 
+def test_fresh_models_are_drawn_as_the_config_says(tmp_path):
+    """Uninitialized memory is NaN in these tests."""
+    model = dhf.DeepseekForCausalLM(small_models.config("v3", num_nextn_predict_layers=1, initializer_range=0.1))
+    for name, tensor in model.state_dict().items():
+        if "norm" in name:
+            assert (tensor == 1).all(), name
+        elif "e_score" in name:
+            assert (tensor == 0).all(), name
+        else:
+            # Five standard errors of a sample's standard deviation.
+            assert abs(tensor.std() - 0.1) < 5 * 0.1 / (2 * tensor.numel()) ** 0.5, name
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     config = small_models.config("v3", tie_word_embeddings=True, num_nextn_predict_layers=1)
     model = dhf.DeepseekForCausalLM(config)

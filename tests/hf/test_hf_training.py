@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from twins import native, ours, same_tensors
@@ -61,7 +65,7 @@ def test_balance_loss_and_its_factor():
     assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
 
 
-def train(model, folder, **changes):
+def train(model, folder, resume=None, **changes):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -80,7 +84,7 @@ def train(model, folder, **changes):
         "seed": 1,
     }
     trainer = Trainer(model, TrainingArguments(str(folder), **(arguments | changes)), train_dataset=rows)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -97,6 +101,41 @@ def test_trainer_follows_the_native_losses_and_saves_a_published_checkpoint(tmp_
     with dhf.registered():
         assert same_tensors(AutoModelForCausalLM.from_pretrained(saved).state_dict(), model.state_dict())
     assert same_tensors(model.mtp.state_dict(), untouched)
+
+
+def test_trainer_resumes_with_the_experts_it_saved(tmp_path, capsys):
+    """It calls `load_state_dict(strict=False)` on published names: the native stacked experts stay as they were."""
+    pytest.importorskip("accelerate")
+    schedule = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
+    config = small_models.config("v3", num_nextn_predict_layers=1)
+    models = [ours(config), ours(config)]
+    for model in models:
+        model.config_core = config
+    expected = train(models[0], tmp_path, **schedule)
+    resumed = train(models[1], tmp_path, resume=tmp_path / "checkpoint-3", **schedule)
+    assert resumed == pytest.approx(expected, rel=1e-6)
+    assert same_tensors(models[1].state_dict(), models[0].state_dict())
+
+
+def test_published_names_are_taken_by_load_state_dict(folder_of, tmp_path):
+    from transformers.trainer_utils import load_sharded_checkpoint
+
+    model = dhf.DeepseekForCausalLM.from_pretrained(folder_of("v3", num_nextn_predict_layers=2))
+    model.save_pretrained(tmp_path, max_shard_size="50KB")  # the experts of a layer lie in several shards
+    fresh = dhf.DeepseekForCausalLM(model.config.to_core())
+    load_sharded_checkpoint(fresh, str(tmp_path), strict=False)
+    assert same_tensors(fresh.state_dict(), model.state_dict())
+    published = {}
+    for file in tmp_path.glob("*.safetensors"):
+        published |= load_file(file)
+    fresh = pickle.loads(pickle.dumps(dhf.DeepseekForCausalLM(model.config.to_core())))
+    fresh.load_state_dict(published)  # strict: nothing missing, nothing unexpected
+    assert same_tensors(fresh.state_dict(), model.state_dict())
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    with pytest.raises(RuntimeError, match=re.escape(name)):
+        fresh.load_state_dict(published | {name: published[name].T})
+    with pytest.raises(RuntimeError, match=r"lm_head\.weight"):
+        fresh.load_state_dict({k: v for k, v in published.items() if k != "lm_head.weight"})
 
 
 # ---------------------------------------------------------------- PEFT

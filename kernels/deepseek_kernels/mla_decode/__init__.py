@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -30,7 +31,10 @@ def mla_decode(q: Tensor, states: Tensor, scale: float, mask: Tensor | None = No
     """
     if q.ndim != 4 or states.ndim != 3 or q.shape[0] != states.shape[0] or q.shape[3] != states.shape[2]:
         raise ValueError(f"expected q [B, T, N, D] and states [B, S, D], got {list(q.shape)} and {list(states.shape)}")
-    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
-        raise ValueError(f"expected a mask for all heads [B, 1, T, S], got {list(mask.shape)}")
+    if mask is not None and not (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1)):
+        raise ValueError(f"expected a mask for all heads, [T, S] or [B, 1, T, S], got {list(mask.shape)}")
     dispatch.pick("mla_decode")
+    q, states = dispatch.autocast(q, states)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     return attend(q, states, scale, mask)
