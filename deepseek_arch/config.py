@@ -15,97 +15,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .config_file import (
+    ARCHITECTURES,
+    DTYPES,
+    MODEL_TYPES,
+    REQUIRED,
+    V4,
+    ConfigError,
+    UnsupportedModelError,
+    read_fields,
+    rope_type,
+)
+from .yarn import Yarn
+
 __all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets"]
-
-
-class ConfigError(ValueError):
-    """A config that cannot describe a model; the message lists every problem found."""
-
-
-class UnsupportedModelError(ConfigError, NotImplementedError):
-    """A config that is valid for its model, but that this package cannot build."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Yarn:
-    """YaRN context extension (arXiv 2309.00071) as DeepSeek parametrizes it.
-
-    `mscale` and `mscale_all_dim` scale the cosines and sines by `m(mscale) / m(mscale_all_dim)` and the softmax by
-    `m(mscale_all_dim)²`, with `m(c) = 0.1 c ln(factor) + 1`. `attention_factor` overrides the former.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    def m(self, coefficient: float | None) -> float:
-        if self.factor <= 1 or not coefficient:
-            return 1.0
-        return 0.1 * coefficient * math.log(self.factor) + 1.0
-
-    @property
-    def cos_sin_factor(self) -> float:
-        """What cosines and sines are multiplied by; 1.0 for every published file."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return self.m(self.mscale) / self.m(self.mscale_all_dim)
-        return self.m(1.0)
-
-    @property
-    def softmax_factor(self) -> float:
-        """What `qk_head_dim ** -0.5` is multiplied by; 1.0 without `mscale_all_dim`."""
-        return self.m(self.mscale_all_dim) ** 2
-
-
-# What a file of each model type leaves out, because its authors' code has it as a default. Published files of these
-# model types differ in nothing else that changes the computation.
-_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-_MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
-    "deepseek_v3": _SIGMOID,
-    "deepseek_v32": _SIGMOID,
-    "kimi_k2": _SIGMOID,
-    "glm4_moe_lite": {**_SIGMOID, "first_k_dense_replace": 1},
-}
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
-_ARCHITECTURES = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v32": "DeepseekV32ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
-}
-# Other names of the same thing: transformers 5 writes some of them, some third-party converters the others.
-_ALIASES = {
-    "num_local_experts": "n_routed_experts",
-    "num_experts": "n_routed_experts",
-    "num_mtp_layers": "num_nextn_predict_layers",
-    "torch_dtype": "dtype",
-}
-# Derived from other fields; a stale copy in a file must not win over `replace`.
-_DERIVED = ("head_dim", "qk_head_dim", "mlp_layer_types", "layer_types")
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "intermediate_size",
-)
-_V4 = (
-    "V4 replaced latent attention by compressed sparse attention and hyper-connections, so none of these modules can "
-    "compute it"
-)
-_PUBLISHED_ONLY_OFF = {"mlp_bias": (False, None), "pretraining_tp": (1, None), "rope_interleave": (True, None)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +122,7 @@ class DeepseekConfig:
         elif str(source) in presets():
             text, origin = _preset_file(str(source)).read_text(encoding="utf-8"), f"preset {source}"
         elif str(source).startswith("deepseek-v4"):
-            raise UnsupportedModelError(f"{source}: expected a model with latent attention; {_V4}")
+            raise UnsupportedModelError(f"{source}: expected a model with latent attention; {V4}")
         else:
             raise ConfigError(
                 f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}; "
@@ -225,54 +148,8 @@ class DeepseekConfig:
         Accepts `rope_theta` + `rope_scaling` and the newer `rope_parameters`; fills `scoring_func` and `topk_method`
         from the model type where the file leaves them out.
         """
-        data = dict(data)
-        model_type = data.get("model_type")
-        if model_type not in _MODEL_TYPES:
-            reason = f" ({_V4})" if str(model_type).startswith("deepseek_v4") else ""
-            raise UnsupportedModelError(
-                f"expected model_type to be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}{reason}"
-            )
-        for alias, name in _ALIASES.items():
-            value = data.pop(alias, None)
-            if data.get(name) is None and value is not None:
-                data[name] = value
-        problems = [f"{name} is missing" for name in _REQUIRED if data.get(name) is None]
-        if problems:
-            raise ConfigError("; ".join(problems))
-        for name, allowed in _PUBLISHED_ONLY_OFF.items():
-            if data.get(name, allowed[0]) not in allowed:
-                problems.append(f"expected {name} to be {allowed[0]}, got {data[name]!r}")
-        _read_layer_types(data, problems)
-        _read_rope(data, problems)
-        if problems:
-            raise ConfigError("; ".join(problems))
-        for name in _DERIVED:
-            data.pop(name, None)
-
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        # A published file that is silent about a field means the family's neutral value, not V3's size.
-        neutral: dict[str, Any] = {
-            "moe_intermediate_size": None,
-            "n_shared_experts": None,
-            "n_routed_experts": None,
-            "num_experts_per_tok": None,
-            "n_group": None,
-            "topk_group": None,
-            "q_lora_rank": None,
-            "routed_scaling_factor": 1.0,
-            "first_k_dense_replace": 0,
-            "dtype": None,
-        }
-        values = {**neutral, **_MODEL_TYPES[model_type], **{k: v for k, v in data.items() if k in known}}
-        for name in ("scoring_func", "topk_method", "norm_topk_prob"):
-            if values[name] is None:
-                values[name] = _MODEL_TYPES[model_type][name]
-        for name in ("moe_layer_freq", "num_nextn_predict_layers", "rope_theta", "first_k_dense_replace"):
-            if values.get(name, 0) is None:
-                del values[name]
-        if list(values.get("architectures") or ()) == [_ARCHITECTURES[model_type]]:
-            del values["architectures"]  # what `to_dict` writes anyway
-        extra = dict(data.get("extra", {})) | {k: v for k, v in data.items() if k not in known and k != "extra"}
+        values, extra = read_fields(data, known)
         return cls(**values, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,7 +173,7 @@ class DeepseekConfig:
             elif isinstance(value, Mapping):
                 value = dict(value)
             out[f.name] = value
-        out.setdefault("architectures", [_ARCHITECTURES[self.model_type]])
+        out.setdefault("architectures", [ARCHITECTURES[self.model_type]])
         if self.model_type == "glm4_moe_lite":  # transformers reads the dense prefix of this model from here
             kinds = ("sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers))
             out["mlp_layer_types"] = list(kinds)
@@ -327,7 +204,7 @@ class DeepseekConfig:
     @property
     def yarn(self) -> Yarn | None:
         """The YaRN parameters of `rope_scaling`, or None for plain rotary embeddings."""
-        if self.rope_scaling is None or _rope_type(self.rope_scaling) == "default":
+        if self.rope_scaling is None or rope_type(self.rope_scaling) == "default":
             return None
         names = {f.name for f in dataclasses.fields(Yarn)}
         values = {k: v for k, v in self.rope_scaling.items() if k in names and v is not None}
@@ -379,8 +256,8 @@ class DeepseekConfig:
                 problems.append(f"expected {name} to be a mapping, got {value!r}")
         if self.dtype is not None:
             set_("dtype", str(self.dtype).removeprefix("torch."))
-            if self.dtype not in _DTYPES:
-                problems.append(f"expected dtype to be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            if self.dtype not in DTYPES:
+                problems.append(f"expected dtype to be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self._check_numbers(problems)
         if not problems:
             self._check_relations(problems)
@@ -390,7 +267,7 @@ class DeepseekConfig:
     def _check_numbers(self, problems: list[str]) -> None:
         """Types and ranges, field by field; integers given for floats become floats."""
         positive = {
-            *_REQUIRED,
+            *REQUIRED,
             "moe_intermediate_size",
             "n_shared_experts",
             "n_routed_experts",
@@ -434,7 +311,7 @@ class DeepseekConfig:
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"expected {name} to be true or false, got {getattr(self, name)!r}")
         for name, allowed in (
-            ("model_type", tuple(_MODEL_TYPES)),
+            ("model_type", tuple(MODEL_TYPES)),
             ("scoring_func", ("sigmoid", "softmax")),
             ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
             ("hidden_act", ("silu",)),
@@ -507,14 +384,10 @@ def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
         )
 
 
-def _rope_type(rope_scaling: Mapping[str, Any]) -> str:
-    return rope_scaling.get("rope_type") or rope_scaling.get("type") or "default"
-
-
 def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
     if c.rope_scaling is None:
         return
-    kind = _rope_type(c.rope_scaling)
+    kind = rope_type(c.rope_scaling)
     if kind not in ("default", "yarn"):
         problems.append(f"expected rope_scaling of type yarn or default, got {kind!r}")
         return
@@ -530,48 +403,6 @@ def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
         if not number or value < bound or (positive and value == 0):
             relation = ">" if positive else ">="
             problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {value!r}")
-
-
-def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
-    """transformers 5 writes GLM's dense prefix as a list with one word per layer."""
-    kinds = data.get("mlp_layer_types")
-    if not kinds:
-        return
-    dense = sum(kind == "dense" for kind in kinds)
-    if list(kinds) != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
-        problems.append(f"expected mlp_layer_types to be dense layers followed by sparse ones, got {kinds}")
-    data.setdefault("first_k_dense_replace", dense)
-
-
-def _read_rope(data: dict[str, Any], problems: list[str]) -> None:
-    """Turns transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`."""
-    if data.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        problems.append(f"expected partial_rotary_factor 1.0, got {data['partial_rotary_factor']!r}")
-    thetas = {"rope_theta": data.pop("rope_theta", None)}
-    scalings = []
-    for name in ("rope_scaling", "rope_parameters"):
-        parameters = data.pop(name, None)
-        if parameters is None:
-            continue
-        if not isinstance(parameters, Mapping):
-            problems.append(f"expected {name} to be a mapping, got {parameters!r}")
-            continue
-        parameters = dict(parameters)
-        if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-            problems.append(f"expected partial_rotary_factor 1.0 in {name}")
-        thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta", None)
-        if _rope_type(parameters) != "default":
-            scalings.append(parameters)
-    said = {name: theta for name, theta in thetas.items() if theta is not None}
-    if len(set(map(str, map(_as_float, said.values())))) > 1:
-        problems.append(f"expected one rope_theta, got {said}")
-    if said:
-        data["rope_theta"] = next(iter(said.values()))
-    data["rope_scaling"] = scalings[0] if scalings else None
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value
 
 
 def _preset_file(name: str) -> Any:

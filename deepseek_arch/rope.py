@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import DeepseekConfig, Yarn
+from .config import DeepseekConfig
+from .yarn import Yarn
 
 __all__ = ["RotaryEmbedding", "inverse_frequencies", "rotate"]
 

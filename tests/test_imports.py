@@ -18,6 +18,8 @@ KERNELS = ROOT / "kernels" / "deepseek_kernels"
 
 # A module may import the ones before it. A new module needs a place here.
 ORDER = [
+    "yarn",
+    "config_file",
     "config",
     "norm",
     "rope",
