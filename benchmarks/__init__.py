@@ -1,0 +1,1 @@
+"""Measurements, run from the repository root: `python -m benchmarks --help`. Tests check; these measure."""

@@ -1,0 +1,400 @@
+"""What every benchmark shares: interleaved timing, quantiles, the machine line, the table, the JSON file, comparison.
+
+A result is a `Report`: settings, machine, and rows. A row holds the samples of each contestant under one name and unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+__all__ = [
+    "NATIVE",
+    "OURS",
+    "Change",
+    "Report",
+    "Row",
+    "Samples",
+    "compare",
+    "interleave",
+    "machine",
+    "quantile",
+    "refresh_document",
+    "sample_times",
+    "to_markdown",
+    "to_table",
+]
+
+# Contestants that many benchmarks have.
+OURS, NATIVE = "ours", "transformers"
+PACKAGES = ("deepseek-arch", "torch", "transformers", "safetensors")
+
+
+# ------------------------------------------------------------------ samples
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The `q`-quantile by linear interpolation between order statistics.
+
+    Raises:
+        ValueError: no values, or `q` outside [0, 1].
+    """
+    ordered = sorted(values)
+    if not ordered or not 0 <= q <= 1:
+        raise ValueError(f"expected values and a quantile between 0 and 1, got {len(ordered)} values and {q}")
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The repeated measurements of one quantity."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values or not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"expected at least one finite value, got {self.values}")
+
+    @property
+    def median(self) -> float:
+        return quantile(self.values, 0.5)
+
+    @property
+    def p10(self) -> float:
+        return quantile(self.values, 0.1)
+
+    @property
+    def p90(self) -> float:
+        return quantile(self.values, 0.9)
+
+    def map(self, function: Callable[[float], float]) -> Samples:
+        """Each value through `function`: seconds to tokens a second, and so on."""
+        return Samples(tuple(function(value) for value in self.values))
+
+    def to_dict(self) -> dict[str, Any]:
+        summary = {"median": self.median, "p10": self.p10, "p90": self.p90, "samples": self.values}
+        return {key: _round(value) for key, value in summary.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Samples:
+        return cls(tuple(float(value) for value in data["samples"]))
+
+
+def _round(value):
+    """Five significant digits: below the noise of any measurement here, and files that a person can read."""
+    return [_round(v) for v in value] if isinstance(value, tuple) else float(f"{value:.5g}")
+
+
+# ------------------------------------------------------------------ timing
+
+
+SLOW = 10.0  # seconds from which a run counts even as a warm-up: what warming up saves is small beside it
+
+
+def interleave(
+    actions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+) -> dict[str, Samples]:
+    """Seconds of each action, run A, B, A, B, ..., so that a slow minute of the machine meets all of them.
+
+    Args:
+        actions: by contestant. On a GPU each must synchronize before it returns.
+        rounds: counted runs of each, at most.
+        warmup: runs before them that do not count, unless they are slow.
+        budget_s: an action with a counted run is not run again if that would bring its total, warm-up included, over
+            this.
+    """
+    spent = dict.fromkeys(actions, 0.0)
+    last = dict.fromkeys(actions, 0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(warmup + rounds):
+        for name, action in actions.items():
+            done = seconds[name]
+            if done and (len(done) == rounds or spent[name] + last[name] > budget_s):
+                continue
+            last[name] = _time(action)
+            spent[name] += last[name]
+            if turn >= warmup or last[name] >= SLOW:
+                done.append(last[name])
+    return {name: Samples(tuple(values)) for name, values in seconds.items()}
+
+
+def sample_times(action: Callable[[], object], *, rounds: int, warmup: int = 1) -> Samples:
+    """Seconds of one action alone."""
+    return interleave({OURS: action}, rounds=rounds, warmup=warmup)[OURS]
+
+
+def _time(action: Callable[[], object]) -> float:
+    gc.collect()
+    gc.disable()  # a collection in the middle would be charged to whoever allocated last
+    try:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+# ------------------------------------------------------------------ where it ran
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and versions: what a reader needs to judge a number."""
+    line: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    }
+    return line | {name: _version(name) for name in PACKAGES}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for text in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if text.startswith("model name"):
+                return text.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------ reports
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, measured for one or several contestants.
+
+    Attributes:
+        unit: of every sample.
+        better: "lower" or "higher".
+        results: samples by contestant; "ours" first.
+        goal: how many times better than `baseline` "ours" is meant to be, or the value meant if there is no baseline.
+        note: what a reader of the number must know.
+    """
+
+    name: str
+    unit: str
+    better: str
+    results: Mapping[str, Samples]
+    baseline: str | None = None
+    goal: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.better not in ("lower", "higher"):
+            raise ValueError(f"expected better to be lower or higher, got {self.better!r}")
+
+    def ratio(self) -> float | None:
+        """How many times better the median of "ours" is than the baseline's; None without either."""
+        if self.baseline is None or not {OURS, self.baseline} <= set(self.results):
+            return None
+        return _gain(self.results[self.baseline].median, self.results[OURS].median, self.better)
+
+
+def _gain(old: float, new: float, better: str) -> float:
+    """How many times better `new` is than `old`."""
+    return old / new if better == "lower" else new / old
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything one run of a benchmark found."""
+
+    benchmark: str
+    settings: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    command: str = field(default_factory=lambda: command_line())
+    machine: Mapping[str, Any] = field(default_factory=machine)
+
+    def save(self, path: str | Path) -> None:
+        data = dataclasses.asdict(dataclasses.replace(self, rows=()))
+        data["rows"] = [
+            dataclasses.asdict(dataclasses.replace(row, results={}))
+            | {"results": {name: s.to_dict() for name, s in row.results.items()}, "ratio": _rounded(row.ratio())}
+            for row in self.rows
+        ]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing or no such report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = []
+            for row in data.pop("rows"):
+                row.pop("ratio")
+                results = {name: Samples.from_dict(s) for name, s in row.pop("results").items()}
+                rows.append(Row(results=results, **row))
+            return cls(**data | {"rows": tuple(rows), "notes": tuple(data["notes"])})
+        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"expected a report of this harness in {path}, got {error!r}") from error
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def command_line() -> str:
+    """The command of this process as a user would type it."""
+    name = Path(sys.argv[0])
+    module = "benchmarks" if name.name == "__main__.py" else f"benchmarks.{name.stem}"
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+# ------------------------------------------------------------------ for reading
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _cells(report: Report) -> Iterable[tuple[str, ...]]:
+    names = _contestants(report)
+    yield ("", *names, "ratio", "goal")
+    for row in report.rows:
+        cells = [f"{row.name} ({row.unit})"]
+        for name in names:
+            s = row.results.get(name)
+            spread = "" if s is None or len(s.values) == 1 else f" ({_number(s.p10)} - {_number(s.p90)})"
+            cells.append("-" if s is None else f"{_number(s.median)}{spread}")
+        ratio = row.ratio()
+        times = "x" if row.baseline else ""
+        goal = "" if row.goal is None else f"{row.goal:g}{times}"
+        yield (*cells, "" if ratio is None else f"{ratio:.2f}x", goal)
+
+
+def _contestants(report: Report) -> list[str]:
+    return list(dict.fromkeys(name for row in report.rows for name in row.results))
+
+
+def machine_line(report: Report) -> str:
+    m = report.machine
+    versions = ", ".join(f"{name} {m[name]}" for name in PACKAGES if m.get(name))
+    return f"{m['gpu'] or m['cpu']} ({m['cpu_capability']}), {m['threads']} threads, {versions}; {report.date}"
+
+
+def to_table(report: Report) -> Table:
+    """Medians (10th to 90th percentile) of every row, for a terminal."""
+    head, *rows = _cells(report)
+    table = Table(title=report.command, caption=machine_line(report), caption_justify="left")
+    for place, title in enumerate(head):
+        table.add_column(title, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def to_markdown(report: Report) -> str:
+    """The same table for a README."""
+    head, *rows = _cells(report)
+    lines = [head, ("---", *("---:" for _ in head[1:])), *rows]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"`{report.command}` on {machine_line(report)}\n\n{table}\n"
+
+
+def refresh_document(text: str, path: str, report: Report) -> str:
+    """Puts the table of `report` between the lines `<!-- begin path -->` and `<!-- end path -->` of a document.
+
+    Raises:
+        ValueError: the document has no such lines.
+    """
+    begin, end = f"<!-- begin {path} -->\n", f"<!-- end {path} -->\n"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"expected a document with the lines {begin.strip()} and {end.strip()}")
+    return f"{before}{begin}{to_markdown(report)}{end}{after}"
+
+
+def show(report: Report) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(to_table(report))
+    for row in report.rows:
+        if row.note:
+            console.print(f"{row.name}: {row.note}", highlight=False)
+    for note in report.notes:
+        console.print(note, highlight=False)
+
+
+# ------------------------------------------------------------------ comparison
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in two reports: how many times better the new one is, and whether that is a regression."""
+
+    name: str
+    gain: float
+    regressed: bool
+
+
+def compare(old: Report, new: Report, *, tolerance: float = 0.1, by: str = "median") -> list[Change]:
+    """Compares "ours" in the rows that both reports have.
+
+    Args:
+        tolerance: a row regresses when it is worse than the old one by more than this fraction.
+        by: "median" compares medians, for two runs on one machine; "ratio" compares the ratios to the baseline, for
+            two machines, or two states of one.
+
+    Raises:
+        ValueError: no row in common, or an argument out of range.
+    """
+    if tolerance < 0 or by not in ("median", "ratio"):
+        raise ValueError(f"expected tolerance >= 0 and by median or ratio, got {tolerance} and {by!r}")
+    before = {(row.name, row.unit): row for row in old.rows}
+    changes = []
+    for row in new.rows:
+        other = before.get((row.name, row.unit))
+        if other is None:
+            continue
+        gain = _change(other, row, by)
+        if gain is not None:
+            changes.append(Change(row.name, gain, gain < 1 / (1 + tolerance)))
+    if not changes:
+        raise ValueError(f"expected reports with rows in common, got {list(before)} and {[r.name for r in new.rows]}")
+    return changes
+
+
+def _change(old: Row, new: Row, by: str) -> float | None:
+    if by == "ratio":
+        first, second = old.ratio(), new.ratio()
+        return None if first is None or second is None else second / first
+    if not (OURS in old.results and OURS in new.results):
+        return None
+    return _gain(old.results[OURS].median, new.results[OURS].median, new.better)

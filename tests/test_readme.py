@@ -1,0 +1,121 @@
+"""The README: its Python blocks run, its commands and files exist, its tables are those of the committed reports."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+SHELL = re.findall(r"^```sh\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+MOST_LINES = 12
+TITLES = ["train", "checkpoints", "operators", "transformers"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the blocks run, with the checkpoint that the second one writes: each also runs alone."""
+    import deepseek_arch as da
+    from deepseek_arch.synthetic import write_checkpoint
+
+    path = tmp_path_factory.mktemp("readme")
+    write_checkpoint(path / "checkpoint", da.DeepseekConfig.from_pretrained("tiny"), "fp8", shards=4)
+    return path
+
+
+def test_there_is_one_block_for_each_job():
+    assert len(BLOCKS) == len(TITLES)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=TITLES)
+def test_python_blocks_are_short_and_run(block, folder, monkeypatch):
+    lines = [line for line in block.splitlines() if line.strip()]
+    assert len(lines) <= MOST_LINES
+    for package in ("transformers", "peft", "accelerate"):
+        if package in block or "Trainer" in block:
+            pytest.importorskip(package)
+    monkeypatch.chdir(folder)
+    if "deepseek_arch.hf" not in block:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        return
+    import deepseek_arch.hf as dhf
+
+    try:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        dhf.unregister()
+
+
+def test_the_fine_tuned_checkpoint_of_the_second_block_loads(folder, monkeypatch):
+    import deepseek_arch as da
+
+    monkeypatch.chdir(folder)
+    exec(compile(BLOCKS[TITLES.index("checkpoints")], "README.md", "exec"), {"__name__": "readme"})
+    found = da.inspect_checkpoint(folder / "fine-tuned")
+    assert found.ok
+    assert len(found.shards) > 1
+
+
+def test_shell_blocks_name_commands_that_exist():
+    from typer.main import get_command
+
+    from benchmarks.__main__ import app as benchmarks
+    from deepseek_arch.cli import app as command_line
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    known = {
+        "deepseek-arch": get_command(command_line).commands,
+        "python -m benchmarks": get_command(benchmarks).commands,
+    }
+    seen = set()
+    for line in "".join(SHELL).splitlines():
+        text = line.partition(" #")[0].strip()
+        if text.startswith("make "):
+            assert re.search(rf"^{text.split()[1]}:", makefile, re.MULTILINE), text
+            continue
+        start = next(start for start in known if text.startswith(start + " "))
+        name, *rest = text.removeprefix(start).split()
+        options = {option for parameter in known[start][name].params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= options, text
+        seen.add((start, name))
+    assert {name for start, name in seen if start == "deepseek-arch"} == set(known["deepseek-arch"])
+
+
+def test_the_map_names_files_that_exist():
+    section = TEXT.partition("## Map\n")[2].partition("\n## ")[0]
+    names = [
+        name for line in section.splitlines() if line.startswith("| `") for name in re.findall(r"`([^` ]+)`", line)
+    ]
+    assert len(names) > 20
+    for name in names:
+        homes = (
+            ROOT,
+            ROOT / "deepseek_arch",
+            ROOT / "kernels" / "deepseek_kernels",
+            ROOT / "tests",
+            ROOT / "benchmarks",
+        )
+        if name not in ("triton", "deepseek-arch") and not name.startswith("python "):
+            assert any(list(home.glob(name)) for home in homes), name
+
+
+def test_every_module_of_the_package_is_on_the_map():
+    section = TEXT.partition("## Map\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\S+?)/?`", section)) | {"__init__.py", "__pycache__", "py.typed"}
+    named |= {name.removeprefix("deepseek_arch/") for name in named}
+    missing = {path.name for path in (ROOT / "deepseek_arch").iterdir()} - named
+    assert not missing, "not on the map"
+
+
+def test_tables_are_those_of_the_committed_reports():
+    pytest.importorskip("transformers")
+    from benchmarks.harness import Report, refresh_document
+
+    paths = re.findall(r"^<!-- begin (\S+) -->$", TEXT, re.MULTILINE)
+    assert paths
+    for path in paths:
+        report = Report.load(ROOT / path)
+        assert refresh_document(TEXT, path, report) == TEXT, f"run: python -m benchmarks table {path} --into README.md"
