@@ -113,7 +113,7 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
 
 
 def _obstacle(op: str, kind: str, index: int | None, unsupported: str | None, auto: bool) -> str | None:
-    """Why the Triton kernels of `op` do not run on a device of this kind; None if they do. Under `auto` says so once."""
+    """Why the Triton kernels of `op` do not run on a device of this kind, or None; under `auto`, logs it once."""
     operator = _operators[op]
     if "triton" not in operator.implementations:
         return f"operator {op} has no triton implementation; available: reference"
@@ -174,7 +174,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def describe() -> list[Choice]:
-    """What runs for each operator on this machine, and why; implementation "none" where what was asked for cannot run."""
+    """What runs for each operator on this machine, and why; "none" where what was asked for by name cannot."""
     name, cpu = requested(), torch.backends.cpu.get_cpu_capability()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     how = (
