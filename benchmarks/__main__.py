@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .harness import Report, Row, compare, refresh_document, show, to_markdown
+from .harness import Report, Row, compare
+from .tables import refresh_document, show, to_markdown
 
 RESULTS = Path("benchmarks") / "results"  # of the repository root
 

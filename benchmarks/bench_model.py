@@ -7,6 +7,7 @@ logits of both agree.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from .contestants import (
     random_model,
     training_step,
 )
-from .harness import NATIVE, OURS, Report, Row, Samples, interleave
+from .harness import NATIVE, OURS, Report, Row, Samples, interleave, load_average
 from .hot_spots import hot_spots
 from .isolated import run_isolated
 
@@ -231,6 +232,7 @@ def run(
     unknown = set(parts) - set(PARTS)
     if unknown or not parts:
         raise ValueError(f"expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown)) or 'none'}")
+    started, busy = time.perf_counter(), load_average()
     bench = Bench(settings)
     rows: list[Row] = []
 
@@ -253,5 +255,6 @@ def run(
             take(bench.train())
         if "load" in parts:
             take(bench.load(Path(folder)))
+    notes.append(f"all of it took {(time.perf_counter() - started) / 60:.0f} minutes; load average before: {busy}")
     settings_used = asdict(settings) | {"parameters": da.count_parameters(bench.config).total}
     return Report("model", settings_used, tuple(rows), tuple(notes))

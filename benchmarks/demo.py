@@ -154,7 +154,7 @@ def decode_speed() -> bool:
     ours, theirs = (seconds[name].median for name in (OURS, NATIVE))
     runs, threads = len(seconds[NATIVE].values), torch.get_num_threads()
     console.print(f"   ours {1e3 * ours:.1f} ms a token, transformers {1e3 * theirs:.0f} ms (medians of {runs})")
-    console.print(f"   [bold]{theirs / ours:.1f} times as fast[/bold] on {threads} threads of this machine")
+    console.print(f"   [bold]{theirs / ours:.1f} times as fast[/bold], on this machine and {threads} of its threads")
     return True
 
 

@@ -13,11 +13,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import bench_model, contestants, harness, isolated
+from benchmarks import bench_model, contestants, demo, harness, isolated
 from benchmarks.__main__ import main
-from benchmarks.harness import Report, Row, Samples, compare, interleave, quantile, to_markdown
+from benchmarks.harness import Report, Row, Samples, compare, interleave, quantile
 from benchmarks.hot_spots import hot_spots
 from benchmarks.isolated import run_isolated
+from benchmarks.tables import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"preset": "tiny", "layers": 2, "dtype": "fp32", "threads": 1, "loads": 1}
@@ -111,6 +112,7 @@ def test_the_markdown_table_has_every_contestant_and_the_command():
     assert "`python -m benchmarks model`" in text
     assert "| decode at 512 (ms) | 10 | 20 | 2.00x | 1.5x |" in text
     assert "| loading (ms) | 10 | - |" in text
+    assert text.endswith("- decode at 512: a note\n- loading: a note\n- a remark\n")
 
 
 # ------------------------------------------------------------------ comparison
@@ -235,3 +237,22 @@ def test_a_task_can_be_stopped():
 def test_a_failing_task_says_what_it_said():
     with pytest.raises(RuntimeError, match="no such task"):
         run_isolated("no such task", threads=1)
+
+
+# ------------------------------------------------------------------ the demonstration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("allowed", "status"), [(demo.PARITY, 0), (-1.0, 1)], ids=["agrees", "disagrees"])
+def test_the_demonstration_fails_where_the_models_disagree(monkeypatch, capsys, allowed, status):
+    monkeypatch.setattr(demo, "CONTEXT", 64)
+    monkeypatch.setattr(demo, "PARITY", allowed)
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    try:
+        assert demo.main() == status
+    finally:  # it is for the whole process
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    assert ("NO" in capsys.readouterr().out) == bool(status)
