@@ -111,9 +111,9 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig]:
     config = getattr(model, "config", None)
     if not isinstance(config, DeepseekConfig):
         raise ValueError(f"expected a DeepseekLM, got {type(model).__name__}")
-    state = model.state_dict()
+    state, slots = model.state_dict(), list(layout(config))
     wrong = []
-    for slot in layout(config):
+    for slot in slots:
         tensor = state.get(slot.parameter)
         shape = None if tensor is None else slot.of(state).shape
         if shape != slot.shape:
@@ -122,7 +122,7 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig]:
             wrong.append(f"{slot.parameter}: expected a tensor with memory, got one on device meta")
         elif type(tensor) not in (Tensor, nn.Parameter):
             wrong.append(f"{slot.parameter}: expected a plain tensor, got a {type(tensor).__name__} (gather it first)")
-    known = {slot.parameter for slot in layout(config)} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    known = {slot.parameter for slot in slots} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
     unknown = sorted(set(state) - known)
     wrong += [f"{name}: not a parameter of this model (merge adapters first)" for name in unknown]
     if wrong:
