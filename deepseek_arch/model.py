@@ -226,14 +226,16 @@ class DeepseekLM(nn.Module):
         """An empty cache for the trunk's layers, on the model's device, in its dtype."""
         return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity)
 
-    def new_mtp_cache(self, batch_size: int, capacity: int | None = None) -> LatentCache:
-        """An empty cache for the multi-token-prediction layers.
+    def new_mtp_cache(self, batch_size: int, capacity: int | None = None, depth: int | None = None) -> LatentCache:
+        """An empty cache for the multi-token-prediction layers, or for the one at `depth` alone.
 
         Raises:
             ValueError: the model has none.
         """
         if not len(self.mtp):
             raise ValueError("expected a model with multi-token-prediction layers, got num_nextn_predict_layers 0")
+        if depth is not None:
+            return self._new_cache(1, self.config.num_hidden_layers + depth, batch_size, capacity)
         return self._new_cache(len(self.mtp), self.config.num_hidden_layers, batch_size, capacity)
 
     def _new_cache(self, num_layers: int, first_layer: int, batch_size: int, capacity: int | None) -> LatentCache:
@@ -338,13 +340,27 @@ class DeepseekLM(nn.Module):
             logits [B, T, vocab_size] of the token `depth + 2` after each position, and the hidden state [B, T, H]
             for the next depth (`config.mtp_chain`, TRAPS F3).
         """
+        hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=rope, mask=mask, cache=cache)
+        return self.lm_head(normed), hidden
+
+    def mtp_states(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        depth: int = 0,
+        *,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LatentCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`mtp_forward` without the head -> the hidden state [B, T, H] for the next depth, and the head's input."""
         layer = self.mtp[depth]
         embeddings = self.model.embed(next_ids)
         if self.model.gradient_checkpointing and self.training and cache is None:
             hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, use_reentrant=False)
         else:
             hidden, normed = layer(hidden, embeddings, rope, mask, cache)
-        return self.lm_head(normed), normed if self.config.mtp_chain == "head_norm" else hidden
+        return normed if self.config.mtp_chain == "head_norm" else hidden, normed
 
     def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor) -> Tensor:
         """Mean over depths of the cross-entropy `depth + 2` tokens ahead (equations 24 and 25, without lambda).

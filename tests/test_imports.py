@@ -39,6 +39,8 @@ ORDER = [
     "state_dict",
     "checkpoint",
     "synthetic",
+    "sampling",
+    "speculative",
     "generation",
     "cli",
     "hf",
