@@ -11,6 +11,7 @@ from .mla import MultiHeadLatentAttention
 from .mlp import MLP
 from .moe import MoE
 from .norm import RMSNorm
+from .routing import Routing
 
 __all__ = ["DecoderLayer"]
 
@@ -30,15 +31,23 @@ class DecoderLayer(nn.Module):
         self.self_attn = self.attention_class.from_config(config, layer_idx, **factory)
         self.mlp: MoE | MLP
         if config.is_moe_layer(layer_idx):
-            self.mlp = MoE.from_config(config, **factory)
+            self.mlp = MoE.from_config(config, layer_idx, **factory)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, **factory)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Any | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Any | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """[B, T, H] -> the same; arguments as for `MultiHeadLatentAttention.forward`."""
+        """[B, T, H] -> the same; arguments as for `MultiHeadLatentAttention.forward` and `MoE.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if routing is None or not isinstance(self.mlp, MoE):
+            return x + self.mlp(normed)
+        return x + self.mlp(normed, routing)

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .balance import BalanceLoss, Capacity
 from .cache import LatentCache
 from .config import DeepseekConfig, UnsupportedModelError
 from .layer import DecoderLayer
 from .linear import Embedding, Linear
 from .masking import attention_mask_for_documents, document_numbers, key_mask_for_slots, positions_from_mask
-from .moe import Experts, Router
+from .moe import Experts, MoE, Router
 from .mtp import MTPLayer, shift_labels, shift_left
 from .norm import RMSNorm
 from .rope import RotaryEmbedding
+from .routing import Routing, RoutingRecord
 
 __all__ = ["CausalLMOutput", "DecoderLayer", "DeepseekLM", "DeepseekModel", "TrunkOutput", "allocate"]
 
@@ -51,12 +53,14 @@ class CausalLMOutput:
 
     Attributes:
         logits: [B, kept, vocab_size].
-        loss: mean cross-entropy of the next token, float32 scalar, when labels were given.
-        aux_loss: None; balance losses belong to training recipes.
+        loss: mean cross-entropy of the next token, float32 scalar, when labels were given; in training mode plus
+            `aux_loss`.
+        aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
             when labels and input_ids were given, no cache was, and the model has multi-token-prediction layers. Train
             on `loss + weight * mtp_loss` (V3: weight 0.3, later 0.1).
         hidden_states: [B, T, H], the trunk's output after the final norm.
+        routing: every routing decision, when `record_routing` was asked for.
     """
 
     logits: Tensor
@@ -64,6 +68,7 @@ class CausalLMOutput:
     aux_loss: Tensor | None = None
     mtp_loss: Tensor | None = None
     hidden_states: Tensor | None = None
+    routing: RoutingRecord | None = None
 
 
 class DeepseekModel(nn.Module):
@@ -92,6 +97,7 @@ class DeepseekModel(nn.Module):
         position_ids: Tensor | None = None,
         cache: LatentCache | None = None,
         inputs_embeds: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> TrunkOutput:
         """Runs the layers; see `DeepseekLM.forward` for the arguments."""
         x = self.embed(input_ids, inputs_embeds)
@@ -118,9 +124,9 @@ class DeepseekModel(nn.Module):
             rope = self.rope(positions)
             for layer in self.layers:
                 if self.gradient_checkpointing and self.training and cache is None:
-                    x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                    x = checkpoint(layer, x, rope, mask, None, routing, use_reentrant=False)
                 else:
-                    x = layer(x, rope, mask, cache)
+                    x = layer(x, rope, mask, cache, routing)
         return TrunkOutput(self.norm(x), x, rope, mask, documents)
 
     def _check_cache(self, cache: LatentCache, batch: int, dtype: torch.dtype) -> None:
@@ -174,6 +180,10 @@ class DeepseekLM(nn.Module):
         device, dtype: where and as what to create the parameters, as torch's own factories. Weights are random
             (normal, `config.initializer_range`); on device "meta" nothing is allocated.
 
+    Attributes:
+        balance_loss: what training adds to the loss for each layer with experts; may be replaced.
+        capacity: V2's token dropping in training, None for none.
+
     Raises:
         UnsupportedModelError: the config describes a model with sparse attention.
     """
@@ -184,6 +194,8 @@ class DeepseekLM(nn.Module):
         # Built without memory first, so that no parameter is drawn twice.
         factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
         self.config = config
+        self.balance_loss = BalanceLoss.from_config(config)
+        self.capacity: Capacity | None = None
         self.model = DeepseekModel(config, **factory)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self.mtp = nn.ModuleList(MTPLayer(config, k, **factory) for k in range(config.num_nextn_predict_layers))
@@ -259,6 +271,8 @@ class DeepseekLM(nn.Module):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
+        record_routing: bool = False,
+        replay_routing: RoutingRecord | None = None,
     ) -> CausalLMOutput:
         """One forward pass, for training and for inference.
 
@@ -275,9 +289,12 @@ class DeepseekLM(nn.Module):
             logits_to_keep: 0 for all positions, n for the last n, an index tensor of positions, or int64 [B, n] with
                 positions for each row.
             inputs_embeds: [B, T, H] instead of input_ids.
+            record_routing: whether to return every routing decision as `routing`.
+            replay_routing: decisions of an earlier pass over the same tokens, to be taken again: the experts are fixed,
+                their weights are this model's.
 
         Raises:
-            ValueError: shapes, token ids or the cache do not fit.
+            ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
         """
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
@@ -285,7 +302,9 @@ class DeepseekLM(nn.Module):
             raise ValueError(f"expected logits_to_keep >= 0, got {logits_to_keep}")
         if labels is not None:
             labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
+        trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, routing)
         hidden = trunk.hidden_states
         if not isinstance(logits_to_keep, Tensor):
             kept = hidden[:, -logits_to_keep:]
@@ -299,8 +318,28 @@ class DeepseekLM(nn.Module):
             labels = _ignore(labels, padding)
             out.loss = _cross_entropy(out.logits, _ignore(shift_labels(labels, 1, trunk.documents), padding))
             if len(self.mtp) and input_ids is not None and cache is None:
-                out.mtp_loss = self._mtp_loss(trunk, input_ids, padding, labels)
+                out.mtp_loss = self._mtp_loss(trunk, input_ids, padding, labels, routing)
+        if routing is not None:
+            routing.commit()
+            out.routing, out.aux_loss = routing.record, routing.total_loss()
+            if out.loss is not None and out.aux_loss is not None:
+                out.loss = out.loss + out.aux_loss
         return out
+
+    def _routing(
+        self, tokens: Tensor | None, mask: Tensor | None, record: bool, replay: RoutingRecord | None
+    ) -> Routing | None:
+        """What the routers are told, where there is anything to tell."""
+        if tokens is None or tokens.ndim < 2 or not (self.training or record or replay):
+            return None
+        layers = {layer.layer_idx for layer in self.model.layers if isinstance(layer.mlp, MoE)}
+        if replay is not None and layers - replay.ids.keys():
+            missing = sorted(layers - replay.ids.keys())
+            raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")
+        shape = (tokens.shape[0], tokens.shape[1])
+        valid = None if mask is None or mask.ndim != 2 else mask[:, -shape[1] :] != 0
+        loss = self.balance_loss if self.balance_loss.active else None
+        return Routing(shape, valid, record=record, replay=replay, loss=loss, capacity=self.capacity)
 
     def _check_labels(self, labels: Tensor, tokens: Tensor | None) -> Tensor:
         """Labels as int64, where every one is a token id or -100."""
@@ -327,6 +366,7 @@ class DeepseekLM(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs prediction depth `depth`.
 
@@ -335,12 +375,13 @@ class DeepseekLM(nn.Module):
             next_ids: [B, T], the token `depth + 1` after each position.
             rope, mask: the trunk's, for the same positions.
             cache: from `new_mtp_cache`.
+            routing: the trunk's.
 
         Returns:
             logits [B, T, vocab_size] of the token `depth + 2` after each position, and the hidden state [B, T, H]
             for the next depth (`config.mtp_chain`, TRAPS F3).
         """
-        hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=rope, mask=mask, cache=cache)
+        hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=rope, mask=mask, cache=cache, routing=routing)
         return self.lm_head(normed), hidden
 
     def mtp_states(
@@ -352,17 +393,20 @@ class DeepseekLM(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`mtp_forward` without the head -> the hidden state [B, T, H] for the next depth, and the head's input."""
         layer = self.mtp[depth]
         embeddings = self.model.embed(next_ids)
         if self.model.gradient_checkpointing and self.training and cache is None:
-            hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, use_reentrant=False)
+            hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, None, routing, use_reentrant=False)
         else:
-            hidden, normed = layer(hidden, embeddings, rope, mask, cache)
+            hidden, normed = layer(hidden, embeddings, rope, mask, cache, routing)
         return normed if self.config.mtp_chain == "head_norm" else hidden, normed
 
-    def _mtp_loss(self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor) -> Tensor:
+    def _mtp_loss(
+        self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor, routing: Routing | None
+    ) -> Tensor:
         """Mean over depths of the cross-entropy `depth + 2` tokens ahead (equations 24 and 25, without lambda).
 
         Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
@@ -371,7 +415,9 @@ class DeepseekLM(nn.Module):
         hidden, losses = self.mtp_hidden(trunk), []
         for depth in range(len(self.mtp)):
             next_ids = shift_left(input_ids, depth + 1)
-            logits, hidden = self.mtp_forward(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask)
+            logits, hidden = self.mtp_forward(
+                hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=routing
+            )
             targets = shift_labels(labels, depth + 2, trunk.documents)
             losses.append(_cross_entropy(logits, _ignore(targets, padding)))
         return torch.stack(losses).mean()
@@ -390,7 +436,9 @@ def allocate(module: nn.Module, device: torch.device) -> None:
                     continue
                 if id(meta) not in made:
                     memory = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-                    made[id(meta)] = nn.Parameter(memory) if isinstance(meta, nn.Parameter) else memory
+                    made[id(meta)] = (
+                        nn.Parameter(memory, meta.requires_grad) if isinstance(meta, nn.Parameter) else memory
+                    )
                 tensors[name] = made[id(meta)]
 
 

@@ -15,6 +15,7 @@ from deepseek_kernels import grouped_gemm, permute, sort_by_expert, unpermute
 
 from .config import DeepseekConfig
 from .mlp import MLP, swiglu
+from .routing import Routing
 
 __all__ = ["Experts", "MoE", "Router"]
 
@@ -29,6 +30,10 @@ class Router(nn.Module):
             with the best sum of two; the weights do not see the bias (V3 report, equations 12 to 16).
 
     All of it in float32; the bias is a float32 buffer whatever dtype the module is cast to (TRAPS C1, C2).
+
+    Attributes:
+        load: int64 [E], tokens counted in training mode since `balance.LoadBalancer` last asked, or None. No buffer:
+            distributed wrappers would overwrite it with one rank's.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", bias)
         else:
             self.e_score_correction_bias = None
+        self.load: Tensor | None = None
         self.reset_parameters()
 
     @classmethod
@@ -106,25 +112,32 @@ class Router(nn.Module):
         if self.e_score_correction_bias is not None:  # `assign=True` takes the tensor as it comes
             self.e_score_correction_bias = self.e_score_correction_bias.float()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., H] -> logits float32 [T, E], weights float32 [T, K], expert ids int64 [T, K].
 
         Experts come in order of falling preference; equal scores go to the smaller id.
+
+        Args:
+            ids: int64 [T, K], a choice to weigh instead of making one.
         """
         kind = x.device.type
         # Autocast would take the product down to 16 bits; the meta device has none.
         with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())  # [T, E]
-        weights, ids = self.route(logits)
+        weights, ids = self.route(logits, ids)
         return logits, weights, ids
 
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [T, E] -> weights [T, K], expert ids [T, K]."""
-        scores = logits.sigmoid() if self.topk_method == "noaux_tc" else logits.softmax(-1)
-        choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
-        choice = self._limit_to_groups(choice.detach())
-        # A stable sort, not topk: topk leaves the order of equal scores to the device.
-        ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+    def scores(self, logits: Tensor) -> Tensor:
+        """Affinities [T, E] of tokens and experts, which weigh the outputs: sigmoid, or softmax in V2's routings."""
+        return logits.sigmoid() if self.topk_method == "noaux_tc" else logits.softmax(-1)
+
+    def route(self, logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [T, E] -> weights [T, K], expert ids [T, K]; `ids` as in `forward`."""
+        scores = self.scores(logits)
+        if ids is None:
+            # A stable sort, not topk: topk leaves the order of equal scores to the device.
+            choice = self._limit_to_groups(self._choice(scores))
+            ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = scores.gather(-1, ids)
         if self.norm_topk_prob and (self.topk_method == "noaux_tc" or self.top_k > 1):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -132,23 +145,48 @@ class Router(nn.Module):
                 return weights, ids  # V2's code scales only what it did not normalize (TRAPS C8)
         return weights * self.routed_scaling_factor, ids
 
+    def _choice(self, scores: Tensor) -> Tensor:
+        """What experts are chosen by: the scores, plus the bias if there is one. No gradient."""
+        bias = self.e_score_correction_bias
+        return scores.detach() if bias is None else scores.detach() + bias
+
+    def _group_scores(self, choice: Tensor) -> Tensor:
+        """[T, E] -> [T, G]: what groups are chosen by."""
+        best = 2 if self.topk_method == "noaux_tc" else 1
+        return choice.unflatten(-1, (self.n_group, -1)).topk(best, dim=-1).values.sum(-1)
+
     def _limit_to_groups(self, choice: Tensor) -> Tensor:
         """Sets the scores of all but the `topk_group` best groups to -inf."""
         if self.n_group == 1:
             return choice
-        grouped = choice.unflatten(-1, (self.n_group, -1))  # [T, G, E / G]
-        best = 2 if self.topk_method == "noaux_tc" else 1
-        group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # [T, G]
+        group_scores = self._group_scores(choice)  # [T, G]
         kept = torch.sort(group_scores, dim=-1, descending=True, stable=True).indices[:, : self.topk_group]
         keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, kept, True)
         # -inf, not 0: biased scores can be negative (TRAPS C4).
-        return grouped.masked_fill(~keep[..., None], float("-inf")).flatten(-2)
+        return choice.unflatten(-1, (self.n_group, -1)).masked_fill(~keep[..., None], float("-inf")).flatten(-2)
+
+    @torch.no_grad()
+    def margins(self, logits: Tensor) -> Tensor:
+        """logits [T, E] -> float32 [T]: the gap to another choice, see `routing.RoutingRecord`."""
+        choice = self._choice(self.scores(logits))
+        margin = _gap(self._limit_to_groups(choice), self.top_k)
+        if self.n_group > 1:
+            margin = torch.minimum(margin, _gap(self._group_scores(choice), self.topk_group))
+        return margin
 
     def extra_repr(self) -> str:
         return (
             f"{self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, {self.topk_method}, "
             f"groups={self.topk_group}/{self.n_group}"
         )
+
+
+def _gap(values: Tensor, count: int) -> Tensor:
+    """[T, N] -> [T]: the `count`-th largest value minus the next one; infinite where there is no next one."""
+    if count == values.shape[-1]:
+        return values.new_full(values.shape[:-1], float("inf"))
+    best = values.topk(count + 1, dim=-1).values
+    return best[:, count - 1] - best[:, count]
 
 
 class Experts(nn.Module):
@@ -195,16 +233,21 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared experts, the latter ungated and unscaled (V3 report, equation 12; TRAPS C11)."""
+    """Routed experts plus shared experts, the latter ungated and unscaled (V3 report, equation 12; TRAPS C11).
 
-    def __init__(self, router: Router, experts: Experts, shared_experts: MLP | None = None) -> None:
+    Args:
+        layer_idx: the decoder layer that this is part of, by which `Routing` knows it.
+    """
+
+    def __init__(self, router: Router, experts: Experts, shared_experts: MLP | None = None, layer_idx: int = 0) -> None:
         super().__init__()
         self.gate = router
         self.experts = experts
         self.shared_experts = shared_experts
+        self.layer_idx = layer_idx
 
     @classmethod
-    def from_config(cls, config: DeepseekConfig, *, device=None, dtype=None) -> MoE:
+    def from_config(cls, config: DeepseekConfig, layer_idx: int = 0, *, device=None, dtype=None) -> MoE:
         factory = {"device": device, "dtype": dtype}
         assert config.n_routed_experts is not None and config.moe_intermediate_size is not None
         shared = None
@@ -215,10 +258,14 @@ class MoE(nn.Module):
             Router.from_config(config, **factory),
             Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, **factory),
             shared,
+            layer_idx,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> the same."""
-        _, weights, expert_ids = self.gate(x)
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """[..., H] -> the same; `routing` may fix, and hears of, the router's decisions."""
+        given = None if routing is None else routing.replayed(self.layer_idx, self.gate.top_k)
+        logits, weights, expert_ids = self.gate(x) if given is None else self.gate(x, given)
+        if routing is not None:
+            expert_ids = routing.observe(self.layer_idx, self.gate, logits, weights, expert_ids)
         out = self.experts(x.reshape(-1, x.shape[-1]), expert_ids, weights).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)

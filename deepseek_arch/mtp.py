@@ -15,6 +15,7 @@ from .config import DeepseekConfig
 from .layer import DecoderLayer
 from .linear import Linear
 from .norm import RMSNorm
+from .routing import Routing
 
 __all__ = ["MTPLayer", "shift_labels", "shift_left"]
 
@@ -48,20 +49,21 @@ class MTPLayer(DecoderLayer):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: Any | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step of the causal chain.
 
         Args:
             hidden: [B, T, H], h_i of the trunk or of the depth before.
             next_embeddings: [B, T, H], the embedding of the token `depth + 1` after position i.
-            rope, mask, cache: as for the decoder layers; positions are those of h_i (TRAPS F4).
+            rope, mask, cache, routing: as for the decoder layers; positions are those of h_i (TRAPS F4).
 
         Returns:
             The block's output [B, T, H], and the same after `shared_head.norm`, which the trunk's head turns into the
             logits of the token `depth + 2` after position i.
         """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
-        hidden = super().forward(self.eh_proj(joined), rope, mask, cache)
+        hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing)
         return hidden, self.shared_head.norm(hidden)
 
 

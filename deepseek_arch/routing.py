@@ -1,0 +1,220 @@
+"""Routing as data: what one forward pass tells its routers and hears from them, recorded, replayed and compared.
+
+Notation: B rows, T tokens a row, E experts, K chosen per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Agreement", "Routing", "RoutingRecord", "routing_agreement"]
+
+
+@dataclass
+class RoutingRecord:
+    """Every routing decision of a forward pass, to be looked at, kept, or replayed in another one.
+
+    Attributes:
+        ids: by layer index, int16 or int32 [B, T, K], the chosen experts in order of falling preference.
+        margins: by layer index, float32 [B, T]: how far the choice was from being another one. The least of two gaps:
+            between the last expert chosen and the best one not chosen within the kept groups, and between the last
+            group kept and the best one not kept. Infinite where there was nothing else to choose.
+        valid: bool [B, T], False for padding; None where nothing is.
+    """
+
+    ids: dict[int, Tensor]
+    margins: dict[int, Tensor] = field(default_factory=dict)
+    valid: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        batch, tokens, _ = next(iter(self.ids.values())).shape
+        return batch, tokens
+
+    def to(self, device: torch.device | str) -> RoutingRecord:
+        """A copy on another device."""
+
+        def move(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: tensor.to(device) for layer, tensor in tensors.items()}
+
+        return RoutingRecord(move(self.ids), move(self.margins), None if self.valid is None else self.valid.to(device))
+
+    def then(self, later: RoutingRecord) -> RoutingRecord:
+        """This record with `later` behind it in each row: a prompt's with those of the tokens decoded after it.
+
+        Raises:
+            ValueError: the layers or the rows differ.
+        """
+        if self.ids.keys() != later.ids.keys() or self.shape[0] != later.shape[0]:
+            raise ValueError(
+                f"expected layers {sorted(self.ids)} and {self.shape[0]} rows, got layers {sorted(later.ids)} and "
+                f"{later.shape[0]} rows"
+            )
+
+        def join(first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: torch.cat((first[layer], second[layer]), 1) for layer in first if layer in second}
+
+        valid = None
+        if self.valid is not None or later.valid is not None:
+            parts = [
+                record.valid if record.valid is not None else torch.ones(record.shape, dtype=torch.bool)
+                for record in (self, later)
+            ]
+            valid = torch.cat([part.to(next(iter(self.ids.values())).device) for part in parts], 1)
+        return RoutingRecord(join(self.ids, later.ids), join(self.margins, later.margins), valid)
+
+
+class Routing:
+    """What one forward pass tells its routers, and hears from them.
+
+    Passed down through the layers as an argument, so that a layer that is recomputed in the backward pass gets the same
+    object again: everything here is assigned, never added up, and recomputing changes nothing (TRAPS D3).
+
+    Args:
+        shape: (B, T) of the tokens.
+        valid: bool [B, T], False for padding, which is neither counted nor part of any loss.
+        record: whether to keep the decisions.
+        replay: decisions to take instead of the routers' own. Weights are still the routers', and differentiable.
+            Layers that the record does not have decide for themselves.
+        loss: computes the balance loss of a layer (`balance.BalanceLoss`).
+        capacity: drops choices (`balance.Capacity`).
+
+    Attributes:
+        losses, counts: by layer index, the balance loss, and the tokens that chose each expert, int64 [E].
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        valid: Tensor | None = None,
+        *,
+        record: bool = False,
+        replay: RoutingRecord | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        capacity: Any | None = None,
+    ) -> None:
+        if replay is not None and replay.ids and replay.shape != tuple(shape):
+            raise ValueError(f"expected recorded decisions for {list(shape)} tokens, got {list(replay.shape)}")
+        self.shape, self.valid, self.replay = tuple(shape), valid, replay
+        self.loss, self.capacity = loss, capacity
+        self.record = RoutingRecord({}, {}, valid) if record else None
+        self.losses: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+        self._routers: dict[int, Any] = {}
+
+    def replayed(self, layer: int, top_k: int) -> Tensor | None:
+        """The decisions that layer `layer` has to take, int64 [B T, K], or None.
+
+        Raises:
+            ValueError: the record has another K.
+        """
+        ids = None if self.replay is None else self.replay.ids.get(layer)
+        if ids is None:
+            return None
+        if ids.shape[-1] != top_k:
+            raise ValueError(
+                f"expected recorded decisions of {top_k} experts for layer {layer}, got {ids.shape[-1]} experts"
+            )
+        return ids.flatten(0, 1).long()
+
+    def observe(self, layer: int, router: Any, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """Hears of one layer's decisions -> the ids to use, int64 [B T, K].
+
+        Args:
+            router: the `moe.Router`.
+            logits: [B T, E]; weights, ids: [B T, K].
+        """
+        if self.loss is not None and router.training:
+            self.losses[layer] = self.loss(router, logits, ids, self.shape, self.valid)
+        if self.record is not None:
+            small = torch.int16 if router.num_experts < 2**15 else torch.int32
+            self.record.ids[layer] = ids.detach().to(small).unflatten(0, self.shape)
+            self.record.margins[layer] = router.margins(logits.detach()).unflatten(0, self.shape)
+        if self.capacity is not None and router.training:
+            ids = self.capacity.drop(ids, weights.detach(), router.num_experts, self.shape, self.valid)
+        self.counts[layer] = count_choices(ids, router.num_experts, self.valid)
+        self._routers[layer] = router
+        return ids
+
+    def commit(self) -> None:
+        """Adds the counts of this pass to the routers in training mode; once, after the pass."""
+        for layer, router in self._routers.items():
+            if router.training:
+                counts = self.counts[layer]
+                router.load = counts if router.load is None else router.load.to(counts.device) + counts
+
+    def total_loss(self) -> Tensor | None:
+        """The sum of the layers' balance losses, or None where none was computed."""
+        if not self.losses:
+            return None
+        losses = list(self.losses.values())
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+@torch.no_grad()
+def count_choices(ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
+    """How many tokens chose each expert, int64 [E], padding excluded (TRAPS D2, D3).
+
+    Args:
+        ids: [N, K]; the value `num_experts` (dropped, or served elsewhere) is not counted.
+        valid: bool, N values, or None.
+    """
+    real = torch.ones_like(ids) if valid is None else valid.reshape(-1, 1).expand_as(ids).long()
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten().long(), real.flatten().to(ids.device))[:num_experts]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two passes over the same tokens routed, by layer index.
+
+    Attributes:
+        same: share of the tokens with the same set of experts.
+        overlap: mean share of a token's experts that both chose.
+        margin: median margin (of the first pass) of the tokens whose sets differ, None where none does: small ones are
+            ties that rounding decided, large ones are another model.
+    """
+
+    same: dict[int, float]
+    overlap: dict[int, float]
+    margin: dict[int, float | None]
+
+    def __str__(self) -> str:
+        lines = ["layer  same set  overlap  median margin of the others"]
+        for layer in self.same:
+            margin = self.margin[layer]
+            lines.append(
+                f"{layer:5d}  {self.same[layer]:8.2%}  {self.overlap[layer]:7.2%}  "
+                + ("-" if margin is None else f"{margin:.3g}")
+            )
+        return "\n".join(lines)
+
+
+def routing_agreement(first: RoutingRecord, second: RoutingRecord) -> Agreement:
+    """Compares two records of the same tokens: a trainer's with a rollout's, a quantized model's with the original's.
+
+    Raises:
+        ValueError: the layers or the shapes differ.
+    """
+    if first.ids.keys() != second.ids.keys():
+        raise ValueError(f"expected records of the same layers, got {sorted(first.ids)} and {sorted(second.ids)}")
+    same, overlap, margin = {}, {}, {}
+    for layer, ids in first.ids.items():
+        other = second.ids[layer]
+        if ids.shape != other.shape:
+            raise ValueError(f"expected records of the same tokens, got {list(ids.shape)} and {list(other.shape)}")
+        ids, other = ids.long(), other.long().to(ids.device)
+        common = (ids[..., :, None] == other[..., None, :]).any(-1).float().mean(-1)  # [B, T]
+        valid = torch.ones_like(common, dtype=torch.bool) if first.valid is None else first.valid
+        differs = (common < 1) & valid
+        overlap[layer] = float(common[valid].mean())
+        same[layer] = 1 - float(differs[valid].float().mean())
+        margins = first.margins.get(layer)
+        margin[layer] = float(margins[differs].median()) if margins is not None and bool(differs.any()) else None
+    return Agreement(same, overlap, margin)
