@@ -58,7 +58,8 @@ class CausalLMOutput:
         aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
             when labels and input_ids were given, no cache was, and the model has multi-token-prediction layers. Train
-            on `loss + weight * mtp_loss` (V3: weight 0.3, later 0.1).
+            on `loss + weight * mtp_loss`; `mtp.mtp_weight` is V3's schedule of the weight.
+        mtp_losses, mtp_accuracy: float32 [D], by depth: its loss, and how often its best guess was right.
         hidden_states: [B, T, H], the trunk's output after the final norm.
         routing: every routing decision, when `record_routing` was asked for.
     """
@@ -67,6 +68,8 @@ class CausalLMOutput:
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
     mtp_loss: Tensor | None = None
+    mtp_losses: Tensor | None = None
+    mtp_accuracy: Tensor | None = None
     hidden_states: Tensor | None = None
     routing: RoutingRecord | None = None
 
@@ -183,6 +186,8 @@ class DeepseekLM(nn.Module):
     Attributes:
         balance_loss: what training adds to the loss for each layer with experts; may be replaced.
         capacity: V2's token dropping in training, None for none.
+        mtp_detached: whether `mtp_loss` trains the multi-token-prediction layers alone, and neither the trunk nor the
+            embedding and the head that they share with it: what reinforcement learning wants (TRAPS F12).
 
     Raises:
         UnsupportedModelError: the config describes a model with sparse attention.
@@ -196,6 +201,7 @@ class DeepseekLM(nn.Module):
         self.config = config
         self.balance_loss = BalanceLoss.from_config(config)
         self.capacity: Capacity | None = None
+        self.mtp_detached = False
         self.model = DeepseekModel(config, **factory)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
         self.mtp = nn.ModuleList(MTPLayer(config, k, **factory) for k in range(config.num_nextn_predict_layers))
@@ -318,7 +324,8 @@ class DeepseekLM(nn.Module):
             labels = _ignore(labels, padding)
             out.loss = _cross_entropy(out.logits, _ignore(shift_labels(labels, 1, trunk.documents), padding))
             if len(self.mtp) and input_ids is not None and cache is None:
-                out.mtp_loss = self._mtp_loss(trunk, input_ids, padding, labels, routing)
+                out.mtp_losses, out.mtp_accuracy = self._mtp_losses(trunk, input_ids, padding, labels, routing)
+                out.mtp_loss = out.mtp_losses.mean()
         if routing is not None:
             routing.commit()
             out.routing, out.aux_loss = routing.record, routing.total_loss()
@@ -398,29 +405,38 @@ class DeepseekLM(nn.Module):
         """`mtp_forward` without the head -> the hidden state [B, T, H] for the next depth, and the head's input."""
         layer = self.mtp[depth]
         embeddings = self.model.embed(next_ids)
+        embeddings = embeddings.detach() if self.mtp_detached else embeddings
         if self.model.gradient_checkpointing and self.training and cache is None:
             hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, None, routing, use_reentrant=False)
         else:
             hidden, normed = layer(hidden, embeddings, rope, mask, cache, routing)
         return normed if self.config.mtp_chain == "head_norm" else hidden, normed
 
-    def _mtp_loss(
+    def _mtp_losses(
         self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor, routing: Routing | None
-    ) -> Tensor:
-        """Mean over depths of the cross-entropy `depth + 2` tokens ahead (equations 24 and 25, without lambda).
+    ) -> tuple[Tensor, Tensor]:
+        """By depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses; [D] each.
 
         Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
         document count nothing; being last, they are seen by no position that does (TRAPS F8).
         """
-        hidden, losses = self.mtp_hidden(trunk), []
+        hidden, losses, right = self.mtp_hidden(trunk), [], []
+        hidden = hidden.detach() if self.mtp_detached else hidden
         for depth in range(len(self.mtp)):
             next_ids = shift_left(input_ids, depth + 1)
-            logits, hidden = self.mtp_forward(
-                hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=routing
-            )
-            targets = shift_labels(labels, depth + 2, trunk.documents)
-            losses.append(_cross_entropy(logits, _ignore(targets, padding)))
-        return torch.stack(losses).mean()
+            hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=routing)
+            logits = _detached(self.lm_head, normed) if self.mtp_detached else self.lm_head(normed)
+            targets = _ignore(shift_labels(labels, depth + 2, trunk.documents), padding)
+            losses.append(_cross_entropy(logits, targets))
+            guessed = (logits.detach().argmax(-1) == targets.to(logits.device)).sum()
+            right.append(guessed / (targets != -100).sum().clamp(min=1))
+        return torch.stack(losses), torch.stack(right)
+
+
+def _detached(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` with its parameters as constants."""
+    constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return torch.func.functional_call(module, constants, (x,))
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from .linear import Linear
 from .norm import RMSNorm
 from .routing import Routing
 
-__all__ = ["MTPLayer", "shift_labels", "shift_left"]
+__all__ = ["MTPLayer", "mtp_weight", "shift_labels", "shift_left"]
 
 
 class SharedHead(nn.Module):
@@ -65,6 +65,11 @@ class MTPLayer(DecoderLayer):
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
         hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing)
         return hidden, self.shared_head.norm(hidden)
+
+
+def mtp_weight(tokens: float, first: float = 0.3, later: float = 0.1, change: float = 10e12) -> float:
+    """Lambda, the weight of `mtp_loss` after training on so many tokens: V3's is 0.3 for 10T tokens, then 0.1."""
+    return first if tokens < change else later
 
 
 def shift_left(x: Tensor, by: int, fill: int = 0) -> Tensor:

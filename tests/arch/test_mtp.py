@@ -6,7 +6,7 @@ import torch
 import oracle
 import published
 from deepseek_arch.config import DeepseekConfig
-from deepseek_arch.mtp import shift_labels, shift_left
+from deepseek_arch.mtp import mtp_weight, shift_labels, shift_left
 from small_models import KINDS, YARN, config, error, model, tokens
 
 # As for the trunk (test_model), with one or two layers more.
@@ -154,6 +154,40 @@ def test_loss_and_gradients_equal_the_equations(case):
             assert error(gradients[name], weight.grad) < 4 * TOLERANCE, name
     for name in ("model.layers.3.eh_proj.weight", "model.layers.4.eh_proj.weight", "lm_head.weight"):
         assert weights[name].grad is not None and weights[name].grad.any()
+
+
+def test_losses_and_accuracies_by_depth():
+    cfg = config("v3", num_nextn_predict_layers=2)
+    lm, ids = model(cfg), tokens(cfg, 2, 12)
+    out = lm(ids, labels=ids)
+    assert torch.equal(out.mtp_losses.mean(), out.mtp_loss)
+    trunk = lm.model(ids)
+    hidden = lm.mtp_hidden(trunk)
+    for depth in range(2):
+        logits, hidden = lm.mtp_forward(hidden, shift_left(ids, depth + 1), depth, rope=trunk.rope, mask=trunk.mask)
+        guesses, targets = logits.argmax(-1)[:, : 10 - depth], ids[:, depth + 2 :]
+        assert float(out.mtp_accuracy[depth]) == pytest.approx(float((guesses == targets).float().mean()), abs=1e-6)
+    lm.lm_head.weight.data.zero_()  # every guess is token 0
+    ids[:] = 0
+    assert lm(ids, labels=ids).mtp_accuracy.tolist() == [1.0, 1.0]
+
+
+def test_a_detached_loss_trains_the_prediction_layers_alone():
+    """TRAPS F12: their gradients are the same, and trunk, embedding and head have none."""
+    cfg = config("v3", num_nextn_predict_layers=2)
+    ids, grads = tokens(cfg, 2, 12), []
+    for detached in (False, True):
+        lm = model(cfg)
+        lm.mtp_detached = detached
+        lm(ids, labels=ids).mtp_loss.backward()
+        grads.append({name: p.grad for name, p in lm.named_parameters() if p.grad is not None})
+    assert grads[1].keys() == {name for name in grads[0] if name.startswith("mtp.")}
+    assert "model.embed_tokens.weight" in grads[0] and "lm_head.weight" in grads[0]
+    assert all(torch.equal(grad, grads[0][name]) for name, grad in grads[1].items())
+
+
+def test_the_weight_of_the_loss_follows_v3():
+    assert [mtp_weight(t) for t in (0, 9.9e12, 10e12, 14.8e12)] == [0.3, 0.3, 0.1, 0.1]
 
 
 def test_the_next_token_loss_does_not_contain_it():
