@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
-	$(INSTALL) -c constraints.txt -e '.[hf,train,test]'
+	$(INSTALL) -c constraints.txt -e '.[hf,train,plot,test]'
 	@# A CUDA build of torch brings the Triton it needs; a CPU build brings none, and the kernels' tests want one.
 	@if [ "$$(uname)" = Linux ]; then $(RUN) -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0; fi
 	@touch $@

@@ -7,7 +7,7 @@ that a token may be sent to (`topk_group`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from .config import DeepseekConfig
 from .moe import Router
+from .telemetry import LoadReport
 
 __all__ = [
     "BalanceLoss",
     "Capacity",
     "LoadBalancer",
-    "LoadHistory",
-    "LoadReport",
     "expert_loads",
     "routers",
 ]
@@ -201,41 +200,6 @@ def routers(model: nn.Module) -> dict[str, Router]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """How evenly the experts of each layer were used between two steps.
-
-    Attributes:
-        loads: by router name, int64 [E], tokens that chose each expert.
-        rate: the update rate that was applied.
-    """
-
-    loads: dict[str, Tensor]
-    rate: float = 0.0
-
-    @property
-    def max_violation(self) -> dict[str, float]:
-        """By router, the largest load over the mean, minus one (arXiv 2408.15664, equation 4); 0 is perfect."""
-        return {name: float(load.max() * len(load) / load.sum().clamp(min=1) - 1) for name, load in self.loads.items()}
-
-    @property
-    def entropy(self) -> dict[str, float]:
-        """By router, the entropy of the loads over that of equal ones: 1 is perfect, 0 is one expert for all."""
-        out = {}
-        for name, load in self.loads.items():
-            share = load.double() / load.sum().clamp(min=1)
-            nats = -(share * share.clamp(min=1e-300).log()).sum()
-            out[name] = float(nats / torch.tensor(float(max(len(load), 2))).log())
-        return out
-
-    def __str__(self) -> str:
-        width = max(map(len, self.loads), default=0)
-        violation, entropy = self.max_violation, self.entropy
-        return "\n".join(
-            f"{name:{width}}  max violation {violation[name]:6.3f}  entropy {entropy[name]:.4f}" for name in self.loads
-        )
-
-
 def expert_loads(model: nn.Module) -> dict[str, Tensor]:
     """What each router has counted since the last step, int64 [E] each; routers that saw no token are left out."""
     return {name: router.load for name, router in routers(model).items() if router.load is not None}
@@ -309,25 +273,3 @@ class LoadBalancer:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-@dataclass
-class LoadHistory:
-    """Loads over steps: `history.add(balancer.step())`.
-
-    Attributes:
-        shares: by router name, float32 [E] of each step: the share of choices times E, so that 1 is perfect.
-    """
-
-    shares: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, report: LoadReport) -> LoadReport:
-        """Takes in one step's report, and gives it back."""
-        for name, load in report.loads.items():
-            share = (load.double() * len(load) / load.sum()).float().cpu()
-            self.shares.setdefault(name, []).append(share)
-        return report
-
-    def max_violation(self, name: str) -> list[float]:
-        """Step by step, of one router."""
-        return [float(share.max() - 1) for share in self.shares[name]]

@@ -30,6 +30,7 @@ ORDER = [
     "mlp",
     "routing",
     "moe",
+    "telemetry",
     "balance",
     "fp8",
     "fp8_layer",

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from deepseek_arch.balance import BalanceLoss, Capacity, LoadBalancer, LoadHistory, LoadReport, expert_loads, routers
+from deepseek_arch.balance import BalanceLoss, Capacity, LoadBalancer, expert_loads, routers
 from deepseek_arch.moe import Router
+from deepseek_arch.telemetry import LoadHistory, LoadReport, plan_placement
 from small_models import config, error, model, tokens
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -308,6 +309,41 @@ def test_reports():
     history = LoadHistory()
     history.add(report)
     assert history.max_violation("one") == [1.0]
+
+
+def test_the_heat_map_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = LoadHistory()
+    with pytest.raises(ValueError, match="at least one step"):
+        history.heat_map(tmp_path / "empty.png")
+    for step in range(1, 4):
+        history.add(LoadReport({"a": torch.tensor([step, 4]), "b": torch.tensor([1, 0])}))
+    path = history.heat_map(tmp_path / "use.png", "Use")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("experts, devices, redundant", [(8, 4, 0), (8, 4, 4), (256, 32, 32), (6, 3, 3), (4, 4, 12)])
+def test_a_placement_holds_every_expert_and_shares_the_work(experts, devices, redundant):
+    loads = torch.rand(experts, generator=torch.Generator().manual_seed(experts)) ** 4 * 1000
+    plan = plan_placement(loads, devices, redundant)
+    held = [expert for device in plan.devices for expert in device]
+    assert len(held) == experts + redundant and set(held) == set(range(experts))
+    assert {len(device) for device in plan.devices} == {(experts + redundant) // devices}
+    for device, load in zip(plan.devices, plan.loads, strict=True):
+        assert load == pytest.approx(sum(float(loads[e]) / held.count(e) for e in device))
+    together = loads.view(devices, -1).sum(-1)
+    assert plan.imbalance_before == pytest.approx(float(together.max() / together.mean()))
+    assert plan.imbalance <= plan.imbalance_before and plan.imbalance >= 1 - 1e-6
+    if redundant >= experts // 8 > 0 and experts == 256:
+        assert plan.imbalance < 1.05 < plan.imbalance_before
+    assert f"{plan.imbalance:.3f} after" in str(plan)
+
+
+def test_copies_go_to_the_busiest_expert():
+    plan = plan_placement([90.0, 10.0, 10.0, 10.0], 2, redundant=2)
+    assert sum(device.count(0) for device in plan.devices) == 2 and plan.imbalance < plan.imbalance_before
+    with pytest.raises(ValueError, match="devices that divide"):
+        plan_placement([1.0, 2.0, 3.0], 2)
 
 
 def test_skewed_tokens_are_balanced_by_biases_and_not_without():
