@@ -47,6 +47,7 @@ ORDER = [
     "sampling",
     "speculative",
     "generation",
+    "probe",
     "cli",
     "hf",
 ]

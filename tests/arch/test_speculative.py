@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from deepseek_arch.generation import generate
 from deepseek_arch.mtp import shift_left
+from deepseek_arch.probe import probe_mtp
 from deepseek_arch.sampling import sampling_probabilities
 from deepseek_arch.speculative import Drafter, DraftLength, SpeculationReport, accept
 from small_models import config, error, model, tokens
@@ -340,3 +341,45 @@ def test_an_empty_report():
     report = SpeculationReport(2)
     assert report.acceptance == [] and report.tokens_per_step == 0.0 and report.speedup is None
     assert str(report) == "acceptance -; 0.00 tokens a step"
+
+
+# ---------------------------------------------------------------- probing
+
+
+@pytest.mark.parametrize("mtp_input", ["post_norm", "pre_norm"])
+@pytest.mark.parametrize("mtp_chain", ["block", "head_norm"])
+def test_the_probe_finds_how_the_layers_were_made_to_be_fed(mtp_input, mtp_chain):
+    """TRAPS F2, F3: layers that are right about one way of being fed, and wrong about the others.
+
+    Four features that the head does not see carry marks. The trunk's final norm weighs the first two differently, the
+    prediction layer's norm the other two. eh_proj answers a difference in a pair with noise, after undoing the weights
+    of the norms that it expects to have been there.
+    """
+    lm = _agreeing()
+    a, b, c, d = range(4)
+    trunk_norm, head_norm = torch.ones(32), torch.ones(32)
+    trunk_norm[a], head_norm[c] = 3.0, 3.0
+    expects_a = 3.0 if mtp_input == "post_norm" else 1.0
+    with torch.no_grad():
+        lm.model.embed_tokens.weight[:, :4] = 1.0
+        lm.lm_head.weight[:, :4] = 0.0
+        lm.model.norm.weight.copy_(trunk_norm)
+        lm.mtp[0].shared_head.norm.weight.copy_(head_norm)
+        passed_on = torch.ones(32)
+        passed_on[a] = expects_a  # what the layer itself passes on is marked as the trunk's state is expected to be
+        passed_on[c] = 1 / 3 if mtp_chain == "head_norm" else 1.0
+        noise = torch.randn(32, generator=torch.Generator().manual_seed(8)) * 20
+        noise[:4] = 0
+        read = torch.zeros(32, 32)
+        read[:, a], read[:, b] = noise / expects_a, -noise
+        read[:, c], read[:, d] = noise, -noise
+        lm.mtp[0].eh_proj.weight.copy_(torch.cat((torch.diag(passed_on), read), 1))
+    prompts = tokens(lm.config, 4, 6)
+    probes = probe_mtp(lm, prompts, max_new_tokens=24, mtp_depth=2)
+    assert len(probes) == 4 and sum(probe.configured for probe in probes) == 1
+    best = probes[0]
+    assert (best.mtp_input, best.mtp_chain) == (mtp_input, mtp_chain)
+    assert best.acceptance == (1.0, 1.0)
+    assert all(min(share for share in probe.acceptance if share is not None) < 0.5 for probe in probes[1:])
+    assert ("as configured" in str(best)) == ((mtp_input, mtp_chain) == ("post_norm", "block"))
+    assert lm.config.mtp_input == "post_norm" and lm.config.mtp_chain == "block"
