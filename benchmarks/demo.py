@@ -78,7 +78,7 @@ def generate(folder: Path, config: da.DeepseekConfig) -> tuple[Any, Tensor]:
     dhf.unregister()
     prompt = torch.arange(2, 18)[None]
     tokens = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-    console.print(f"   class {type(model).__module__}.{type(model).__name__}")
+    console.print(f"   class {type(model).__module__}.{type(model).__name__}, its FP8 weights kept as they are")
     console.print(f"   prompt {prompt[0].tolist()}")
     console.print(f"   new tokens {tokens[0, prompt.shape[1] :].tolist()}")
     return model, tokens
@@ -91,12 +91,12 @@ def agree(folder: Path, model: Any, tokens: Tensor) -> bool:
     console.print(
         "   on a BF16 copy written by deepseek_arch.save (its FP8 reader takes no partial blocks, seen in 5.23)"
     )
-    core = da.load(folder / "fp8")
+    core = da.load(folder / "fp8", fp8="dequantize")
     da.save(core, folder / "bf16")
     again = da.load(folder / "bf16").state_dict()
     exact = all(torch.equal(tensor, again[name]) for name, tensor in core.state_dict().items())
     console.print(f"   the copy, loaded again, has the same bits: {_mark(exact)}")
-    model = model.float().eval()
+    model = model.dequantize().float().eval()
     native = DeepseekV3ForCausalLM.from_pretrained(folder / "bf16", dtype=torch.float32).eval()
     with torch.inference_mode():
         ours, theirs = model(tokens).logits, native(tokens).logits

@@ -41,7 +41,7 @@ __all__ = [
 
 # Contestants that many benchmarks have.
 OURS, NATIVE = "ours", "transformers"
-PACKAGES = ("deepseek-arch", "torch", "transformers", "safetensors")
+PACKAGES = ("deepseek-arch", "torch", "triton", "transformers", "safetensors")
 
 
 # ------------------------------------------------------------------ samples
@@ -201,6 +201,8 @@ class Row:
         results: samples by contestant; "ours" first.
         goal: how many times better than `baseline` "ours" is meant to be, or the value meant if there is no baseline.
         note: what a reader of the number must know.
+        details: what else is known, as JSON has it: for an operator its FLOPs, bytes, goal and who is absent and why,
+            or the "error" that left it without results.
     """
 
     name: str
@@ -210,6 +212,7 @@ class Row:
     baseline: str | None = None
     goal: float | None = None
     note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.better not in ("lower", "higher"):
@@ -221,6 +224,17 @@ class Row:
             return None
         return _gain(self.results[self.baseline].median, self.results[OURS].median, self.better)
 
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(dataclasses.replace(self, results={}))
+        if not self.details:
+            del data["details"]
+        return data | {"results": {n: s.to_dict() for n, s in self.results.items()}, "ratio": _rounded(self.ratio())}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        fields = {name: value for name, value in data.items() if name not in ("results", "ratio")}
+        return cls(results={name: Samples.from_dict(s) for name, s in data["results"].items()}, **fields)
+
 
 def _gain(old: float, new: float, better: str) -> float:
     """How many times better `new` is than `old`."""
@@ -229,7 +243,11 @@ def _gain(old: float, new: float, better: str) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one run of a benchmark found."""
+    """Everything one run of a benchmark found.
+
+    Attributes:
+        facts: findings that are no row, as JSON has them: measured ceilings, checks.
+    """
 
     benchmark: str
     settings: Mapping[str, Any]
@@ -238,14 +256,10 @@ class Report:
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     command: str = field(default_factory=lambda: command_line())
     machine: Mapping[str, Any] = field(default_factory=machine)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        data = dataclasses.asdict(dataclasses.replace(self, rows=()))
-        data["rows"] = [
-            dataclasses.asdict(dataclasses.replace(row, results={}))
-            | {"results": {name: s.to_dict() for name, s in row.results.items()}, "ratio": _rounded(row.ratio())}
-            for row in self.rows
-        ]
+        data = dataclasses.asdict(dataclasses.replace(self, rows=())) | {"rows": [row.to_dict() for row in self.rows]}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
@@ -258,12 +272,8 @@ class Report:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = []
-            for row in data.pop("rows"):
-                row.pop("ratio")
-                results = {name: Samples.from_dict(s) for name, s in row.pop("results").items()}
-                rows.append(Row(results=results, **row))
-            return cls(**data | {"rows": tuple(rows), "notes": tuple(data["notes"])})
+            rows = tuple(Row.from_dict(row) for row in data["rows"])
+            return cls(**data | {"rows": rows, "notes": tuple(data["notes"])})
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"expected a report of this harness in {path}, got {error!r}") from error
 
@@ -292,7 +302,7 @@ class Change:
 
 
 def compare(old: Report, new: Report, *, tolerance: float = 0.1, by: str = "median") -> list[Change]:
-    """Compares "ours" in the rows that both reports have.
+    """Compares "ours" in the rows that both reports have. What failed in the new one only is a regression, gain 0.
 
     Args:
         tolerance: a row regresses when it is worse than the old one by more than this fraction.
@@ -319,6 +329,8 @@ def compare(old: Report, new: Report, *, tolerance: float = 0.1, by: str = "medi
 
 
 def _change(old: Row, new: Row, by: str) -> float | None:
+    if OURS in old.results and "error" in new.details:
+        return 0.0
     if by == "ratio":
         first, second = old.ratio(), new.ratio()
         return None if first is None or second is None else second / first

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from .harness import PACKAGES, Report
+from .kernel_tables import is_of_kernels, lines, remarks, to_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["machine_line", "refresh_document", "show", "to_markdown", "to_table"]
 
@@ -33,6 +35,8 @@ def _cells(report: Report) -> Iterable[tuple[str, ...]]:
 
 
 def _remarks(report: Report) -> list[str]:
+    if is_of_kernels(report):
+        return remarks(report)
     return [*(f"{row.name}: {row.note}" for row in report.rows if row.note), *report.notes]
 
 
@@ -48,6 +52,8 @@ def machine_line(report: Report) -> str:
 
 def to_table(report: Report) -> Table:
     """Medians (10th to 90th percentile) of every row, for a terminal."""
+    from rich.table import Table  # a bare GPU machine has none, and prints Markdown only
+
     head, *rows = _cells(report)
     table = Table(title=report.command, caption=machine_line(report), caption_justify="left")
     for place, title in enumerate(head):
@@ -59,11 +65,12 @@ def to_table(report: Report) -> Table:
 
 def to_markdown(report: Report) -> str:
     """The same table for a README."""
-    head, *rows = _cells(report)
-    lines = [head, ("---", *("---:" for _ in head[1:])), *rows]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    remarks = "".join(f"- {remark}\n" for remark in _remarks(report))
-    return f"`{report.command}` on {machine_line(report)}\n\n{table}\n\n{remarks}"
+    head, *rows = lines(report) if is_of_kernels(report) else _cells(report)
+    names = 3 if is_of_kernels(report) else 1  # columns of text
+    rule = ("---" if place < names else "---:" for place in range(len(head)))
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+    notes = "".join(f"- {remark}\n" for remark in _remarks(report))
+    return f"`{report.command}` on {machine_line(report)}\n\n{table}\n\n{notes}"
 
 
 def refresh_document(text: str, path: str, report: Report) -> str:
@@ -81,6 +88,11 @@ def refresh_document(text: str, path: str, report: Report) -> str:
 
 
 def show(report: Report) -> None:
+    if is_of_kernels(report):
+        print(to_text(report))
+        return
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(to_table(report))
     for remark in _remarks(report):

@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepseek_arch.accounting import ParameterCount, count_parameters, flops_per_token, kv_cache_bytes, weight_bytes
+    from deepseek_arch.balance import BalanceLoss, Capacity, LoadBalancer
     from deepseek_arch.cache import LatentCache
-    from deepseek_arch.checkpoint import CheckpointError, inspect_checkpoint, load, save, slice_checkpoint
+    from deepseek_arch.checkpoint import CheckpointError, convert, inspect_checkpoint, load, save, slice_checkpoint
     from deepseek_arch.config import ConfigError, DeepseekConfig, UnsupportedModelError, presets
+    from deepseek_arch.fp8_linear import FP8Experts, FP8Linear, dequantize, keep_fp8
+    from deepseek_arch.fp8_recipe import (
+        V3_RECIPE,
+        Policy,
+        Precision,
+        Rule,
+        fp8_sensitivity,
+        fp8_training,
+        remove_fp8_training,
+    )
     from deepseek_arch.generation import generate
     from deepseek_arch.linear import Linear
     from deepseek_arch.mla import MultiHeadLatentAttention
@@ -27,10 +38,17 @@ if TYPE_CHECKING:
     from deepseek_arch.moe import Experts, MoE, Router
     from deepseek_arch.mtp import MTPLayer
     from deepseek_arch.norm import RMSNorm
+    from deepseek_arch.probe import MTPProbe, probe_mtp
     from deepseek_arch.rope import RotaryEmbedding
+    from deepseek_arch.routing import RoutingRecord, routing_agreement
+    from deepseek_arch.speculative import SpeculationReport
+    from deepseek_arch.telemetry import LoadHistory, LoadReport, Placement, plan_placement
 
 __all__ = [
     "MLP",
+    "V3_RECIPE",
+    "BalanceLoss",
+    "Capacity",
     "CausalLMOutput",
     "CheckpointError",
     "ConfigError",
@@ -39,24 +57,45 @@ __all__ = [
     "DeepseekLM",
     "DeepseekModel",
     "Experts",
+    "FP8Experts",
+    "FP8Linear",
     "LatentCache",
     "Linear",
+    "LoadBalancer",
+    "LoadHistory",
+    "LoadReport",
     "MTPLayer",
+    "MTPProbe",
     "MoE",
     "MultiHeadLatentAttention",
     "ParameterCount",
+    "Placement",
+    "Policy",
+    "Precision",
     "RMSNorm",
     "RotaryEmbedding",
     "Router",
+    "RoutingRecord",
+    "Rule",
+    "SpeculationReport",
     "UnsupportedModelError",
     "__version__",
+    "convert",
     "count_parameters",
+    "dequantize",
     "flops_per_token",
+    "fp8_sensitivity",
+    "fp8_training",
     "generate",
     "inspect_checkpoint",
+    "keep_fp8",
     "kv_cache_bytes",
     "load",
+    "plan_placement",
     "presets",
+    "probe_mtp",
+    "remove_fp8_training",
+    "routing_agreement",
     "save",
     "slice_checkpoint",
     "weight_bytes",
@@ -65,19 +104,81 @@ __all__ = [
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "accounting": ("ParameterCount", "count_parameters", "flops_per_token", "kv_cache_bytes", "weight_bytes"),
+    "accounting": (
+        "ParameterCount",
+        "count_parameters",
+        "flops_per_token",
+        "kv_cache_bytes",
+        "weight_bytes",
+    ),
+    "balance": (
+        "BalanceLoss",
+        "Capacity",
+        "LoadBalancer",
+    ),
     "cache": ("LatentCache",),
-    "checkpoint": ("CheckpointError", "inspect_checkpoint", "load", "save", "slice_checkpoint"),
-    "config": ("ConfigError", "DeepseekConfig", "UnsupportedModelError", "presets"),
+    "checkpoint": (
+        "CheckpointError",
+        "convert",
+        "inspect_checkpoint",
+        "load",
+        "save",
+        "slice_checkpoint",
+    ),
+    "config": (
+        "ConfigError",
+        "DeepseekConfig",
+        "UnsupportedModelError",
+        "presets",
+    ),
+    "fp8_linear": (
+        "FP8Experts",
+        "FP8Linear",
+        "dequantize",
+        "keep_fp8",
+    ),
+    "fp8_recipe": (
+        "V3_RECIPE",
+        "Policy",
+        "Precision",
+        "Rule",
+        "fp8_sensitivity",
+        "fp8_training",
+        "remove_fp8_training",
+    ),
     "generation": ("generate",),
     "linear": ("Linear",),
     "mla": ("MultiHeadLatentAttention",),
     "mlp": ("MLP",),
-    "model": ("CausalLMOutput", "DecoderLayer", "DeepseekLM", "DeepseekModel"),
-    "moe": ("Experts", "MoE", "Router"),
+    "model": (
+        "CausalLMOutput",
+        "DecoderLayer",
+        "DeepseekLM",
+        "DeepseekModel",
+    ),
+    "moe": (
+        "Experts",
+        "MoE",
+        "Router",
+    ),
     "mtp": ("MTPLayer",),
     "norm": ("RMSNorm",),
+    "probe": (
+        "MTPProbe",
+        "probe_mtp",
+    ),
     "rope": ("RotaryEmbedding",),
+    "routing": (
+        "RoutingRecord",
+        "routing_agreement",
+    ),
+    "speculative": ("SpeculationReport",),
+    "telemetry": (
+        "LoadHistory",
+        "LoadReport",
+        "Placement",
+        "plan_placement",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -1,4 +1,9 @@
-"""The latent cache: per token and layer, the normed key-value latent and the rotated shared key, nothing per head."""
+"""The latent cache: per token and layer, the normed key-value latent and the rotated shared key, nothing per head.
+
+With `format="fp8"` the latent is stored as e4m3 codes with a float32 scale for each 128 of them, the rotated key as
+bfloat16 (TRAPS E10): 656 bytes a token and layer for V3 instead of 1152. Attention then reads what is stored, the new
+tokens included, so that it does not matter in which chunks they came.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from deepseek_kernels.mla_decode.packing import pack, packed_bytes, unpack
 
 __all__ = ["LatentCache"]
 
@@ -19,7 +26,8 @@ class LatentCache:
 
     Token i of a row is always in slot i: padding is never stored, so a slot is a position and rows that are padded,
     rewound or accepted differently stay comparable. Each layer has one buffer [B, capacity, kv_lora_rank +
-    qk_rope_head_dim] (576 values a token for V3), which grows by half when full; slots beyond a row's length are zeros.
+    qk_rope_head_dim] (576 values a token for V3), or [B, capacity, bytes] uint8 with `format="fp8"`, which grows by
+    half when full; slots beyond a row's length are zeros.
 
     Args:
         num_layers: decoder layers that write to it.
@@ -27,6 +35,12 @@ class LatentCache:
         kv_lora_rank, qk_rope_head_dim: widths of the latent and of the shared key, C and R.
         capacity: slots to allocate at first (default: what the first tokens need).
         first_layer: the layer index that maps to the first buffer.
+        format: None to store values of `dtype`, "fp8" to store bytes in the order of `deepseek_kernels.mla_decode.
+            packing`. No gradient reaches what has been stored as FP8.
+        dtype: of what `update` and `split` return.
+
+    Raises:
+        ValueError: a size is less than 1, or the format is unknown.
     """
 
     def __init__(
@@ -38,6 +52,7 @@ class LatentCache:
         *,
         capacity: int | None = None,
         first_layer: int = 0,
+        format: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -45,6 +60,9 @@ class LatentCache:
         for name, value in {**sizes, "qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}.items():
             if value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
+        if format not in (None, "fp8"):
+            raise ValueError(f"expected format None or 'fp8', got {format!r}")
+        self.format = format
         self.num_layers, self.batch_size, self.first_layer = num_layers, batch_size, first_layer
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.device, self.dtype = torch.device(device or "cpu"), dtype or torch.get_default_dtype()
@@ -76,12 +94,13 @@ class LatentCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes over all layers."""
-        return self.num_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * self._buffers[0].element_size()
+        buffer = self._buffers[0]
+        return self.num_layers * buffer.shape[2] * buffer.element_size()
 
     def __repr__(self) -> str:
         return (
             f"LatentCache(layers={self.num_layers}, lengths={list(self.lengths)}, capacity={self.capacity}, "
-            f"{self.bytes_per_token} bytes a token, {self.dtype}, {self.device})"
+            f"{self.bytes_per_token} bytes a token, {self.format or self.dtype}, {self.device})"
         )
 
     # ---------------------------------------------------------------- writing
@@ -133,13 +152,24 @@ class LatentCache:
             layer_idx: `first_layer` for the first buffer.
 
         Returns:
-            latents [B, 1, S, C] and rotated keys [B, 1, S, R], views; S is the longest row's length.
+            latents [B, 1, S, C] and rotated keys [B, 1, S, R], as `split`; S is the longest row's length.
         """
-        states = self.update_states(torch.cat((latent, rotated_key), dim=-1)[:, 0], layer_idx)[:, None]
-        return states[..., : self.kv_lora_rank], states[..., self.kv_lora_rank :]
+        states = torch.cat((latent, rotated_key), dim=-1)[:, 0]
+        return self.split(self.update_states(states, layer_idx)[:, None])
+
+    def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [..., C] and rotated keys [..., R] of what `update_states` returns: views, or new if dequantized."""
+        if self.format == "fp8":
+            return unpack(states, self.kv_lora_rank, self.dtype)
+        latents, keys = states.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return latents, keys
 
     def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
-        """`update` of latent and rotated key side by side: [B, T, C + R] -> [B, S, C + R]."""
+        """`update` of latent and rotated key side by side: [B, T, C + R] -> [B, S, C + R], or the bytes stored.
+
+        Raises:
+            ValueError: a shape or the layer does not fit, or FP8 would have to carry a gradient.
+        """
         index = layer_idx - self.first_layer
         if not 0 <= index < self.num_layers:
             last = self.first_layer + self.num_layers - 1
@@ -147,12 +177,17 @@ class LatentCache:
         width = self.kv_lora_rank + self.qk_rope_head_dim
         if states.ndim != 3 or states.shape[0] != self.batch_size or states.shape[2] != width:
             raise ValueError(f"expected states [{self.batch_size}, T, {width}], got {list(states.shape)}")
+        if self.format == "fp8" and states.requires_grad:
+            raise ValueError(
+                "expected no gradient through an FP8 cache, got states that require one: "
+                "use torch.no_grad() or a cache without a format"
+            )
         before, pending = self._lengths[index], self._pending
         tokens = states.shape[1]
         after = pending.lengths if pending else tuple(length + tokens for length in before)
         longest = max(after)
         buffer = self._reserve(index, longest)
-        stored = states.to(buffer.dtype)
+        stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
         uniform = len(set(before)) == 1 and (pending is None or pending.valid is None)
         if uniform:
             start = before[0]
@@ -204,9 +239,11 @@ class LatentCache:
 
     def _new_buffer(self, capacity: int) -> Tensor:
         # Zeros, not empty: a masked slot still takes part in products, where 0 x NaN would be NaN.
-        width = self.kv_lora_rank + self.qk_rope_head_dim
+        width, dtype = self.kv_lora_rank + self.qk_rope_head_dim, self.dtype
+        if self.format == "fp8":
+            width, dtype = packed_bytes(self.kv_lora_rank, self.qk_rope_head_dim), torch.uint8
         with torch.inference_mode(False):  # a cache filled under inference mode stays usable outside of it
-            return torch.zeros(self.batch_size, capacity, width, device=self.device, dtype=self.dtype)
+            return torch.zeros(self.batch_size, capacity, width, device=self.device, dtype=dtype)
 
     def _reserve(self, index: int, needed: int) -> Tensor:
         buffer = self._buffers[index]

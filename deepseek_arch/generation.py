@@ -31,6 +31,7 @@ class _Job:
     generator: torch.Generator | None
     callback: Callable[[Tensor], None] | None
     chunk: int
+    cache_format: str | None
 
 
 @torch.no_grad()
@@ -49,6 +50,7 @@ def generate(
     seed: int | None = None,
     callback: Callable[[Tensor], None] | None = None,
     prefill_chunk: int | None = None,
+    cache_format: str | None = None,
     adaptive: bool | None = None,
     return_report: bool = False,
 ) -> Tensor | tuple[Tensor, SpeculationReport]:
@@ -69,6 +71,7 @@ def generate(
         seed: makes sampling repeatable; the global random state is neither used nor changed then.
         callback: called with the new tokens [B] of each step, as they come.
         prefill_chunk: tokens of the prompt to run at a time (default: all), to bound the memory of long prompts.
+        cache_format: "fp8" for a cache of fewer bytes, see `DeepseekLM.new_cache`.
         adaptive: whether the length of drafts follows the measured acceptance and times, up to `mtp_depth`, or is
             always `mtp_depth`. Default: it follows, except when sampling with a seed, since the tokens that are drawn
             depend on it.
@@ -86,7 +89,7 @@ def generate(
     pad = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
     generator = None if seed is None else torch.Generator(device=input_ids.device).manual_seed(seed)
     chunk = prefill_chunk or input_ids.shape[1]
-    job = _Job(max_new_tokens, temperature, top_k, top_p, ends, pad, generator, callback, chunk)
+    job = _Job(max_new_tokens, temperature, top_k, top_p, ends, pad, generator, callback, chunk, cache_format)
     report = SpeculationReport(mtp_depth)
     with _evaluating(model):
         if max_new_tokens == 0:
@@ -118,7 +121,7 @@ def _decode(
     batch, prompt = input_ids.shape
     tokens = torch.full((batch, prompt + job.new), job.pad, dtype=torch.int64, device=input_ids.device)
     tokens[:, :prompt] = input_ids
-    cache = model.new_cache(batch, capacity=prompt + job.new)
+    cache = model.new_cache(batch, prompt + job.new, format=job.cache_format)
     logits = _prefill(model, input_ids, attention_mask, cache, job.chunk)
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     for position in range(prompt, prompt + job.new):
@@ -158,7 +161,7 @@ def _speculate(
         history[:, :width] = ids
     else:
         history[rows[:, None].expand_as(ids)[valid], (valid.cumsum(-1) - 1)[valid]] = ids[valid]
-    cache = model.new_cache(batch, capacity=history.shape[1])
+    cache = model.new_cache(batch, history.shape[1], format=job.cache_format)
     drafter = Drafter(model, length.most, history)
     for start in range(0, width, job.chunk):
         part = slice(start, start + job.chunk)

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepseek_kernels import dispatch, mla_decode
+from deepseek_kernels import dispatch
+from deepseek_kernels.mla_decode import mla_decode, mla_decode_packed
 
 from .cache import LatentCache
 from .config import DeepseekConfig
+from .fp8_linear import FP8Linear
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import rotate
@@ -119,10 +121,12 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q_nope, q_rope, latent, key = self.project(x, rope)
         latents, keys, states = self.remember(latent, key, cache)
-        if self.prefers_absorbed(x.shape[1], latents.shape[1]):
+        if self.prefers_absorbed(x.shape[1], (latents if states is None else states).shape[1]):
             states = torch.cat((latents, keys), dim=-1) if states is None else states
             out = self.attend_absorbed(q_nope, q_rope, states, mask)
         else:
+            if latents is None:
+                latents, keys = cache.split(states)
             out = self.attend_expanded(q_nope, q_rope, latents, keys, mask)
         return self.o_proj(out.flatten(-2))
 
@@ -145,14 +149,18 @@ class MultiHeadLatentAttention(nn.Module):
             rotate(key, cos, sin),
         )
 
-    def remember(self, latent: Tensor, key: Tensor, cache: Any | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Appends to the cache -> latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one."""
+    def remember(
+        self, latent: Tensor, key: Tensor, cache: Any | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Appends to the cache -> latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one.
+
+        An FP8 cache gives its bytes [B, S, bytes] and nothing else, since the absorbed form needs no more.
+        """
         if cache is None:
             return latent, key, None
         if isinstance(cache, LatentCache):
             states = cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
-            latents, keys = states.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            return latents, keys, states
+            return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
         latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
         return latents[:, 0], keys[:, 0], None
 
@@ -199,30 +207,37 @@ class MultiHeadLatentAttention(nn.Module):
         return queries, torch.cat((k_nope, shared), dim=-1), values
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V]."""
+        """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V].
+
+        `states` may also be the bytes [B, S, bytes] of an FP8 cache.
+        """
         queries, heads = q_nope.shape[1:3]
-        up = self.kv_b_weight().unflatten(0, (heads, -1))  # [N, P + V, C]
+        up = self.kv_b_weight(q_nope).unflatten(0, (heads, -1))  # [N, P + V, C]
         q_latent = _per_head("btnp,npc->btnc", q_nope, up[:, : self.qk_nope_head_dim])
         q = torch.cat((q_latent, q_rope), dim=-1)  # [B, T, N, C + R]
         if mask is None and queries > 1:
             mask = causal_mask(queries, states.shape[1], states.device)
-        out = mla_decode(q, states, self.softmax_scale, mask)
+        if states.dtype == torch.uint8:
+            out = mla_decode_packed(q, states, self.kv_lora_rank, self.softmax_scale, mask)
+        else:
+            out = mla_decode(q, states, self.softmax_scale, mask)
         # The last R columns are the shared keys' weighted sum, which nobody asked for.
         return _per_head("btnc,nvc->btnv", out[..., : self.kv_lora_rank], up[:, self.qk_nope_head_dim :])
 
-    def kv_b_weight(self) -> Tensor:
+    def kv_b_weight(self, like: Tensor) -> Tensor:
         """The matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
 
-        Only a plain linear layer's weight may be read: an adapter, a quantized layer, an offload hook or a sharded
-        parameter computes something else, so those are asked for the images of the unit vectors.
+        Only a plain linear layer's weight may be read, or dequantized: an adapter, another quantized layer, an offload
+        hook or a sharded parameter computes something else, so those are asked for the images of the unit vectors.
+
+        Args:
+            like: activations, of whose dtype and device that answer is: parameters may be elsewhere.
         """
         module = self.kv_b_proj
-        plain = type(module) in (Linear, nn.Linear) and type(module.weight) is nn.Parameter
+        plain = type(module) in (Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
         if plain and not module._forward_pre_hooks and not module._forward_hooks and not hasattr(module, "_hf_hook"):
-            return module.weight
-        like = next((p for p in self.kv_a_layernorm.parameters()), module.weight)
-        unit = torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)
-        return module(unit).T
+            return module.dequantize(like.dtype) if isinstance(module, FP8Linear) else module.weight
+        return module(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .balance import BalanceLoss, Capacity
@@ -19,6 +18,7 @@ from .cache import LatentCache
 from .config import DeepseekConfig, UnsupportedModelError
 from .layer import DecoderLayer
 from .linear import Embedding, Linear
+from .losses import cross_entropy, head_losses, ignore
 from .masking import attention_mask_for_documents, document_numbers, key_mask_for_slots, positions_from_mask
 from .moe import Experts, MoE, Router
 from .mtp import MTPLayer, shift_labels, shift_left
@@ -52,7 +52,7 @@ class CausalLMOutput:
     """What the language model gives back.
 
     Attributes:
-        logits: [B, kept, vocab_size].
+        logits: [B, kept, vocab_size], or None with `return_logits=False`.
         loss: mean cross-entropy of the next token, float32 scalar, when labels were given; in training mode plus
             `aux_loss`.
         aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
@@ -64,7 +64,7 @@ class CausalLMOutput:
         routing: every routing decision, when `record_routing` was asked for.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
     mtp_loss: Tensor | None = None
@@ -240,9 +240,14 @@ class DeepseekLM(nn.Module):
         """Recomputes each decoder layer in the backward pass instead of keeping its activations (training only)."""
         self.model.gradient_checkpointing = enabled
 
-    def new_cache(self, batch_size: int, capacity: int | None = None) -> LatentCache:
-        """An empty cache for the trunk's layers, on the model's device, in its dtype."""
-        return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity)
+    def new_cache(self, batch_size: int, capacity: int | None = None, format: str | None = None) -> LatentCache:
+        """An empty cache for the trunk's layers, on the model's device, in its dtype or in FP8.
+
+        Args:
+            capacity: slots to allocate at first.
+            format: None, or "fp8" for e4m3 latents: 656 bytes a token and layer for V3 instead of 1152.
+        """
+        return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity, format)
 
     def new_mtp_cache(self, batch_size: int, capacity: int | None = None, depth: int | None = None) -> LatentCache:
         """An empty cache for the multi-token-prediction layers, or for the one at `depth` alone.
@@ -256,7 +261,9 @@ class DeepseekLM(nn.Module):
             return self._new_cache(1, self.config.num_hidden_layers + depth, batch_size, capacity)
         return self._new_cache(len(self.mtp), self.config.num_hidden_layers, batch_size, capacity)
 
-    def _new_cache(self, num_layers: int, first_layer: int, batch_size: int, capacity: int | None) -> LatentCache:
+    def _new_cache(
+        self, num_layers: int, first_layer: int, batch_size: int, capacity: int | None, format: str | None = None
+    ) -> LatentCache:
         return LatentCache(
             num_layers,
             batch_size,
@@ -264,6 +271,7 @@ class DeepseekLM(nn.Module):
             self.config.qk_rope_head_dim,
             capacity=capacity,
             first_layer=first_layer,
+            format=format,
             device=self.device,
             dtype=self.dtype,
         )
@@ -279,6 +287,7 @@ class DeepseekLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         record_routing: bool = False,
         replay_routing: RoutingRecord | None = None,
+        return_logits: bool = True,
     ) -> CausalLMOutput:
         """One forward pass, for training and for inference.
 
@@ -298,6 +307,8 @@ class DeepseekLM(nn.Module):
             record_routing: whether to return every routing decision as `routing`.
             replay_routing: decisions of an earlier pass over the same tokens, to be taken again: the experts are fixed,
                 their weights are this model's.
+            return_logits: False where only the losses are wanted, in training above all. With a plain head (a linear
+                layer without bias, hooks or adapters) the logits then never exist, but for a chunk of tokens at a time.
 
         Raises:
             ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
@@ -318,11 +329,15 @@ class DeepseekLM(nn.Module):
             kept = hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[-1]))
         else:
             kept = hidden[:, logits_to_keep]
-        out = CausalLMOutput(logits=self.lm_head(kept), hidden_states=hidden)
+        out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
         if labels is not None:
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
-            labels = _ignore(labels, padding)
-            out.loss = _cross_entropy(out.logits, _ignore(shift_labels(labels, 1, trunk.documents), padding))
+            labels = ignore(labels, padding)
+            targets = ignore(shift_labels(labels, 1, trunk.documents), padding)
+            if return_logits:
+                out.loss = cross_entropy(out.logits, targets)
+            else:
+                out.loss = head_losses(self.lm_head, [hidden], [targets])[0][0]
             if len(self.mtp) and input_ids is not None and cache is None:
                 out.mtp_losses, out.mtp_accuracy = self._mtp_losses(trunk, input_ids, padding, labels, routing)
                 out.mtp_loss = out.mtp_losses.mean()
@@ -420,23 +435,14 @@ class DeepseekLM(nn.Module):
         Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
         document count nothing; being last, they are seen by no position that does (TRAPS F8).
         """
-        hidden, losses, right = self.mtp_hidden(trunk), [], []
+        hidden, states, targets = self.mtp_hidden(trunk), [], []
         hidden = hidden.detach() if self.mtp_detached else hidden
         for depth in range(len(self.mtp)):
             next_ids = shift_left(input_ids, depth + 1)
             hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=routing)
-            logits = _detached(self.lm_head, normed) if self.mtp_detached else self.lm_head(normed)
-            targets = _ignore(shift_labels(labels, depth + 2, trunk.documents), padding)
-            losses.append(_cross_entropy(logits, targets))
-            guessed = (logits.detach().argmax(-1) == targets.to(logits.device)).sum()
-            right.append(guessed / (targets != -100).sum().clamp(min=1))
-        return torch.stack(losses), torch.stack(right)
-
-
-def _detached(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` with its parameters as constants."""
-    constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    return torch.func.functional_call(module, constants, (x,))
+            states.append(normed)
+            targets.append(ignore(shift_labels(labels, depth + 2, trunk.documents), padding))
+        return head_losses(self.lm_head, states, targets, detached=self.mtp_detached)
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
@@ -456,17 +462,6 @@ def allocate(module: nn.Module, device: torch.device) -> None:
                         nn.Parameter(memory, meta.requires_grad) if isinstance(meta, nn.Parameter) else memory
                     )
                 tensors[name] = made[id(meta)]
-
-
-def _ignore(targets: Tensor, padding: Tensor | None) -> Tensor:
-    """Targets without those at padding, which would make the loss depend on the token that pads."""
-    return targets if padding is None else targets.masked_fill(padding, -100)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets that are not -100, in float32; 0 where there are none."""
-    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten().to(logits.device), reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
 
 
 def _check_mask(mask: Tensor | None, batch: int, tokens: int, cache: LatentCache | None) -> Tensor | None:

@@ -63,6 +63,18 @@ class Slot:
         expert, first, end = self.index
         return tensor[expert, first:end]
 
+    def scale_of(self, state: dict[str, Tensor], block_rows: int) -> Tensor:
+        """The view of the model's scales for this published tensor, where `parameter` is held in FP8.
+
+        Stacked parts (gate above up) have a grid of scales each, of as many rows as the tensor alone would have.
+        """
+        scale = state[scale_name(self.parameter)]
+        if self.index is None:
+            return scale
+        expert, first, end = self.index
+        part, down = first // (end - first), -(-(end - first) // block_rows)
+        return scale[expert, part * down : (part + 1) * down]
+
 
 def layout(chosen: Selection | DeepseekConfig) -> Iterator[Slot]:
     """Every published tensor of a model, or of part of one, without FP8 scales (see `scale_name`)."""
@@ -104,7 +116,7 @@ def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Sele
 
 
 def scale_name(name: str) -> str:
-    """The published name of an FP8 weight's scales: `X.weight_scale_inv` beside `X.weight`."""
+    """The name of an FP8 weight's scales: `X.weight_scale_inv` beside `X.weight`, published or ours."""
     return f"{name}_scale_inv"
 
 

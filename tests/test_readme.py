@@ -12,7 +12,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 SHELL = re.findall(r"^```sh\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 MOST_LINES = 12
-TITLES = ["train", "checkpoints", "operators", "transformers"]
+TITLES = ["train", "checkpoints", "fp8", "experts", "operators", "transformers"]
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +59,25 @@ def test_the_fine_tuned_checkpoint_of_the_second_block_loads(folder, monkeypatch
     assert len(found.shards) > 1
 
 
-def test_shell_blocks_name_commands_that_exist():
+def test_shell_blocks_name_commands_that_exist(capsys):
     from typer.main import get_command
 
-    from benchmarks.__main__ import app as benchmarks
+    from benchmarks import __main__ as benchmarks
+    from benchmarks.commands import app
     from deepseek_arch.cli import app as command_line
 
+    def options_of(command) -> set[str]:
+        if not callable(getattr(command, "main", None)):  # one that reads its own arguments
+            with pytest.raises(SystemExit):
+                command(["--help"])
+            return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        return {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    own = {name: command for name, (_, command) in benchmarks._commands().items()}
     known = {
         "deepseek-arch": get_command(command_line).commands,
-        "python -m benchmarks": get_command(benchmarks).commands,
+        "python -m benchmarks": get_command(app).commands | own,
     }
     seen = set()
     for line in "".join(SHELL).splitlines():
@@ -78,7 +87,7 @@ def test_shell_blocks_name_commands_that_exist():
             continue
         start = next(start for start in known if text.startswith(start + " "))
         name, *rest = text.removeprefix(start).split()
-        options = {option for parameter in known[start][name].params for option in parameter.opts}
+        options = options_of(known[start][name])
         assert {word for word in rest if word.startswith("--")} <= options, text
         seen.add((start, name))
     assert {name for start, name in seen if start == "deepseek-arch"} == set(known["deepseek-arch"])

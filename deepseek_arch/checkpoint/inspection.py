@@ -21,7 +21,7 @@ class CheckpointReport:
 
     Attributes:
         tensors: every tensor, in file order: name, dtype as in the file, shape, shard, bytes.
-        loads: names that would be loaded; dequantized: how many of them are FP8.
+        loads: names that would be loaded; dequantized: how many of them are FP8, which `load` keeps or dequantizes.
         aliases: second copies of the embedding and head, which `load` compares with the trunk's.
         problems: by kind, as far as headers can tell; values (scales that are not finite, repeated embeddings that
             differ) are looked at by `load`.
@@ -96,6 +96,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     plan = make_plan(path, open_all=True)
     if plan.selection.source.is_sparse_attention:
         plan.warnings.append("DeepSeek sparse attention is not implemented yet: no model can be built from this config")
+    plan.warnings += [f"{found} are FP8: only fp8='dequantize' loads them" for found in plan.mixed_experts]
     return CheckpointReport(
         path=plan.folder,
         config=plan.selection.source,

@@ -1,4 +1,4 @@
-"""Published safetensors -> `DeepseekLM`: checked, streamed, exact.
+"""Published safetensors -> `DeepseekLM`: checked, streamed, exact; what is FP8 stays FP8 unless asked otherwise.
 
 `load` compares the whole checkpoint with its config before it allocates anything, then reads each tensor once, in file
 order, straight into its place in the model: beside the model itself it needs memory for a few dozen megabytes, or one
@@ -19,7 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..fp8 import decode_scale, dequantize_blocks
+from ..fp8_linear import keep_fp8
 from ..model import DeepseekLM, allocate
+from ..state_dict import scale_name
 from .plan import CheckpointError, Plan, Read, make_plan
 from .progress import progress
 from .reader import DTYPES, ShardError, TensorReader, memory_of
@@ -36,7 +38,8 @@ class LoadReport:
 
     Attributes:
         loaded: tensors read into the model.
-        dequantized: how many of them were FP8.
+        kept: how many of them are FP8 and stayed it.
+        dequantized: how many were FP8 and are not any more.
         cast: how many others changed their dtype.
         aliases: second copies of the embedding and the head that were found equal and dropped.
         skipped: stray tensors, and multi-token-prediction layers that were not wanted.
@@ -47,6 +50,7 @@ class LoadReport:
 
     path: Path
     loaded: int = 0
+    kept: int = 0
     dequantized: int = 0
     cast: int = 0
     aliases: list[str] = field(default_factory=list)
@@ -59,6 +63,7 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"{self.loaded:,} tensors from {len(self.shards)} files, {self.bytes_read:,} bytes"]
         for count, what in (
+            (self.kept, "kept in FP8"),
             (self.dequantized, "dequantized from FP8"),
             (self.cast, "cast"),
             (len(self.aliases), "repeated tensors found equal"),
@@ -74,7 +79,7 @@ def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
-    fp8: str = "dequantize",
+    fp8: str = "keep",
     layers: Iterable[int] | None = None,
     experts: int | None = None,
     mtp: bool = True,
@@ -84,19 +89,21 @@ def load(
     Args:
         path: a folder with config.json and safetensors: the shards of an index, or every *.safetensors.
         device: where the model goes; tensors are read straight to it.
-        dtype: of all parameters but the router's bias, which stays float32. Default: the config's, or where config.json
-            has none the embedding's.
-        fp8: "dequantize" turns FP8 tensors into `dtype`, exactly but for that one rounding. ("keep" is not available
-            yet.)
+        dtype: of the activations and of all parameters but those kept in FP8 and the router's bias, which stays
+            float32. Default: the config's, or where config.json has none the embedding's.
+        fp8: "keep" leaves in FP8, byte for byte, the projections and experts that are stored so, with float32 scales
+            (`FP8Linear`, `FP8Experts`); the files say which, tensor by tensor. "dequantize" turns FP8 tensors into
+            `dtype`, exactly but for that one rounding. Nothing else is ever made FP8.
         layers, experts, mtp: load part of the model, see `selection.select`. Only the bytes needed are read.
 
     Returns:
-        The model in eval mode, with a `LoadReport` as `model.load_report`. Its config has the dtype of its parameters
-        and no `quantization_config`.
+        The model in eval mode, with a `LoadReport` as `model.load_report`. Its config has the dtype of its parameters,
+        and the checkpoint's `quantization_config` if something stayed in FP8, else none.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype; FP8 tensors lack their scales or
-            have wrong or non-finite ones; shards are missing, truncated or unreadable; repeated embeddings differ.
+            have wrong or non-finite ones; with "keep", only some of a layer's experts are FP8; shards are missing,
+            truncated or unreadable; repeated embeddings differ.
             Everything that headers and scales can tell is reported at once, before memory is allocated.
         ValueError: an argument is wrong, or the config describes no supported model.
     """
@@ -106,21 +113,18 @@ def load(
         raise ValueError(f"expected fp8 'keep' or 'dequantize', got {fp8!r}")
     plan = make_plan(path, layers, experts, mtp)
     dtype = _check_dtype(dtype, plan)
-    if fp8 == "keep" and plan.fp8_reads:
-        raise ValueError(
-            "fp8='keep' is not available yet: expected fp8='dequantize' for a checkpoint with FP8 tensors "
-            f"({len(plan.fp8_reads):,} in {str(path)!r})"
-        )
+    kept = plan.kept_parameters if fp8 == "keep" else set()
+    if fp8 == "keep" and plan.mixed_experts:
+        plan.problems["experts that are FP8 in part, which only fp8='dequantize' loads"].extend(plan.mixed_experts)
     plan.raise_problems()
-    config = plan.selection.config.replace(dtype=str(dtype), quantization_config=None)
-    model = DeepseekLM(config, device="meta", dtype=dtype)
+    model = _build(plan, dtype, kept)
     report = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings)
     total = sum(read.nbytes for read in (*plan.reads, *plan.repeats))
     with TensorReader() as reader, progress(f"loading {plan.folder.name}", total) as bar:
         try:
             scales = _read_scales(plan, reader)
             allocate(model, device)
-            _fill(model, plan, scales, reader, report, bar)
+            _fill(model, plan, kept, scales, reader, report, bar)
             _compare_repeats(model, plan, reader, report, bar)
         except ShardError as error:
             raise CheckpointError(plan.folder, {"shards": [str(error)]}) from None
@@ -158,6 +162,19 @@ def _check_dtype(dtype: torch.dtype | str | None, plan: Plan) -> torch.dtype:
     return _FLOATS[name]
 
 
+def _build(plan: Plan, dtype: torch.dtype, kept: set[str]) -> DeepseekLM:
+    """The model without memory, its `kept` parameters in FP8."""
+    quantization = plan.selection.source.quantization_config
+    config = plan.selection.config.replace(dtype=str(dtype), quantization_config=quantization if kept else None)
+    model = DeepseekLM(config, device="meta", dtype=dtype)
+    if kept:
+        if dtype == torch.float64:
+            raise ValueError("expected dtype float32, bfloat16 or float16 beside weights kept in FP8, got float64")
+        assert quantization is not None and config.weight_block_size is not None
+        keep_fp8(model, config.weight_block_size, kept, quantization.get("scale_fmt"))
+    return model
+
+
 def _read_scales(plan: Plan, reader: TensorReader) -> dict[str, Tensor]:
     """The scales of all FP8 tensors, float32, by the name of the tensor they scale.
 
@@ -185,17 +202,28 @@ def _bands(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, 
 
 
 def _fill(
-    model: DeepseekLM, plan: Plan, scales: dict[str, Tensor], reader: TensorReader, report: LoadReport, bar: tqdm
+    model: DeepseekLM,
+    plan: Plan,
+    kept: set[str],
+    scales: dict[str, Tensor],
+    reader: TensorReader,
+    report: LoadReport,
+    bar: tqdm,
 ) -> None:
     """Reads every tensor into its place, in file order."""
     state = model.state_dict()
-    unfilled = set(state) - {read.slot.parameter for read in plan.reads}
+    unfilled = set(state) - {read.slot.parameter for read in plan.reads} - {scale_name(name) for name in kept}
     # A parameter that no tensor fills would stay random: the table of names and the modules disagree.
     assert unfilled <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()), unfilled
     block_size = plan.selection.source.weight_block_size
     for read in plan.reads:
         target = read.slot.of(state)
-        if read.scale is not None:
+        if read.slot.parameter in kept:
+            assert block_size is not None
+            _fill_plain(target, read, reader)
+            read.slot.scale_of(state, block_size[0]).copy_(scales.pop(read.slot.name))
+            report.kept += 1
+        elif read.scale is not None:
             assert block_size is not None
             _fill_dequantized(target, read, scales.pop(read.slot.name), block_size, reader)
             report.dequantized += 1

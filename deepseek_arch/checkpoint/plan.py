@@ -7,7 +7,7 @@ dtypes is known, all at once, before a tensor is read.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,21 @@ class Plan:
     @property
     def fp8_reads(self) -> list[Read]:
         return [read for read in self.reads if read.scale is not None]
+
+    @property
+    def kept_parameters(self) -> set[str]:
+        """The model's parameters that can stay in FP8: what the published layout has in FP8, and these files too."""
+        return {read.slot.parameter for read in self.fp8_reads if read.slot.fp8}
+
+    @property
+    def mixed_experts(self) -> list[str]:
+        """Layers whose experts cannot stay in FP8, because only some of their tensors are."""
+        counts: dict[str, Counter[bool]] = defaultdict(Counter)
+        for read in self.reads:
+            if read.slot.index is not None:
+                layer = read.slot.name.partition(".experts.")[0]
+                counts[f"{layer}.experts"][read.scale is not None] += 1
+        return [f"{name}: {n[True]} of {n.total()} tensors" for name, n in counts.items() if len(n) == 2]
 
     def raise_problems(self) -> None:
         if self.problems:

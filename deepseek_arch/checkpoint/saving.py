@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import DeepseekConfig
-from ..fp8 import block_grid, quantize_blocks
+from ..fp8 import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks
+from ..fp8_linear import fp8_layers
 from ..state_dict import Slot, layout, scale_name
 from .plan import INDEX_NAME, Read, make_plan
 from .progress import progress
-from .reader import DTYPE_NAMES, TensorInfo, TensorReader
+from .reader import DTYPE_NAMES, DTYPES, TensorInfo, TensorReader
 from .writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
 
 __all__ = ["FP8_QUANTIZATION", "SaveReport", "save", "slice_checkpoint"]
 
-FP8_QUANTIZATION: dict[str, Any] = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _BAND_BYTES = 64 * 2**20
 
@@ -62,9 +56,11 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
 
     Args:
         format: "bf16" writes all parameters as they are, unquantized: a bfloat16 model in bfloat16, a float32 model in
-            float32, bit for bit (`torch_dtype` of config.json says which). "fp8" rounds the projections and experts to
-            FP8 blocks, as the published FP8 checkpoints do; router, norms, embedding, head and eh_proj stay as they are
-            (TRAPS E7). Block size and scale format are the config's `quantization_config`, or 128 x 128 and float32.
+            float32, bit for bit (`torch_dtype` of config.json says which); layers held in FP8 are dequantized to the
+            embedding's dtype. "fp8" writes layers held in FP8 bit for bit, codes and scales, and everything else of
+            such a model as it is. In a model without any it rounds the projections and experts to FP8 blocks, as the
+            published FP8 checkpoints do; router, norms, embedding, head and eh_proj stay as they are (TRAPS E7). Block
+            size and scale format are the config's `quantization_config`, or 128 x 128 and float32.
         max_shard_size: bytes, or "5GB", "200MB" and so on; a larger tensor gets a shard of its own.
 
     Raises:
@@ -75,31 +71,18 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
     if format not in ("bf16", "fp8"):
         raise ValueError(f"expected format 'bf16' or 'fp8', got {format!r}")
     max_bytes = parse_size(max_shard_size)
-    state, config = _check_model(model)
-    config = _saved_config(config, state, fp8=format == "fp8")
-    block_size = config.weight_block_size
+    state, config, held = _check_model(model)
+    config = _saved_config(config, state, held, fp8=format == "fp8")
     slots = [slot for slot in layout(config) if not _is_tied_head(slot, config)]
-    groups = [_specs(slot, state, block_size) for slot in slots]
+    groups = [_specs(slot, state, held, config.weight_block_size) for slot in slots]
     shards = plan_shards(groups, max_bytes)
-    scale_format = (config.quantization_config or {}).get("scale_fmt")
-    quantized = 0
     with CheckpointWriter(path, shards) as writer, progress(f"saving {writer.folder.name}", writer.nbytes) as bar:
         for slot, group in zip(slots, groups, strict=True):
-            tensor = slot.of(state)
-            if len(group) == 2:
-                assert block_size is not None
-                try:
-                    codes, scale = quantize_blocks(tensor, block_size, scale_format)
-                except ValueError as error:
-                    raise ValueError(f"{slot.name}: {error}") from None
-                writer.write(slot.name, codes)
-                writer.write(scale_name(slot.name), scale)
-                quantized += 1
-            else:
-                writer.write(slot.name, tensor)
+            for spec, tensor in zip(group, _tensors(slot, state, held, config, group), strict=True):
+                writer.write(spec.name, tensor)
             bar.update(sum(spec.nbytes for spec in group))
         files = writer.commit(config.to_dict())
-    tensors = sum(len(group) for group in groups)
+    tensors, quantized = sum(len(group) for group in groups), sum(len(group) == 2 for group in groups)
     return SaveReport(Path(path), config, tuple(files), tensors, writer.nbytes, quantized)
 
 
@@ -107,11 +90,28 @@ def _is_tied_head(slot: Slot, config: DeepseekConfig) -> bool:
     return slot.name == "lm_head.weight" and config.tie_word_embeddings
 
 
-def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig]:
+@dataclass(frozen=True)
+class _Held:
+    """What a model holds in FP8: state dict entries of codes, and the blocks that all of them have."""
+
+    parameters: frozenset[str]
+    block_size: tuple[int, int]
+
+
+def _held_by(model: nn.Module) -> _Held:
+    layers = fp8_layers(model)
+    blocks = {layer.block_size for layer in layers.values()}
+    if len(blocks) > 1:
+        raise ValueError(f"expected one block size in all FP8 layers, got {sorted(blocks)}")
+    names = frozenset(f"{path}.{name}" for path, layer in layers.items() for name in layer.held)
+    return _Held(names, blocks.pop() if blocks else (128, 128))
+
+
+def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig, _Held]:
     config = getattr(model, "config", None)
     if not isinstance(config, DeepseekConfig):
         raise ValueError(f"expected a DeepseekLM, got {type(model).__name__}")
-    state, slots = model.state_dict(), list(layout(config))
+    state, slots, held = model.state_dict(), list(layout(config)), _held_by(model)
     wrong = []
     for slot in slots:
         tensor = state.get(slot.parameter)
@@ -122,33 +122,64 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig]:
             wrong.append(f"{slot.parameter}: expected a tensor with memory, got one on device meta")
         elif type(tensor) not in (Tensor, nn.Parameter):
             wrong.append(f"{slot.parameter}: expected a plain tensor, got a {type(tensor).__name__} (gather it first)")
+        elif tensor.dtype == torch.float8_e4m3fn and slot.parameter not in held.parameters:
+            wrong.append(f"{slot.parameter}: expected FP8 codes in an FP8Linear or FP8Experts, got them without scales")
     known = {slot.parameter for slot in slots} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    known |= {scale_name(name) for name in held.parameters}
     unknown = sorted(set(state) - known)
     wrong += [f"{name}: not a parameter of this model (merge adapters first)" for name in unknown]
     if wrong:
         raise ValueError("expected the parameters that the model's config describes: " + "; ".join(wrong[:5]))
-    return state, config
+    return state, config, held
 
 
-def _saved_config(config: DeepseekConfig, state: dict[str, Tensor], fp8: bool) -> DeepseekConfig:
+def _saved_config(config: DeepseekConfig, state: dict[str, Tensor], held: _Held, fp8: bool) -> DeepseekConfig:
     """The config of the written files. Without FP8 tensors there must be no `quantization_config` (TRAPS E12)."""
-    dtypes = {tensor.dtype for name, tensor in state.items() if not name.endswith(".e_score_correction_bias")}
+    codes_and_scales = held.parameters | {scale_name(name) for name in held.parameters}
+    ordinary = {name: t for name, t in state.items() if name not in codes_and_scales}
+    dtypes = {tensor.dtype for name, tensor in ordinary.items() if not name.endswith(".e_score_correction_bias")}
     # One word for all parameters: the widest, so that reading them back loses nothing.
     widest = dtypes.pop()
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
     quantization = None
-    if fp8:
+    if fp8 and held.parameters and config.weight_block_size == held.block_size:
+        quantization = config.quantization_config
+    elif fp8:
         given = config.quantization_config if config.weight_block_size else {}
         quantization = {**FP8_QUANTIZATION, **{k: v for k, v in (given or {}).items() if v is not None}}
+        if held.parameters:
+            quantization["weight_block_size"] = list(held.block_size)
     return config.replace(dtype=str(widest), quantization_config=quantization)
 
 
-def _specs(slot: Slot, state: dict[str, Tensor], block_size: tuple[int, int] | None) -> list[TensorSpec]:
-    if slot.fp8 and block_size is not None:
+def _specs(slot: Slot, state: dict[str, Tensor], held: _Held, block_size: tuple[int, int] | None) -> list[TensorSpec]:
+    """What is written for one tensor: codes and scales, or values. Without a `block_size` nothing is FP8."""
+    in_fp8 = slot.parameter in held.parameters if held.parameters else slot.fp8
+    if in_fp8 and block_size is not None:
         scale = TensorSpec(scale_name(slot.name), "F32", block_grid(slot.shape, block_size))
         return [TensorSpec(slot.name, "F8_E4M3", slot.shape), scale]
-    return [TensorSpec(slot.name, DTYPE_NAMES[state[slot.parameter].dtype], slot.shape)]
+    source = "model.embed_tokens.weight" if slot.parameter in held.parameters else slot.parameter
+    return [TensorSpec(slot.name, DTYPE_NAMES[state[source].dtype], slot.shape)]
+
+
+def _tensors(
+    slot: Slot, state: dict[str, Tensor], held: _Held, config: DeepseekConfig, specs: list[TensorSpec]
+) -> tuple[Tensor, ...]:
+    """The tensors of `_specs`."""
+    tensor = slot.of(state)
+    if slot.parameter in held.parameters:
+        scale = slot.scale_of(state, held.block_size[0])
+        if len(specs) == 2:
+            return tensor, scale
+        return (dequantize_blocks(tensor, scale, held.block_size, DTYPES[specs[0].dtype]),)
+    if len(specs) == 1:
+        return (tensor,)
+    assert config.quantization_config is not None and config.weight_block_size is not None
+    try:
+        return quantize_blocks(tensor, config.weight_block_size, config.quantization_config.get("scale_fmt"))
+    except ValueError as error:
+        raise ValueError(f"{slot.name}: {error}") from None
 
 
 def slice_checkpoint(

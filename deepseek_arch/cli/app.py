@@ -12,6 +12,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,6 +39,11 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder with config.json and safetensors in the published layout.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+DType = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Of the weights that are not FP8, and the activations.", show_default="config's"),
 ]
 
 
@@ -129,6 +135,51 @@ def slice_(
 
 
 @app.command()
+def convert(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    to: Annotated[Literal["fp8", "bf16"], typer.Option(help="FP8 with block scales, or none.", show_default=False)],
+    stacked: Annotated[
+        bool | None,
+        typer.Option(
+            "--stacked/--per-expert",
+            help="A layer's experts in one tensor, or one each as published.",
+            show_default="as they are",
+        ),
+    ] = None,
+    ue8m0: Annotated[bool, typer.Option("--ue8m0", help="Powers of two as new FP8 scales.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything back and compare it, bit for bit.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from where an interrupted conversion stopped.")
+    ] = True,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 500MB or 5GB.")] = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in FP8 or BF16, its experts stacked or single; bytes that need not change do not."""
+    from ..checkpoint import convert as convert_checkpoint
+    from ..checkpoint import plan_conversion
+
+    arguments = (checkpoint, out, to, stacked, max_shard_size, "ue8m0" if ue8m0 else None)
+    if dry_run:
+        from .converting import print_conversion
+
+        planned = plan_conversion(*arguments)
+        if as_json:
+            _print_json(planned.to_dict())
+        else:
+            print_conversion(planned)
+        return
+    done = convert_checkpoint(*arguments, resume=resume, verify=verify)
+    if as_json:
+        _print_json(done.to_dict())
+    else:
+        typer.echo(done)
+
+
+@app.command()
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
@@ -140,10 +191,12 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Draw from the best tokens that sum to this.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Of the weights.", show_default="config's")
-    ] = None,
+    mtp_depth: Annotated[
+        int, typer.Option(min=0, help="Draft up to so many tokens a step with the prediction layers.")
+    ] = 0,
+    fp8: Annotated[Literal["keep", "dequantize"], typer.Option(help="What to do with FP8 weights.")] = "keep",
+    device: Device = "cpu",
+    dtype: DType = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, given as text or as token ids; new tokens are printed as they come."""
@@ -159,27 +212,64 @@ def generate(
     from ..checkpoint import load
     from ..generation import generate as continue_prompt
 
-    model = load(checkpoint, device=device, dtype=dtype, fp8="dequantize", mtp=False)
+    model = load(checkpoint, device=device, dtype=dtype, fp8=fp8, mtp=mtp_depth > 0)
     printer = TokenPrinter(tokenizer, None if as_json else partial(typer.echo, nl=False))
     started = time.perf_counter()
-    out = continue_prompt(
+    out, report = continue_prompt(
         model,
         torch.tensor([tokens], device=device),
         max_new_tokens=max_new_tokens,
+        mtp_depth=mtp_depth,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
         callback=printer,
+        return_report=True,
     )
     seconds = time.perf_counter() - started
     new = out[0, len(tokens) :].tolist()
     if as_json:
         text = None if tokenizer is None else tokenizer.decode(new)
-        _print_json({"prompt_ids": tokens, "new_ids": new, "text": text, "seconds": seconds})
+        found = {"acceptance": report.acceptance} if mtp_depth else {}
+        _print_json({"prompt_ids": tokens, "new_ids": new, "text": text, "seconds": seconds, **found})
     else:
         printer.end()
-        typer.echo(f"{len(new)} tokens in {seconds:.2f} s", err=True)
+        drafted = f"; {report}" if mtp_depth else ""
+        typer.echo(f"{len(new)} tokens in {seconds:.2f} s{drafted}", err=True)
+
+
+@app.command(name="probe-mtp")
+def probe(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 0,17,4.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Tokens to add.")] = 64,
+    mtp_depth: Annotated[int, typer.Option(min=1, help="Tokens to draft a step.")] = 2,
+    device: Device = "cpu",
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which way the multi-token-prediction layers want to be fed, by what is accepted of their drafts."""
+    from .text import Tokenizer
+
+    if (prompt is None) == (ids is None):
+        raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
+    tokens = (
+        _parse_numbers(ids, "--ids") if ids is not None else _encode(Tokenizer.of(checkpoint), prompt or "", checkpoint)
+    )
+    import torch
+
+    from ..checkpoint import load
+    from ..probe import probe_mtp
+
+    model = load(checkpoint, device=device, dtype=dtype)
+    probes = probe_mtp(model, torch.tensor([tokens], device=device), None, max_new_tokens, mtp_depth)
+    if as_json:
+        _print_json([asdict(probe) for probe in probes])
+    else:
+        for probe in probes:
+            typer.echo(probe)
 
 
 @app.command()

@@ -10,6 +10,7 @@
 Importing this changes nothing for transformers' own classes.
 """
 
+from .balancing import LoadBalancingCallback
 from .configuration import (
     ArchDeepseekV2Config,
     ArchDeepseekV3Config,
@@ -24,6 +25,7 @@ from .modeling import (
     DeepseekModel,
     DeepseekPreTrainedModel,
 )
+from .quantizer import DeepseekFP8Config
 from .registration import register, registered, unregister
 
 __all__ = [
@@ -31,11 +33,13 @@ __all__ = [
     "ArchDeepseekV3Config",
     "ArchGlm4MoeLiteConfig",
     "ArchKimiK2Config",
+    "DeepseekFP8Config",
     "DeepseekForCausalLM",
     "DeepseekForSequenceClassification",
     "DeepseekForTokenClassification",
     "DeepseekModel",
     "DeepseekPreTrainedModel",
+    "LoadBalancingCallback",
     "as_arch_config",
     "register",
     "registered",

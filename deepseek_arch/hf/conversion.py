@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
     MergeModulelist,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -69,12 +70,50 @@ class WriteCopies(ConversionOps):
         return KeepOne()
 
 
+class StackScales(MergeModulelist):
+    """A scale grid of each expert -> one tensor; the way back leaves grids of one row or column what they are.
+
+    transformers 5.17 removes every dimension of size 1 there, not only the experts'.
+    """
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return UnstackScales(self.dim)
+
+
+class UnstackScales(SplitModulelist):
+    """The reverse of `StackScales`."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for pattern, value in input_dict.items():
+            (stacked,) = _as_list(value)
+            names = self.get_target_patterns(input_dict, pattern, target_patterns, stacked.size(self.dim))
+            out |= dict(zip(names, stacked.unbind(self.dim), strict=True))
+        return out
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return StackScales(self.dim)
+
+
 def _expert_conversions() -> list[WeightTransform]:
     # The lookahead keeps `weight` from matching `weight_scale_inv` in transformers 5.17.
     gate, up, down = (f"mlp.experts.*.{name}_proj.weight(?!_scale_inv)" for name in ("gate", "up", "down"))
     return [
         WeightConverter([gate, up], "mlp.experts.gate_up_proj", [MergeModulelist(0), Concatenate(1)]),
         WeightConverter(down, "mlp.experts.down_proj", [MergeModulelist(0)]),
+    ]
+
+
+def _scale_conversions() -> list[WeightTransform]:
+    gate, up, down = (f"mlp.experts.*.{name}_proj.weight_scale_inv" for name in ("gate", "up", "down"))
+    return [
+        WeightConverter([gate, up], "mlp.experts.gate_up_proj_scale_inv", [StackScales(0), Concatenate(1)]),
+        WeightConverter(down, "mlp.experts.down_proj_scale_inv", [StackScales(0)]),
     ]
 
 
@@ -99,14 +138,17 @@ def mtp_key_mapping(core: DeepseekConfig) -> dict[str, str]:
     return {rf"^model\.layers\.{first + k}\.": f"mtp.{k}." for k in range(core.num_nextn_predict_layers)}
 
 
-def saving_conversions(core: DeepseekConfig | None) -> list[WeightTransform]:
+def saving_conversions(core: DeepseekConfig | None, fp8: bool = False) -> list[WeightTransform]:
     """The conversions whose reverse turns a state dict into the published tensors.
 
     Args:
         core: the config of a causal language model, or None for a model without prediction layers.
+        fp8: the model has experts in FP8.
     """
+    # Last: the reverse goes backwards, and in transformers 5.17 `gate_up_proj` also matches `gate_up_proj_scale_inv`.
+    experts = [*_expert_conversions(), *(_scale_conversions() if fp8 else ())]
     if core is None or not core.num_nextn_predict_layers:
-        return _expert_conversions()
+        return experts
     numbers = range(core.num_hidden_layers, core.num_hidden_layers + core.num_nextn_predict_layers)
     layers = [f"model.layers.{number}." for number in numbers]
     embeddings = [f"{layer}embed_tokens.weight" for layer in layers]
@@ -121,7 +163,7 @@ def saving_conversions(core: DeepseekConfig | None) -> list[WeightTransform]:
     renamings: list[WeightTransform] = [
         WeightRenaming(published, rf"^mtp\.{k}\.") for k, published in enumerate(mtp_key_mapping(core))
     ]
-    return [*renamings, *copies, *_expert_conversions()]
+    return [*renamings, *copies, *experts]
 
 
 def register_conversions(class_name: str, causal_lm: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from os import PathLike
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import FineGrainedFP8Config
+from transformers import FineGrainedFP8Config, PreTrainedModel
 
+from ..fp8_linear import fp8_layers
 from ..moe import Router
 from .configuration import as_arch_config, load_config
 from .conversion import mtp_key_mapping
+from .quantizer import FP8_METHOD, DeepseekFP8Config
 
 __all__ = ["StrictLoading"]
 
@@ -42,11 +45,14 @@ class StrictLoading:
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`, except that a checkpoint must define every weight.
 
-        FP8 checkpoints are dequantized, exactly, by the block size in their config. A classifier's own head may be
-        missing. A folder without the prediction layers that its config speaks of loads without them, with a warning.
+        What is FP8 in the files stays FP8, byte for byte, on every device; `dtype` is that of everything else. A
+        classifier's own head may be missing. A folder without the prediction layers that its config speaks of loads
+        without them, with a warning.
 
         Args:
             config: a config of ours, transformers' own for the same family, a `DeepseekConfig`, or where to read one.
+            quantization_config: (in `kwargs`) for an FP8 checkpoint, `FineGrainedFP8Config(dequantize=True)` or
+                `DeepseekFP8Config(dequantize=True)` for ordinary weights in `dtype`, exact but for that rounding.
 
         Raises:
             ValueError: tensors are missing, have other shapes than the config says (unless
@@ -56,7 +62,7 @@ class StrictLoading:
         if config is None or isinstance(config, str | PathLike):
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)
         config = as_arch_config(config)
-        _check_quantization_argument(config, kwargs)
+        config = _with_quantization_argument(config, kwargs)
         if cls.reads_prediction_layers:
             key_mapping = {**mtp_key_mapping(config.to_core()), **(key_mapping or {})}
         model, info = super().from_pretrained(  # type: ignore[misc]
@@ -82,6 +88,17 @@ class StrictLoading:
         _keep_router_biases_wide(model)
         model.set_saving_conversions()
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this for adapters too, after it made them and before it casts what it reads to them."""
+        _widen_adapters(model)
+        return PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.add_adapter`."""
+        super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+        _widen_adapters(self)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """transformers calls this between the load and its report."""
@@ -153,17 +170,29 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _check_quantization_argument(config: Any, kwargs: dict[str, Any]) -> None:
-    """transformers' own FP8 config may ask for what happens anyway, and for nothing else."""
-    argument = kwargs.get("quantization_config")
-    if not isinstance(argument, FineGrainedFP8Config) or getattr(config, "quantization_config", None) is None:
-        return
-    if not argument.dequantize:
-        raise ValueError(
-            "expected FineGrainedFP8Config(dequantize=True) or no quantization_config: these weights cannot be kept "
-            "in FP8 yet, got dequantize=False"
-        )
+def _with_quantization_argument(config: Any, kwargs: dict[str, Any]) -> Any:
+    """Whether to dequantize FP8, moved from the argument to the config, where our quantizer looks for it.
+
+    transformers would refuse its own class beside ours, and ignore what an instance of ours says.
+    """
+    argument, own = kwargs.get("quantization_config"), getattr(config, "quantization_config", None)
+    if isinstance(own, DeepseekFP8Config):
+        own = {**own.to_dict(), "quant_method": FP8_METHOD}
+    fp8 = isinstance(own, dict) and own.get("quant_method") == FP8_METHOD
+    if not fp8 or not isinstance(argument, FineGrainedFP8Config | DeepseekFP8Config):
+        return config
     del kwargs["quantization_config"]
+    config = copy.deepcopy(config)
+    config.quantization_config = {**own, "dequantize": argument.dequantize}
+    return config
+
+
+def _widen_adapters(model: Any) -> None:
+    """PEFT makes adapters of expert parameters in the parameters' dtype, which for codes is no dtype to compute in."""
+    held = {id(t) for layer in fp8_layers(model).values() for name in layer.held for t in layer.pair(name)}
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float8_e4m3fn and id(parameter) not in held:
+            parameter.data = parameter.data.to(model.dtype)
 
 
 def _keep_router_biases_wide(model: nn.Module) -> None:

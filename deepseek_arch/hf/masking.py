@@ -19,7 +19,14 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing
 
-__all__ = ["FirstTokens", "attention_mask_for", "document_starts"]
+__all__ = ["FirstTokens", "attention_mask_for", "document_starts", "real_tokens"]
+
+
+def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """bool [B, T], False for padding, of a mask [B, past + T]; None where nobody says, as with finished masks."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -tokens:] != 0
 
 
 def document_starts(

@@ -8,6 +8,7 @@ layer, attention weights under `attn_implementation="eager"`, and a load that fa
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,24 +23,28 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..balance import BalanceLoss
 from ..config import DeepseekConfig
+from ..fp8_layer import FP8Layer
+from ..fp8_linear import FP8Experts, fp8_layers
 from ..layer import DecoderLayer
 from ..linear import Linear
 from ..mla import MultiHeadLatentAttention, causal_mask
-from ..moe import Experts, Router
+from ..moe import Experts, MoE, Router
 from ..mtp import MTPLayer
 from ..norm import RMSNorm
 from ..rope import RotaryEmbedding
+from ..routing import Routing
 from .configuration import ArchDeepseekV3Config, as_arch_config
 from .conversion import register_conversions, saving_conversions
+from .drafting import generate_with_drafts
 from .loading import StrictLoading
-from .masking import FirstTokens, attention_mask_for, document_starts
+from .masking import FirstTokens, attention_mask_for, document_starts, real_tokens
 from .resuming import accept_published_names
 
 __all__ = [
@@ -99,16 +104,18 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         past_key_values: Any | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """[B, T, H] -> the same; see `DecoderLayer.forward`."""
-        return DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values)
+        return DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, routing)
 
 
 class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
     """What the model classes share.
 
-    `from_pretrained` reads published folders (BF16 or FP8, which is dequantized exactly), folders that transformers
-    saved, and `save_pretrained` writes the published names. No registration is needed for these classes themselves.
+    `from_pretrained` reads published folders (BF16 or FP8, which stays FP8 unless asked otherwise), folders that
+    transformers saved, and `save_pretrained` writes the published names, FP8 weights byte for byte. No registration is
+    needed for these classes themselves.
     """
 
     config_class = ArchDeepseekV3Config
@@ -130,6 +137,8 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only through transformers' functions, which leave alone what has been loaded.
+        if isinstance(module, FP8Layer):
+            return  # codes are never drawn
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.e_score_correction_bias is not None:
@@ -142,10 +151,23 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`: a folder in the published layout."""
-        if isinstance(getattr(self.config, "quantization_config", None), dict):
-            # From the config file of a quantized checkpoint, of which this model has only the shape (TRAPS E12).
+        quantized = fp8_layers(self) or getattr(self, "hf_quantizer", None) is not None
+        if getattr(self.config, "quantization_config", None) is not None and not quantized:
+            # From the config of a quantized checkpoint, of which this model has only the shape (TRAPS E12).
             del self.config.quantization_config
+        self.set_saving_conversions()
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    # transformers refuses both for any quantized model; our FP8 layers stay what they are while the rest is cast.
+    def half(self, *args: Any) -> Any:
+        return self.to(torch.float16) if fp8_layers(self) else super().half(*args)
+
+    def float(self, *args: Any) -> Any:
+        return self.to(torch.float32) if fp8_layers(self) else super().float(*args)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Turns FP8 layers into ordinary ones, in `dtype` (default the model's), which adapters can be merged into."""
+        return super().dequantize(dtype or self.dtype)
 
     def post_init(self) -> None:
         """What transformers does once a model's modules are there, and ours to read and write published names."""
@@ -155,7 +177,14 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
 
     def set_saving_conversions(self) -> None:
         """Fixes what `save_pretrained` undoes, however the model was made."""
-        self._weight_conversions = saving_conversions(None)
+        self._weight_conversions = saving_conversions(self._core_for_saving(), self._has_fp8_experts())
+
+    def _core_for_saving(self) -> DeepseekConfig | None:
+        """The config of a model with prediction layers."""
+        return None
+
+    def _has_fp8_experts(self) -> bool:
+        return any(isinstance(module, FP8Experts) for module in self.modules())
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
@@ -231,8 +260,12 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if mask is None and cache is not None and tokens > 1 and cache.get_mask_sizes(tokens, 0)[0] > tokens:
             cache = FirstTokens(cache, tokens)
         rope = self.rotary_emb(position_ids)
+        # Counts for `LoadBalancer`: padding is left out where the mask says what is padding.
+        routing = Routing((batch, tokens), real_tokens(attention_mask, tokens)) if self.training else None
         for layer in self.layers[: self.config.num_hidden_layers]:
-            x = layer(x, rope, mask=mask, past_key_values=cache)
+            x = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
+        if routing is not None:
+            routing.commit()
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
@@ -263,8 +296,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         self.mtp = nn.ModuleList(MTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
         self.post_init()
 
-    def set_saving_conversions(self) -> None:
-        self._weight_conversions = saving_conversions(self.config.to_core())
+    def _core_for_saving(self) -> DeepseekConfig | None:
+        return self.config.to_core()
 
     @can_return_tuple
     def forward(
@@ -284,9 +317,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], the tokens themselves (the shift happens in the loss), -100 where ignored.
             logits_to_keep: 0 for all positions, n for the last n, or an index tensor of positions.
-            kwargs: also `num_items_in_batch` for the loss. With `output_router_logits`, `aux_loss` is Switch's
-                balance loss, added to the loss with the factor `config.router_aux_loss_coef`, or `aux_loss_alpha`
-                where the config has only that.
+            kwargs: also `num_items_in_batch` for the loss. With `output_router_logits`, `aux_loss` is the sum
+                over layers of the sequence-wise balance loss without its factor, so that perfect balance gives 1 for
+                each layer; it is added to the loss with the factor `router_aux_loss_coef`.
         """
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -304,12 +337,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if outputs.router_logits:
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits,
-                self.config.num_experts,
-                self.config.num_experts_per_tok,
-                attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None,
-            )
+            valid = real_tokens(attention_mask, hidden.shape[1])
+            aux_loss = self.balance_loss(outputs.router_logits, hidden.shape[:2], valid)
             if loss is not None:
                 loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -325,19 +354,40 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`, with every cache of transformers, beams, and draft models.
 
+        With `use_mtp=True` the model's own prediction layers draft up to `num_assistant_tokens` tokens a step (default
+        1), for any number of rows, greedy or sampling; see `deepseek_arch.generate`.
+
         Raises:
-            ValueError: `use_mtp`; transformers' own loader cannot read these prediction layers.
+            ValueError: `use_mtp` without prediction layers, or with a setting that it does not go with.
         """
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", False)):
-            raise ValueError("expected generate without use_mtp: it cannot draft with the prediction layers here")
+            return generate_with_drafts(self, *args, **kwargs)
         return super().generate(*args, **kwargs)
 
     @property
     def router_aux_loss_coef(self) -> float:
-        """The balance loss's factor: `router_aux_loss_coef` of the config, else its `aux_loss_alpha`, else 0."""
+        """The balance loss's factor: `router_aux_loss_coef` of the config, else its family's (`BalanceLoss`)."""
         factor = getattr(self.config, "router_aux_loss_coef", None)
-        return float((getattr(self.config, "aux_loss_alpha", None) or 0.0) if factor is None else factor)
+        return BalanceLoss.from_config(self.config.to_core()).sequence if factor is None else float(factor)
+
+    def balance_loss(
+        self, router_logits: tuple[Tensor, ...], shape: tuple[int, int], valid: Tensor | None = None
+    ) -> Tensor:
+        """V3's sequence-wise balance loss, or V2's, of all layers with experts together, without a factor.
+
+        Args:
+            router_logits: [B T, E] of each layer.
+            shape: (B, T).
+            valid: bool [B, T], or None where nothing is padding.
+        """
+        loss = replace(BalanceLoss.from_config(self.config.to_core()), sequence=1.0)
+        routers = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+        losses = [
+            loss(router, logits.float(), router.route(logits.detach().float())[1], shape, valid)
+            for router, logits in zip(routers, router_logits, strict=True)
+        ]
+        return torch.stack([each.to(losses[0].device) for each in losses]).sum()
 
 
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):

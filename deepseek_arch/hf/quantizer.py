@@ -1,8 +1,9 @@
-"""Reading published FP8 checkpoints through transformers: exact dequantization by the config's block size.
+"""Reading published FP8 checkpoints through transformers: kept byte for byte, or dequantized exactly.
 
-transformers (5.17 to 5.23) infers the block from `rows // scale_rows`, which fails, or is silently wrong, for any
-matrix whose last block is partial. Our quantizer goes under a method name of its own, which our configs put in place
-of "fp8" in memory, so that other models' FP8 is read as ever.
+Both by the config's block size. transformers (5.17 to 5.23) infers the block from `rows // scale_rows`, which fails, or
+is silently wrong, for any matrix whose last block is partial, and keeps FP8 only on a GPU with kernels from the hub.
+Our quantizer goes under a method name of its own, which our configs put in place of "fp8" in memory, so that other
+models' FP8 is read as ever.
 """
 
 from __future__ import annotations
@@ -18,28 +19,39 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.reader import read_header
-from ..fp8 import dequantize_blocks
+from ..checkpoint.reader import TensorInfo, read_header
+from ..fp8 import decode_scale, dequantize_blocks
+from ..fp8_linear import dequantize, fp8_layers, keep_fp8
+from ..state_dict import layout, scale_name
+from .resuming import accept_published_experts
 
 __all__ = ["FP8_METHOD", "PUBLISHED_METHOD", "DeepseekFP8Config", "DeepseekFP8Quantizer"]
 
 FP8_METHOD = "deepseek_fp8"
 PUBLISHED_METHOD = "fp8"
 _WEIGHT = "weight(?!_scale_inv)"  # without the lookahead, transformers 5.17 also matches the scale's name
-_SUFFIX = "_scale_inv"
-_SCALE = "weight" + _SUFFIX
+_SCALE = scale_name("weight")
 
 
 @register_quantization_config(FP8_METHOD)
 class DeepseekFP8Config(QuantizationConfigMixin):
-    """The published `quantization_config`: the block size, and whatever else the file says, kept for saving."""
+    """The published `quantization_config`: the block size, and whatever else the file says, kept for saving.
 
-    def __init__(self, weight_block_size: tuple[int, int] | list[int] | None = None, **published: Any) -> None:
+    Args:
+        dequantize: load ordinary weights in the model's dtype instead of FP8 layers.
+    """
+
+    def __init__(
+        self,
+        weight_block_size: tuple[int, int] | list[int] | None = None,
+        dequantize: bool | None = None,
+        **published: Any,
+    ) -> None:
         published.pop("quant_method", None)
         self.quant_method = FP8_METHOD
         self.weight_block_size = list(weight_block_size or (128, 128))
-        self.dequantize = True  # tells transformers that the loaded model is an ordinary one
-        self.published = published
+        self.dequantize = bool(dequantize)  # also tells transformers that the loaded model is an ordinary one
+        self.published = published if dequantize is None else {**published, "dequantize": dequantize}
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -54,7 +66,7 @@ class DeepseekFP8Config(QuantizationConfigMixin):
 
 @register_quantizer(FP8_METHOD)
 class DeepseekFP8Quantizer(HfQuantizer):
-    """Puts dequantization in front of the weight conversions; the model itself is built as for any checkpoint."""
+    """Builds FP8 layers for what the files hold in FP8, or puts dequantization in front of the weight conversions."""
 
     quantization_config: DeepseekFP8Config
 
@@ -65,28 +77,67 @@ class DeepseekFP8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        """Compares the tensors in the files: transformers 5.17 casts codes before anyone could miss their scales."""
-        tensors = {}
+        """Looks at the files' headers: they, not the config, say which tensors are FP8.
+
+        Raises:
+            ValueError: codes without scales or scales without codes (transformers 5.17 casts codes before anyone could
+                miss their scales), or a layer's experts are FP8 only in part.
+        """
+        tensors: dict[str, TensorInfo] = {}
         for file in checkpoint_files or ():
             if file.endswith(".safetensors"):
                 tensors.update(read_header(Path(file)))
-        codes = [name for name, info in tensors.items() if info.dtype == "F8_E4M3"]
-        without = [name for name in codes if f"{name}{_SUFFIX}" not in tensors]
+        codes = {name for name, info in tensors.items() if info.dtype == "F8_E4M3"}
+        without = sorted(name for name in codes if scale_name(name) not in tensors)
         if without:
-            raise ValueError(f"expected a scale beside each FP8 tensor, got none for {', '.join(sorted(without))}")
+            raise ValueError(f"expected a scale beside each FP8 tensor, got none for {', '.join(without[:8])}")
+        suffix = scale_name("")
+        alone = sorted(n for n in tensors if n.endswith(suffix) and n.removesuffix(suffix) not in codes)
+        if alone:
+            raise ValueError(f"expected FP8 tensors beside the scales, got scales alone: {', '.join(alone[:8])}")
+        if not self.quantization_config.dequantize:
+            config = self.quantization_config
+            stored = None if checkpoint_files is None else codes
+            kept = parameters_in_fp8(model, stored, set(tensors))
+            keep_fp8(model, config.blocks, kept, config.published.get("scale_fmt"))
+            accept_published_experts(model)
         return model
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
         """transformers 5.17 calls this without the model."""
-        merged = [
-            _with_dequantization(entry, self)
-            if isinstance(entry, WeightConverter) and all(p.endswith(_WEIGHT) for p in entry.source_patterns)
-            else entry
-            for entry in weight_conversions
+        dequantizes, updated = self.quantization_config.dequantize, []
+        for entry in weight_conversions:
+            if not isinstance(entry, WeightConverter) or not all(p.endswith(_WEIGHT) for p in entry.source_patterns):
+                updated.append(entry)
+            elif dequantizes:
+                updated.append(_with_dequantization(entry, self))
+            else:
+                updated += _codes_and_scales(entry, self)
+        if dequantizes:
+            return [
+                *updated,
+                WeightConverter([_WEIGHT, _SCALE], "weight", [DequantizeBlocks(self), FitParameter(self)]),
+            ]
+        return [
+            *updated,
+            WeightConverter(_WEIGHT, "weight", [FitParameter(self)]),
+            WeightConverter(_SCALE, _SCALE, [DecodeScales(self), FitParameter(self)]),
         ]
-        return [*merged, WeightConverter([_WEIGHT, _SCALE], "weight", [DequantizeBlocks(self), FitParameter()])]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for layer in fp8_layers(model).values():
+            for name in layer.held:  # transformers makes every floating-point parameter trainable
+                for tensor in layer.pair(name):
+                    tensor.requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """What `model.dequantize()` does; with an adapter attached too, which can then be merged."""
+        dequantize(model, dtype)
+        accept_published_experts(model)
+        return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -100,11 +151,62 @@ class DeepseekFP8Quantizer(HfQuantizer):
         return True
 
 
+def parameters_in_fp8(model: PreTrainedModel, codes: set[str] | None, stored: set[str]) -> set[str]:
+    """The model's parameters that the published layout has in FP8 and these files too.
+
+    Args:
+        codes: names of the files' FP8 tensors, published or (from `save_original_format=False`) our own; of a trunk
+            alone without "model.". None for unknown: then all that the layout says.
+        stored: names of all their tensors.
+
+    Raises:
+        ValueError: a layer's experts are FP8 only in part.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    kept: set[str] = set()
+    partly: dict[str, set[bool]] = {}
+    for slot in layout(model.config.to_core()):
+        short = slot.parameter.removeprefix("model.")
+        parameter = slot.parameter if slot.parameter in own else short
+        names = {slot.name, slot.parameter, slot.name.removeprefix("model."), short} & stored
+        if not slot.fp8 or parameter not in own or (codes is not None and not names):
+            continue
+        in_fp8 = codes is None or bool(names & codes)
+        if in_fp8:
+            kept.add(parameter)
+        if slot.index is not None:
+            partly.setdefault(parameter.rpartition(".")[0], set()).add(in_fp8)
+    mixed = sorted(name for name, kinds in partly.items() if len(kinds) == 2)
+    if mixed:
+        raise ValueError(
+            f"expected a layer's experts to be all FP8 or none, got some of {', '.join(mixed[:8])}; "
+            "quantization_config=DeepseekFP8Config(dequantize=True) loads them"
+        )
+    return kept
+
+
+def _codes_and_scales(converter: WeightConverter, quantizer: DeepseekFP8Quantizer) -> list[WeightConverter]:
+    """The same conversion twice: of the weights, FP8 or not, and of the scales into the parameter beside theirs."""
+    sources = [_scale_name(pattern) for pattern in converter.source_patterns]
+    targets = [scale_name(pattern) for pattern in converter.target_patterns]
+    fit = FitParameter(quantizer)
+    return [
+        _like(converter, converter.source_patterns, converter.target_patterns, [*converter.operations, fit]),
+        _like(converter, sources, targets, [DecodeScales(quantizer), *converter.operations, fit]),
+    ]
+
+
 def _with_dequantization(converter: WeightConverter, quantizer: DeepseekFP8Quantizer) -> WeightConverter:
     """The same conversion of the same tensors, which now come as codes and scales."""
     sources = [name for pattern in converter.source_patterns for name in (pattern, _scale_name(pattern))]
-    operations = [DequantizeBlocks(quantizer), *converter.operations, FitParameter()]
-    copy = WeightConverter(sources, list(converter.target_patterns), operations)
+    operations = [DequantizeBlocks(quantizer), *converter.operations, FitParameter(quantizer)]
+    return _like(converter, sources, converter.target_patterns, operations)
+
+
+def _like(
+    converter: WeightConverter, sources: list[str], targets: list[str], operations: list[ConversionOps]
+) -> WeightConverter:
+    copy = WeightConverter(list(sources), list(targets), operations)
     copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     return copy
 
@@ -113,15 +215,19 @@ def _scale_name(pattern: str) -> str:
     return pattern.removesuffix(_WEIGHT) + _SCALE
 
 
-class DequantizeBlocks(ConversionOps):
+class _AsOnDisk(ConversionOps):
+    """An operation that its tensors must reach as they are in the files."""
+
+    def __init__(self, hf_quantizer: DeepseekFP8Quantizer) -> None:
+        # By this name transformers 5.23 knows.
+        self.hf_quantizer = hf_quantizer
+
+
+class DequantizeBlocks(_AsOnDisk):
     """Codes and scales -> values in the parameter's dtype.
 
     Tensors that are not FP8 and come without scales (the router, norms, embeddings) are only cast.
     """
-
-    def __init__(self, hf_quantizer: DeepseekFP8Quantizer) -> None:
-        # By this name transformers 5.23 knows that the tensors must reach this operation as they are on disk.
-        self.hf_quantizer = hf_quantizer
 
     @torch.no_grad()
     def convert(
@@ -141,12 +247,16 @@ class DequantizeBlocks(ConversionOps):
                 continue
             codes = _as_list(input_dict.pop(pattern))
             scales = _as_list(input_dict.pop(_scale_name(pattern), []))
-            if scales and len(scales) != len(codes):
-                raise ValueError(
-                    f"{full_layer_name}: expected one scale for each FP8 tensor, got {len(codes)} tensors and "
-                    f"{len(scales)} scales"
-                )
-            pairs = zip(codes, scales or [None] * len(codes), strict=True)
+            if len(scales) == len(codes):
+                pairs = list(zip(codes, scales, strict=True))
+            else:  # experts that are FP8 in part: in the same order, but for those without
+                left = iter(scales)
+                pairs = [(code, next(left, None) if code.dtype == torch.float8_e4m3fn else None) for code in codes]
+                if next(left, None) is not None:
+                    raise ValueError(
+                        f"{full_layer_name}: expected one scale for each FP8 tensor, got {len(codes)} tensors and "
+                        f"{len(scales)} scales"
+                    )
             out[pattern] = [self._value(code, scale, dtype, full_layer_name) for code, scale in pairs]
         if input_dict:
             raise ValueError(f"{full_layer_name}: expected FP8 tensors beside the scales, got scales alone")
@@ -166,19 +276,32 @@ class DequantizeBlocks(ConversionOps):
         return dequantize_blocks(codes, scale, self.hf_quantizer.quantization_config.blocks, dtype)
 
 
-class FitParameter(ConversionOps):
-    """The last step: one tensor of the parameter's shape, which transformers 5.17 does not check in quantized files."""
+class DecodeScales(_AsOnDisk):
+    """Scales of any storage -> float32, which stands for every exponent byte exactly."""
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        """Raises ValueError for scales that are not finite."""
+        try:
+            return {name: [decode_scale(scale) for scale in _as_list(value)] for name, value in input_dict.items()}
+        except ValueError as error:
+            raise ValueError(f"{full_layer_name}: {error}") from None
+
+
+class FitParameter(_AsOnDisk):
+    """The last step: one tensor of the parameter's shape and dtype. transformers 5.17 checks neither in such files."""
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Raises ValueError for another shape."""
+        """Raises ValueError for another shape, and for codes where values belong or the other way round."""
         (value,) = input_dict.values()
         (tensor,) = _as_list(value)
         expected = _tensor_named(model, full_layer_name)
         if type(expected) in (Tensor, torch.nn.Parameter) and tensor.shape != expected.shape:
             raise ValueError(f"{full_layer_name}: expected shape {list(expected.shape)}, got {list(tensor.shape)}")
-        return {full_layer_name: tensor}
+        if tensor.dtype != expected.dtype and torch.float8_e4m3fn in (tensor.dtype, expected.dtype):
+            raise ValueError(f"{full_layer_name}: expected {expected.dtype}, got {tensor.dtype}")
+        return {full_layer_name: tensor.to(expected.dtype)}
 
 
 def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:

@@ -228,7 +228,7 @@ def test_fp8_is_dequantized_exactly(tmp_path, dtype):
     folder = files.write(tmp_path, weights, config)
     shard_of = json.loads((folder / files.INDEX).read_text())["weight_map"]
     assert all(shard_of[name] != shard_of[scale_name(name)] for name in weights if scale_name(name) in weights)
-    model = load(folder, dtype=dtype)
+    model = load(folder, dtype=dtype, fp8="dequantize")
     plain = {}
     for name, tensor in weights.items():
         if tensor.dtype == torch.float8_e4m3fn:
@@ -239,7 +239,7 @@ def test_fp8_is_dequantized_exactly(tmp_path, dtype):
             plain[name] = tensor if name.endswith("correction_bias") else tensor.to(dtype)
     files.assert_same_tensors(model.state_dict(), files.expected_state(config, plain))
     report = model.load_report
-    assert report.dequantized == sum(t.dtype == torch.float8_e4m3fn for t in weights.values()) > 0
+    assert report.dequantized == sum(t.dtype == torch.float8_e4m3fn for t in weights.values()) > 0 == report.kept
     assert report.bytes_read == sum(t.nbytes for t in weights.values())
     # TRAPS E12: what is no longer FP8 must not say so.
     assert model.config.quantization_config is None
@@ -279,15 +279,6 @@ def test_some_tensors_of_an_fp8_checkpoint_may_be_plain(tmp_path):
     del weights[scale_name(name)]
     model = load(files.write(tmp_path, weights, config))
     assert torch.equal(model.state_dict()[name], weights[name])
-
-
-def test_keeping_fp8_is_refused_until_it_exists_but_harmless_without_fp8(tmp_path):
-    config = small_models.config("v3", quantization_config=FP8, dtype="bfloat16")
-    folder = files.write(tmp_path / "fp8", in_fp8(files.tensors(config), config), config)
-    with pytest.raises(ValueError, match=r"not available yet.*fp8='dequantize'"):
-        load(folder, fp8="keep")
-    plain = small_models.config("v3")
-    assert load(files.write(tmp_path / "bf16", files.tensors(plain), plain), fp8="keep").load_report.dequantized == 0
 
 
 # ---------------------------------------------------------------- prediction layers, repeats, strays
@@ -597,7 +588,7 @@ def test_saving_fp8_rounds_what_the_published_files_have_in_fp8(tmp_path):
     for name in set(weights) - fp8:
         assert torch.equal(stored[name], weights[name])
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == FP8
-    again = published.published_state(load(tmp_path))
+    again = published.published_state(load(tmp_path, fp8="dequantize"))
     for name in fp8:
         assert torch.equal(again[name], dequantize_blocks(*quantize_blocks(weights[name], (16, 12)), (16, 12)))
 
@@ -776,7 +767,8 @@ def test_synthetic_checkpoints_have_what_the_published_ones_have(tmp_path):
     biases = torch.cat([t for name, t in stored.items() if name.endswith("correction_bias")])
     assert biases.dtype == torch.float32 and (biases < 0).any() and (biases > 0).any()
     # Both formats mean the same model.
-    files.assert_same_tensors(load(tmp_path / "fp8").state_dict(), load(tmp_path / "bf16").state_dict())
+    dequantized = load(tmp_path / "fp8", fp8="dequantize")
+    files.assert_same_tensors(dequantized.state_dict(), load(tmp_path / "bf16").state_dict())
     write_checkpoint(tmp_path / "again", config, seed=1, shards=1)
     other = files.read(tmp_path / "again")
     assert not torch.equal(other["lm_head.weight"], stored["lm_head.weight"])

@@ -21,7 +21,7 @@ from deepseek_arch.config import DeepseekConfig, presets
 from deepseek_arch.synthetic import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("plan", "inspect", "slice", "generate", "doctor")
+COMMANDS = ("plan", "inspect", "slice", "convert", "generate", "probe-mtp", "doctor")
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_version(cli):
     "args",
     [(), ("explode",), ("plan",), ("plan", "tiny", "--context", "0"), ("plan", "tiny", "--batch", "many")]
     + [("slice", "a", "b", "--layers", layers) for layers in ("", "one", "0;3", "-1", "1-")]
+    + [("convert", "a", "b"), ("convert", "a", "b", "--to", "int4"), ("convert", "a", "--to", "fp8")]
     + [("generate", "a"), ("generate", "a", "--ids", "1", "--prompt", "x"), ("generate", "a", "--ids", "1-3")]
     + [("generate", "a", "--ids", "1", "--dtype", "int4"), ("generate", "a", "--ids", "1", "--temperature", "-1")],
     ids=" ".join,
@@ -211,11 +212,105 @@ def test_slice_into_a_file(cli, stored, tmp_path):
     assert (tmp_path / "out").read_text() == "in the way"
 
 
+# --------------------------------------------------------------------- convert
+
+
+def test_convert_there_and_back(cli, stored, tmp_path):
+    """To stacked BF16 and back to FP8: what each step says, and what the files hold in the end."""
+    code, out, err = cli("convert", stored, tmp_path / "bf16", "--to", "bf16", "--stacked", "--verify")
+    assert (code, err) == (0, "")
+    assert "69 tensors" in out and "31 copied, 176 dequantized, verified" in out
+    code, out, _ = cli(
+        "convert", tmp_path / "bf16", tmp_path / "fp8", "--to", "fp8", "--per-expert", "--ue8m0", "--json"
+    )
+    done = json.loads(out)
+    assert (code, done["quantized"], done["tensors"]) == (0, 176, 383)
+    assert done["nbytes"] == sum(file.stat().st_size for file in stored.glob("*.safetensors")) - headers(stored)
+    _, out, _ = cli("inspect", tmp_path / "fp8", "--json")
+    found = json.loads(out)
+    assert found["ok"] and found["dtypes"]["F8_E4M3"]["tensors"] == 176
+    config = DeepseekConfig.from_pretrained(tmp_path / "fp8")
+    assert config.quantization_config["scale_fmt"] == "ue8m0"
+
+
+def headers(folder: Path) -> int:
+    """Bytes of the shards' headers."""
+    return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors"))
+
+
+def test_convert_as_a_dry_run(cli, stored, tmp_path):
+    arguments = ("convert", stored, tmp_path / "out", "--to", "bf16", "--dry-run", "--max-shard-size", "3MB")
+    code, out, err = cli(*arguments)
+    assert (code, err) == (0, "")
+    assert all(
+        text in out for text in ("experts", "7,962,624", "disk needed", "10.53 MB", "memory needed", "one tensor")
+    )
+    code, out, _ = cli(*arguments, "--json")
+    planned = json.loads(out)
+    assert code == 0
+    assert planned["bytes_written"] == planned["disk_needed"] == 10_532_800
+    assert planned["shards"] == 4 and planned["largest_shard"] <= 3_000_000 < planned["disk_free"]
+    assert planned["memory_needed"] > 0 and planned["finished_shards"] == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_goes_on_or_starts_afresh(cli, stored, tmp_path, monkeypatch):
+    from deepseek_arch.checkpoint import resuming
+
+    arguments = ("convert", stored, tmp_path / "out", "--to", "bf16", "--max-shard-size", "3MB")
+
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    finish = resuming.ResumableWriter._finish
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            resuming.ResumableWriter,
+            "_finish",
+            lambda self, name: finish(self, name) if "2-of" not in name else full(self),
+        )
+        code, out, err = cli(*arguments)
+    assert (code, out) == (1, "") and err == "error: [Errno 28] No space left on device\n"
+    code, out, _ = cli(*arguments, "--dry-run")
+    assert code == 0 and "1 of an interrupted conversion" in out
+    code, _, err = cli(*arguments, "--stacked")
+    assert code == 1 and len(err.splitlines()) == 1 and "--no-resume" in err
+    code, out, _ = cli(*arguments)
+    assert code == 0 and "1 files continued from before" in out
+    code, out, _ = cli(*arguments, "--stacked", "--no-resume")
+    assert code == 0 and "continued" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--to", "fp8", "--ue8m0"), "in FP8 already"),
+        (("--to", "bf16", "--ue8m0"), "scale_format None"),
+        (("--to", "bf16", "--max-shard-size", "huge"), "huge"),
+    ],
+)
+def test_conversions_that_cannot_be(cli, stored, tmp_path, args, message):
+    for more in ((), ("--dry-run",)):
+        code, out, err = cli("convert", stored, tmp_path / "out", *args, *more)
+        assert (code, out) == (1, "") and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    code, _, err = cli("convert", stored, stored, "--to", "bf16")
+    assert code == 1 and "another folder" in err
+
+
+def test_converting_a_broken_checkpoint(cli, checkpoint, tmp_path):
+    shard = sorted(checkpoint.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    code, _, err = cli("convert", checkpoint, tmp_path / "out", "--to", "bf16")
+    assert code == 1 and shard.name in err
+    assert not (tmp_path / "out").exists()
+
+
 # -------------------------------------------------------------------- generate
 
 
-def expected_tokens(folder: Path, prompt: list[int], **options) -> list[int]:
-    model = deepseek_arch.load(folder, fp8="dequantize", mtp=False)
+def expected_tokens(folder: Path, prompt: list[int], fp8: str = "keep", **options) -> list[int]:
+    model = deepseek_arch.load(folder, fp8=fp8, mtp=False)
     return deepseek_arch.generate(model, torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
@@ -226,6 +321,26 @@ def test_generate_from_token_ids(cli, stored):
     assert f"{len(expected)} tokens in" in err
     _, out, _ = cli("generate", stored, "--ids", "5,7,9", "-n", 6, "--json")
     assert json.loads(out)["prompt_ids"] == [5, 7, 9] and json.loads(out)["new_ids"] == expected
+
+
+def test_generate_with_drafts_and_from_dequantized_weights(cli, stored):
+    expected = expected_tokens(stored, [5, 7, 9], max_new_tokens=6)
+    code, out, err = cli("generate", stored, "--ids", "5,7,9", "-n", 6, "--mtp-depth", 2)
+    assert code == 0 and [int(token) for token in out.split()] == expected and "acceptance" in err
+    _, out, _ = cli("generate", stored, "--ids", "5,7,9", "-n", 6, "--mtp-depth", 1, "--json")
+    assert json.loads(out)["new_ids"] == expected and len(json.loads(out)["acceptance"]) <= 1
+    expected = expected_tokens(stored, [5, 7, 9], fp8="dequantize", max_new_tokens=6)
+    _, out, _ = cli("generate", stored, "--ids", "5,7,9", "-n", 6, "--fp8", "dequantize")
+    assert [int(token) for token in out.split()] == expected
+
+
+def test_probe_of_the_prediction_layers(cli, stored):
+    code, out, _ = cli("probe-mtp", stored, "--ids", "5,7,9", "-n", 8)
+    assert code == 0 and out.count("accepted") == 4 and out.count("(as configured)") == 1
+    _, out, _ = cli("probe-mtp", stored, "--ids", "5,7,9", "-n", 8, "--mtp-depth", 1, "--json")
+    assert {(p["mtp_input"], p["mtp_chain"]) for p in json.loads(out)} == {
+        (a, b) for a in ("post_norm", "pre_norm") for b in ("block", "head_norm")
+    }
 
 
 def test_generate_by_sampling(cli, stored):

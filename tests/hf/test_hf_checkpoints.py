@@ -186,13 +186,16 @@ def test_prediction_layers_can_be_left_out(folder_of):
     assert len(model.mtp) == 0 and not any(info.values())
 
 
-# ---------------------------------------------------------------- FP8
+# ---------------------------------------------------------------- FP8, dequantized (kept: test_hf_fp8.py)
+
+DEQUANTIZE = [FineGrainedFP8Config(dequantize=True), dhf.DeepseekFP8Config(dequantize=True)]
 
 
 @pytest.mark.parametrize("dtype", [None, "auto", torch.float32, torch.float16])
 def test_fp8_is_dequantized_as_da_load_does(fp8_folder, dtype):
     """Every matrix here has partial blocks, on which transformers' own reader fails or is wrong (TRAPS E2)."""
-    model = load_silently(dhf.DeepseekForCausalLM, fp8_folder, **({} if dtype is None else {"dtype": dtype}))
+    arguments = {"quantization_config": DEQUANTIZE[0]} | ({} if dtype is None else {"dtype": dtype})
+    model = load_silently(dhf.DeepseekForCausalLM, fp8_folder, **arguments)
     core = da.load(fp8_folder, dtype=dtype if isinstance(dtype, torch.dtype) else torch.bfloat16, fp8="dequantize")
     assert same_tensors(model.state_dict(), core.state_dict())
     assert getattr(model.config, "quantization_config", None) is None
@@ -201,7 +204,7 @@ def test_fp8_is_dequantized_as_da_load_does(fp8_folder, dtype):
 def test_dequantized_models_are_saved_as_ordinary_ones(fp8_folder, tmp_path):
     """A quantization_config left behind would have the next reader look for scales (TRAPS E12)."""
     with dhf.registered():
-        model = AutoModelForCausalLM.from_pretrained(fp8_folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(fp8_folder, dtype=torch.float32, quantization_config=DEQUANTIZE[1])
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert not [name for name in names(tmp_path) if "scale" in name]
@@ -212,13 +215,15 @@ def test_dequantized_models_are_saved_as_ordinary_ones(fp8_folder, tmp_path):
         assert error(model(ids).logits, native(ids).logits) <= 1e-4
 
 
-def test_transformers_own_fp8_config_may_ask_for_what_happens_anyway(fp8_folder):
-    asked = load_silently(
-        dhf.DeepseekForCausalLM, fp8_folder, quantization_config=FineGrainedFP8Config(dequantize=True)
-    )
-    assert same_tensors(asked.state_dict(), dhf.DeepseekForCausalLM.from_pretrained(fp8_folder).state_dict())
-    with pytest.raises(ValueError, match="dequantize=True"):
-        dhf.DeepseekForCausalLM.from_pretrained(fp8_folder, quantization_config=FineGrainedFP8Config())
+def test_our_fp8_config_asks_for_the_same_as_transformers_own(fp8_folder):
+    states = []
+    for argument in DEQUANTIZE:
+        config = dhf.ArchDeepseekV3Config.from_pretrained(fp8_folder)
+        before = config.to_dict()
+        model = load_silently(dhf.DeepseekForCausalLM, fp8_folder, config=config, quantization_config=argument)
+        states.append(model.state_dict())
+        assert config.to_dict() == before
+    assert same_tensors(*states)
 
 
 def test_models_built_from_an_fp8_config_are_saved_without_it(tmp_path):
@@ -295,9 +300,12 @@ def _short(tensors, config):
 BROKEN_FP8 = {
     "a scale is missing": (_without(SCALE), r"o_proj\.weight"),
     "an expert's scale is missing": (_without(EXPERT + "_scale_inv"), r"experts\.3\.up_proj\.weight"),
-    "a matrix is missing": (_without(OUTPUT), r"o_proj\.weight: expected FP8 tensors beside the scales"),
-    "a scale is not finite": (_replaced(SCALE, _with_nan), r"o_proj\.weight: expected finite scales"),
-    "a scale is too short": (_replaced(SCALE, lambda t: t[:1]), r"o_proj\.weight: expected scales \[2, 1\]"),
+    "a matrix is missing": (_without(OUTPUT), r"FP8 tensors beside the scales, got .*o_proj\.weight_scale_inv"),
+    "a scale is not finite": (_replaced(SCALE, _with_nan), r"o_proj\.weight(_scale_inv)?: expected finite scales"),
+    "a scale is too short": (
+        _replaced(SCALE, lambda t: t[:1]),
+        r"o_proj\.weight(_scale_inv: expected shape|: expected float32 scales) \[2, 1\]",
+    ),
     "a matrix is too short": (_short, r"o_proj\.weight: expected shape \[192, 128\], got \[128, 128\]"),
     "a norm is too short": (_replaced("model.norm.weight", lambda t: t[:100]), r"model\.norm\.weight"),
     # Raw codes would be loaded as weights, without a word (TRAPS E11).
@@ -308,11 +316,12 @@ BROKEN_FP8 = {
 }
 
 
+@pytest.mark.parametrize("argument", [None, DEQUANTIZE[0]], ids=["kept", "dequantized"])
 @pytest.mark.parametrize("what", BROKEN_FP8)
-def test_broken_fp8_checkpoints_do_not_load(fp8_folder, edited, what):
+def test_broken_fp8_checkpoints_do_not_load(fp8_folder, edited, what, argument):
     change, message = BROKEN_FP8[what]
     with pytest.raises(ValueError, match=message):
-        dhf.DeepseekForCausalLM.from_pretrained(edited(fp8_folder, change))
+        dhf.DeepseekForCausalLM.from_pretrained(edited(fp8_folder, change), quantization_config=argument)
 
 
 def test_other_shapes_load_when_asked_for(folder_of, edited):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from twins import native, ours
 
 import small_models
@@ -120,6 +120,33 @@ def test_the_cache_holds_latents_not_heads(pair):
     assert cache.layers[0].values.shape == (1, 1, 7, model.config.qk_rope_head_dim)
 
 
-def test_drafting_with_prediction_layers_is_refused(pair, prompt):
-    with pytest.raises(ValueError, match="use_mtp"):
-        generate(pair[0], prompt, use_mtp=True)
+@pytest.mark.parametrize("depths", [1, 2])
+def test_prediction_layers_draft_for_any_number_of_rows(depths):
+    """TRAPS F10, F13: greedy tokens are those of plain decoding; the layers are the model's own."""
+    model = ours(small_models.config("v3", num_nextn_predict_layers=depths))
+    core = model.config.to_core()
+    ids, mask = small_models.tokens(core, 3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :4] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    for drafts in (None, 1, 3):
+        got = model.generate(ids, use_mtp=True, num_assistant_tokens=drafts, **settings)
+        assert torch.equal(got, expected)
+    calls = []
+    model.mtp[0].register_forward_hook(lambda *args: calls.append(1))
+    model.generate(input_ids=ids, generation_config=GenerationConfig(max_new_tokens=9, use_mtp=True))
+    assert calls
+    sampled = [model.generate(ids, use_mtp=True, do_sample=True, max_new_tokens=5) for _ in range(2)]
+    assert not torch.equal(*sampled)
+
+
+def test_drafting_says_what_it_does_not_go_with():
+    model = ours(small_models.config("v3", num_nextn_predict_layers=1))
+    ids = small_models.tokens(model.config.to_core(), 1, 4)
+    with pytest.raises(ValueError, match="got num_beams"):
+        model.generate(ids, use_mtp=True, max_new_tokens=3, num_beams=2)
+    with pytest.raises(ValueError, match="got streamer"):
+        model.generate(ids, use_mtp=True, max_new_tokens=3, streamer=object())
+    plain = ours(small_models.config("v3"))
+    with pytest.raises(ValueError, match="num_nextn_predict_layers 0"):
+        plain.generate(ids, use_mtp=True, max_new_tokens=3)

@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from twins import native, ours, same_tensors
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
 import small_models
+from deepseek_arch.balance import BalanceLoss, routers
+from deepseek_arch.hf import LoadBalancingCallback
 from small_models import error, tokens
 
 TOLERANCE = 1e-4
@@ -43,20 +44,20 @@ def test_gradient_checkpointing_changes_memory_only(reentrant):
 
 
 def test_balance_loss_and_its_factor():
-    """Switch's loss: E times the sum over experts of (choices per token) x (mean probability)."""
+    """The core's loss of every layer, without its factor; added with the config's, or else the family's (TRAPS D8)."""
     model = ours(small_models.config("v3")).train()
     core = model.config.to_core()
     ids, mask = tokens(core, 2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[1, :3] = 0
     out = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
-    logits = torch.stack(out.router_logits)[:, mask.flatten().bool()].flatten(0, 1)  # real tokens of all layers
-    probability = logits.softmax(-1)
-    chosen = F.one_hot(probability.topk(core.num_experts_per_tok).indices, core.n_routed_experts).sum(1).float()
-    expected = core.n_routed_experts * (chosen.mean(0) * probability.mean(0)).sum()
+    expected, valid = 0.0, mask.bool()
+    for layer, logits in zip(model.model.layers[1:], out.router_logits, strict=True):
+        chosen = layer.mlp.gate.route(logits)[1]
+        expected = expected + BalanceLoss(sequence=1.0)(layer.mlp.gate, logits, chosen, (2, 8), valid)
     assert error(out.aux_loss, expected) <= TOLERANCE
     plain = model(ids, attention_mask=mask, labels=ids)
     assert plain.aux_loss is None and plain.router_logits is None
-    assert torch.equal(out.loss, plain.loss)  # no factor in this config
+    assert error(out.loss, plain.loss + 1e-4 * expected) <= TOLERANCE  # V3's, where the config has none
     for field, factor in (("aux_loss_alpha", 0.01), ("router_aux_loss_coef", 0.5)):
         setattr(model.config, field, factor)
         weighted = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
@@ -65,7 +66,26 @@ def test_balance_loss_and_its_factor():
     assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
 
 
-def train(model, folder, resume=None, **changes):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_trainer_balances_experts_once_per_optimizer_step(tmp_path, recompute):
+    """TRAPS D1, D3: counts of both accumulated batches, padding left out, recomputation not counted."""
+    callback = LoadBalancingCallback(rate=0.25)
+    model = ours(small_models.config("v3"))
+    model.config_core = model.config.to_core()
+    before = {name: router.e_score_correction_bias.clone() for name, router in routers(model).items()}
+    changes = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    train(model, tmp_path, callbacks=[callback], gradient_checkpointing=recompute, **changes)
+    shares = callback.history.shares
+    assert len(shares) == 2 and all(len(steps) == 3 for steps in shares.values())
+    assert callback.report.rate == 0.25
+    assert {int(load.sum()) for load in callback.report.loads.values()} == {2 * 2 * 10 * 3}
+    for name, router in routers(model).items():
+        steps = (router.e_score_correction_bias - before[name]) / 0.25
+        assert router.load is None and torch.equal(steps, steps.round()) and steps.abs().max() <= 3
+        assert steps.abs().max() >= 1
+
+
+def train(model, folder, resume=None, callbacks=(), **changes):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -83,7 +103,9 @@ def train(model, folder, resume=None, **changes):
         "disable_tqdm": True,
         "seed": 1,
     }
-    trainer = Trainer(model, TrainingArguments(str(folder), **(arguments | changes)), train_dataset=rows)
+    trainer = Trainer(
+        model, TrainingArguments(str(folder), **(arguments | changes)), train_dataset=rows, callbacks=list(callbacks)
+    )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

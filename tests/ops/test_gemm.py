@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_kernels import dense_gemm, dispatch, grouped_gemm
 
@@ -106,6 +107,31 @@ def test_products_follow_autocast(native):
     assert y.dtype == z.dtype == torch.bfloat16
     (y.sum() + z.sum()).backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtypes of the matrices that are really multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.dtypes |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def test_expanded_products_stay_expanded_under_autocast():
+    """Autocast reaches into custom operators: it would undo the expansion, and make it pay for nothing."""
+    from deepseek_kernels.dense_gemm import reference
+
+    x, weight, grad = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((20, 16), (6, 16), (20, 6)))
+    with torch.autocast("cpu", dtype=torch.bfloat16), _Products() as seen:
+        reference.multiply(x, weight)
+        reference.input_gradient(grad, weight)
+        reference.weight_gradient(grad, x, torch.empty_like(weight))
+    assert seen.dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
-"""Absorbed attention of few queries against a float64 softmax."""
+"""Absorbed attention of few queries against a float64 softmax, on states as they are and packed in bytes."""
 
 from __future__ import annotations
 
+import math
+import struct
+
 import pytest
 import torch
+from torch import Tensor
 
-from deepseek_kernels import mla_decode
-from deepseek_kernels.mla_decode import reference
+from deepseek_kernels.mla_decode import mla_decode, mla_decode_packed, reference
+from deepseek_kernels.mla_decode import packed as packed_reference
+from deepseek_kernels.mla_decode.packing import pack, packed_bytes, unpack
+from fp8_definition import E4M3, hostile, matrix, quantize_group
 
 WIDTH = 24  # D
 
@@ -87,3 +93,200 @@ def test_gradients():
 def test_mistakes_are_named(q, states, mask, words):
     with pytest.raises(ValueError, match=words):
         mla_decode(torch.ones(q), torch.ones(states), 1.0, None if mask is None else torch.ones(mask))
+
+
+# Tokens in bytes.
+
+SIZES = [(512, 64), (300, 6), (128, 8), (5, 3)]  # V3's; a partial group; one group; nothing at a multiple of 4
+
+
+def joined(packed: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The states that packed bytes mean."""
+    return torch.cat(unpack(packed, rank, dtype), -1)
+
+
+@pytest.mark.parametrize(("rank", "rope"), SIZES)
+def test_bytes_are_codes_then_scales_then_the_rotated_key(rank, rope):
+    states = matrix(3, rank + rope)
+    packed = pack(states, rank)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, packed_bytes(rank, rope))
+    for token, got in zip(states.tolist(), packed.tolist(), strict=True):
+        codes, scales = [], b""
+        for first in range(0, rank, 128):
+            found, scale = quantize_group(token[first : min(first + 128, rank)], 1e-4, False)
+            codes += found
+            scales += struct.pack("<f", scale)
+        key = torch.tensor(token[rank:]).to(torch.bfloat16)
+        assert bytes(got) == bytes(codes) + scales + struct.pack(f"<{rope}h", *key.view(torch.int16).tolist())
+
+
+def test_a_token_of_v3_takes_656_bytes():
+    assert packed_bytes(512, 64) == 656 == 512 + 4 * 4 + 64 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_unpacking_follows_the_definition(dtype):
+    """All codes, also NaN, times scales of their own."""
+    codes = [*range(256), 1, 2]
+    packed = bytes(codes) + struct.pack("<3f", 0.3, 1.7, 2.0**-20) + struct.pack("<2h", 0x3F80, -0x4000)
+    latents, keys = unpack(torch.tensor(list(packed), dtype=torch.uint8)[None], 258, dtype)
+    values = torch.tensor([*E4M3, math.nan, *(-v for v in E4M3), math.nan, *E4M3[1:3]])
+    scales = torch.tensor([0.3] * 128 + [1.7] * 128 + [2.0**-20] * 2)
+    torch.testing.assert_close(latents[0], (values * scales).to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert latents.dtype == keys.dtype == dtype and keys.tolist() == [[1.0, -2.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rank", "rope"), SIZES)
+def test_what_comes_back_is_within_half_a_step(rank, rope, dtype):
+    """Half a unit of the last of 4 significant bits, or of the least code; the key within half of bfloat16's last."""
+    states = matrix(20, rank + rope).to(dtype).double()
+    latents, keys = states.split([rank, rope], -1)
+    groups = torch.nn.functional.pad(latents, (0, -rank % 128)).unflatten(-1, (-1, 128))
+    scale = (groups.abs().amax(-1).clamp(min=1e-4) / 448).repeat_interleave(128, -1)[:, :rank]
+    bound = torch.maximum(latents.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 2.0**-20)  # and the float32 roundings
+    got_latents, got_keys = unpack(pack(states.to(dtype), rank), rank, torch.float64)
+    assert ((got_latents - latents).abs() <= bound).all()
+    assert ((got_keys - keys).abs() <= keys.abs() * 2.0**-8).all()
+
+
+def test_hostile_values_survive_as_far_as_they_can():
+    """A NaN stays alone, an infinity makes NaN of its group, in the key both stay what they are."""
+    states = torch.cat((hostile(), hostile(), hostile()[:, :6]), -1)
+    latents, keys = unpack(pack(states, 256), 256, torch.float32)
+    for half in latents.split(128, -1):
+        infinite = hostile().isinf().any(-1, keepdim=True)
+        assert torch.equal(half.isnan(), hostile().isnan() | infinite)
+    assert torch.equal(keys.nan_to_num(7.0), states[:, 256:].to(torch.bfloat16).float().nan_to_num(7.0))
+
+
+def test_any_shape_and_layout_is_packed_alike():
+    wide = matrix(24, 2 * 140).view(4, 6, 280)
+    for states in (
+        wide[..., ::2],
+        wide[:, 1:4, 3:143],
+        wide[..., :140].transpose(0, 1),
+        wide[:1, :, :140].expand(3, -1, -1),
+    ):
+        packed = pack(states, 132)
+        assert packed.shape == (*states.shape[:-1], 132 + 8 + 16)
+        assert torch.equal(packed, pack(states.contiguous(), 132))
+        spread = torch.zeros(*packed.shape[:-1], 2 * packed.shape[-1], dtype=torch.uint8)[..., ::2].copy_(packed)
+        assert torch.equal(joined(spread, 132), joined(packed, 132))
+    assert pack(wide[:, :0, :140], 132).shape == (4, 0, 156)
+    assert not pack(wide[0, 0].clone().requires_grad_(), 132).requires_grad
+
+
+# Attention on them.
+
+
+def test_packed_attention_equals_attention_on_the_dequantized_states(monkeypatch):
+    """The states' rounding apart, which both have in common."""
+    monkeypatch.setattr(packed_reference, "_TILE", 5)
+    monkeypatch.setattr(packed_reference, "_LEAST", 2)  # tiles of 5, 2 and 2 keys
+    for batch, queries, heads, keys in ((1, 1, 4, 1), (2, 1, 5, 33), (3, 3, 4, 17), (1, 17, 3, 40)):
+        packed = pack(matrix(batch * keys, 150) / 16, 142).view(batch, keys, -1)
+        causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        per_row = causal.expand(batch, 1, -1, -1).clone()
+        per_row[-1, ..., 0] = keys == 1
+        for_all_queries = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
+        for_all_queries[..., keys // 2 + 1 :] = False
+        masks = (None, causal, per_row, for_all_queries, torch.where(causal, 0.0, -1e4), torch.zeros(1, 1, queries, 1))
+        for dtype in (torch.float32, torch.bfloat16):
+            q, states = torch.randn(batch, queries, heads, 150).to(dtype), joined(packed, 142)
+            for mask in masks:
+                got = mla_decode_packed(q, packed, 142, 0.3, mask)
+                assert got.dtype == dtype and got.shape == (batch, queries, heads, 142)
+                assert_close(got, expected(q, states, 0.3, mask)[..., :142])
+
+
+def test_packed_attention_holds_a_tile_of_keys_at_a_time(monkeypatch):
+    held = []
+
+    def watched(packed: Tensor, *arguments):
+        held.append(packed.shape[0] * packed.shape[1])
+        return unpack(packed, *arguments)
+
+    monkeypatch.setattr(packed_reference, "unpack", watched)
+    for batch, keys, most in ((1, 2500, 1024), (3, 800, 1024), (40, 130, 40 * 64)):
+        held.clear()
+        packed = torch.zeros(batch, keys, packed_bytes(8, 2), dtype=torch.uint8)
+        mla_decode_packed(torch.randn(batch, 1, 2, 10), packed, 8, 0.3)
+        assert sum(held) == batch * keys and max(held) <= most
+
+
+def test_packed_rows_that_attend_to_nothing_give_zeros(monkeypatch):
+    """Nothing at all, or nothing in the first tiles, or in the last."""
+    monkeypatch.setattr(packed_reference, "_TILE", 2)
+    monkeypatch.setattr(packed_reference, "_LEAST", 2)
+    q, packed = torch.randn(1, 4, 3, WIDTH), pack(torch.randn(1, 6, WIDTH), 20)
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1, 5], mask[2, 0], mask[3] = True, True, True
+    additive = torch.zeros(4, 6).masked_fill(~mask, -torch.inf)
+    for given in (mask, additive):
+        out = mla_decode_packed(q, packed, 20, 1.0, given)
+        assert torch.equal(out[:, 0], torch.zeros_like(out[:, 0]))
+        assert_close(out, expected(q, joined(packed, 20), 1.0, mask)[..., :20])
+    assert not mla_decode_packed(q, packed[:, :0], 20, 1.0).any()
+
+
+def test_packed_scores_far_apart(monkeypatch):
+    """Later tiles with much greater, and much smaller, scores: the running maximum moves, or does not."""
+    monkeypatch.setattr(packed_reference, "_TILE", 2)
+    monkeypatch.setattr(packed_reference, "_LEAST", 2)
+    sizes = torch.tensor([1.0, 400.0, 1e-3, 3e3, 1.0, -3e3])[None, :, None]
+    packed = pack(torch.ones(1, 6, WIDTH) * sizes, 20)
+    q = torch.randn(1, 2, 3, WIDTH)
+    assert_close(mla_decode_packed(q, packed, 20, 1.0), expected(q, joined(packed, 20), 1.0, None)[..., :20])
+
+
+def test_the_error_of_packing_is_what_the_groups_imply():
+    """With scores that move by d at most, weights move by a factor between exp(-2 d) and exp(2 d)."""
+    states, q, scale = matrix(40, 576)[None] / 64, torch.randn(1, 2, 4, 576) / 8, 576**-0.5
+    exact = expected(q, states, scale, None)[..., :512]
+    packed = pack(states, 512)
+    values, moved = states.double()[..., :512], joined(packed, 512, torch.float64) - states.double()
+    groups = values.unflatten(-1, (4, 128))
+    step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448 * 2.0**-10
+    bound = torch.maximum(groups.abs() * 2.0**-4, step).flatten(-2) * (1 + 2.0**-20)
+    assert (moved[..., :512].abs() <= bound).all()
+    key_bound = states.double()[..., 512:].abs() * 2.0**-8
+    d = scale * torch.einsum("btnd,bsd->btns", q.double().abs(), torch.cat((bound, key_bound), -1)).amax()
+    limit = bound.amax() + values.abs().amax() * torch.expm1(2 * d)
+    off = (mla_decode_packed(q, packed, 512, scale).double() - exact).abs().max()
+    assert 0 < off <= limit * (1 + 2.0**-10) and limit < values.abs().amax()
+
+
+def test_packed_attention_has_a_gradient_for_its_queries():
+    q = torch.randn(2, 2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    packed, grad = pack(torch.randn(2, 5, WIDTH), 20), torch.randn(2, 2, 3, 20, dtype=torch.float64)
+    (got,) = torch.autograd.grad(mla_decode_packed(q, packed, 20, 0.3), q, grad)
+    (want,) = torch.autograd.grad(mla_decode(q, joined(packed, 20, torch.float64), 0.3)[..., :20], q, grad)
+    torch.testing.assert_close(got, want)
+
+
+def test_packed_attention_under_autocast_is_that_of_cast_queries():
+    q, packed = torch.randn(1, 1, 3, WIDTH), pack(torch.randn(1, 9, WIDTH), 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mla_decode_packed(q, packed, 20, 0.3)
+    assert torch.equal(got, mla_decode_packed(q.bfloat16(), packed, 20, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("q", "packed", "mask", "words"),
+    [
+        (
+            (1, 1, 2, 8),
+            torch.zeros(1, 4, 15),
+            None,
+            r"packed uint8 \[B, S, 15\] for a latent of 5, got .* torch.float32",
+        ),
+        ((1, 1, 2, 8), torch.zeros(1, 4, 16, dtype=torch.uint8), None, r"\[B, S, 15\] .*uint8 \[1, 4, 16\]"),
+        ((2, 1, 2, 8), torch.zeros(1, 4, 15, dtype=torch.uint8), None, r"got \[2, 1, 2, 8\] and"),
+        ((2, 2, 8), torch.zeros(2, 4, 15, dtype=torch.uint8), None, r"q \[B, T, N, D\]"),
+        ((1, 1, 2, 8), torch.zeros(1, 4, 15, dtype=torch.uint8), (1, 2, 1, 4), "a mask for all heads"),
+    ],
+)
+def test_mistakes_with_packed_states_are_named(q, packed, mask, words):
+    with pytest.raises(ValueError, match=words):
+        mla_decode_packed(torch.ones(q), packed, 5, 1.0, None if mask is None else torch.ones(mask))

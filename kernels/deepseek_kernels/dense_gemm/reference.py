@@ -6,13 +6,30 @@ fresh pages every time.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 MIN_ROWS = 16  # below, the built-in's row-by-row dot products are as fast (measured on AVX2)
 _BLOCK = 512  # weight rows expanded at a time: 4 MB of float32 at K = 2048
 
 
+def _as_written(product: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Autocast reaches into custom operators, and would round the float32 operands back to the dtype that is slow."""
+
+    @functools.wraps(product)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with torch.autocast("cpu", enabled=False):
+            return product(*args, **kwargs)
+
+    return run
+
+
+@_as_written
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """[M, K] @ [N, K].T -> [M, N] in `x.dtype`, for half-precision operands."""
     wide = x.float()
@@ -23,6 +40,7 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+@_as_written
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """[M, N] @ [N, K] -> [M, K] in `grad.dtype`, accumulated in float32."""
     out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
@@ -32,6 +50,7 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return out.to(grad.dtype)
 
 
+@_as_written
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
     """`out` [N, K] = [M, N].T @ [M, K], accumulated in float32, rounded once."""
     wide = x.float()

@@ -32,6 +32,7 @@ __all__ = [
     "dequantize_blocks",
     "quantize_blocks",
     "quantize_both",
+    "quantize_grouped_transposed",
     "quantize_rows",
     "quantize_transposed",
 ]
@@ -87,24 +88,54 @@ def quantize_both(x: Tensor, scale_format: str | None = None) -> tuple[Tensor, T
     return implementation.quantize_both(x.detach(), power_of_two)
 
 
+def quantize_grouped_transposed(x: Tensor, ends: Tensor, scale_format: str | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_transposed` of each expert's rows: no group of tokens spans two experts.
+
+    Args:
+        x: [P, K], rows sorted by expert.
+        ends: [E] int64, nondecreasing; expert e owns rows `ends[e - 1]` to `ends[e] - 1`, rows from `ends[-1]` on
+            belong to nobody.
+
+    Returns:
+        codes [K, P'] and scales [K, P' / 128], laid out as those of `quantize_rows`. Each expert's tokens start at a
+        multiple of 128, after those of the experts before it; columns that hold no token have code 0. P' is the most
+        that P rows and E experts can need, ceil((P + 127 * min(E, P)) / 128) * 128, so that it does not depend on the
+        data, and the kernel leaves `ends` on the device.
+
+    Raises:
+        ValueError: a wrong shape, dtype or scale format. That `ends` ascend to P at most is not checked.
+    """
+    implementation, power_of_two = _prepare(x, scale_format)
+    if ends.ndim != 1 or ends.dtype != torch.int64:
+        raise ValueError(f"expected int64 ends [E], got {ends.dtype} {list(ends.shape)}")
+    return implementation.quantize_grouped_transposed(x.detach(), ends, power_of_two)
+
+
 def quantize_blocks(
-    weight: Tensor, block_size: tuple[int, int] = (GROUP, GROUP), scale_format: str | None = None
+    weight: Tensor,
+    block_size: tuple[int, int] = (GROUP, GROUP),
+    scale_format: str | None = None,
+    parts: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight, one scale for each block, as the published checkpoints store them.
 
     Args:
-        weight: [R, C], float32, bfloat16 or float16; blocks at the lower and right edge may be partial.
+        weight: [R, C] or [E, R, C], float32, bfloat16 or float16; blocks at the lower and right edge may be partial.
         block_size: rows and columns of a block. The Triton kernel takes powers of two up to 128.
         scale_format: None for float32 scales, "ue8m0" for powers of two.
+        parts: the R rows are so many equal matrices, stacked, and each starts a grid of blocks of its own (2 for gate
+            above up).
 
     Returns:
-        codes [R, C] float8_e4m3fn and scales [ceil(R / block_rows), ceil(C / block_columns)] float32, both contiguous.
+        codes of the weight's shape, float8_e4m3fn, and scales [(E,) parts * ceil(R / parts / block_rows),
+        ceil(C / block_columns)] float32, both contiguous. The reference's extra memory is one row of blocks.
 
     Raises:
-        ValueError: a wrong shape, dtype, block size or scale format.
+        ValueError: a wrong shape, dtype, block size or scale format, or parts that do not divide R.
     """
-    implementation, power_of_two = _prepare(weight, scale_format, block_size)
-    return implementation.quantize_blocks(weight.detach(), *block_size, power_of_two)
+    implementation, power_of_two = _prepare(weight, scale_format, block_size, stacked=True)
+    _check_parts(weight.shape, parts)
+    return implementation.quantize_blocks(weight.detach(), *block_size, power_of_two, parts)
 
 
 def dequantize_blocks(
@@ -112,41 +143,65 @@ def dequantize_blocks(
     scale: Tensor,
     block_size: tuple[int, int] = (GROUP, GROUP),
     dtype: torch.dtype = torch.bfloat16,
+    parts: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The matrix that codes and scales mean: `float32(code) * scale`, rounded once to `dtype`.
 
     Args:
-        codes: [R, C] float8_e4m3fn.
-        scale: [ceil(R / block_rows), ceil(C / block_columns)] float32. Blocks of 1 by 128 read activations back.
+        codes: [R, C] or [E, R, C] float8_e4m3fn.
+        scale: [(E,) parts * ceil(R / parts / block_rows), ceil(C / block_columns)] float32, of any layout. Blocks of 1
+            by 128 read activations back.
         dtype: float32, bfloat16 or float16.
+        parts: how many stacked matrices the rows are, each with a grid of its own.
+        out: a tensor of the codes' shape, of any layout, to write into; its dtype replaces `dtype`.
 
     Returns:
-        [R, C], contiguous.
+        `out`, or a new contiguous tensor. The reference's extra memory is one row of blocks.
 
     Raises:
-        ValueError: a wrong shape, dtype or block size.
+        ValueError: a wrong shape, dtype or block size, or parts that do not divide R.
     """
-    if codes.ndim != 2 or codes.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"expected float8_e4m3fn codes [R, C], got {codes.dtype} {list(codes.shape)}")
-    if dtype not in reference.WIDE:
-        raise ValueError(f"expected dtype float32, bfloat16 or float16, got {dtype}")
+    if codes.ndim not in (2, 3) or codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"expected float8_e4m3fn codes [R, C] or [E, R, C], got {codes.dtype} {list(codes.shape)}")
+    if out is None:
+        out = torch.empty(codes.shape, dtype=_check_wide(dtype), device=codes.device)
+    elif out.shape != codes.shape or out.dtype not in reference.WIDE:
+        raise ValueError(
+            f"expected out {list(codes.shape)} in float32, bfloat16 or float16, got {out.dtype} {list(out.shape)}"
+        )
     obstacle = _check_blocks(block_size)
-    grid = reference.block_grid(codes.shape, block_size)
+    _check_parts(codes.shape, parts)
+    grid = reference.block_grid(codes.shape, block_size, parts)
     if tuple(scale.shape) != grid or scale.dtype != torch.float32:
         raise ValueError(
             f"expected float32 scales {list(grid)} for {list(codes.shape)} codes in blocks of {list(block_size)}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    return _implementation(codes.device, obstacle).dequantize_blocks(codes, scale.detach(), *block_size, dtype)
+    implementation = _implementation(codes.device, obstacle)
+    implementation.dequantize_into(out.detach(), codes, scale.detach(), *block_size, parts)
+    return out
 
 
-def _prepare(x: Tensor, scale_format: str | None, block_size: tuple[int, int] = (GROUP, GROUP)):
+def _prepare(x: Tensor, scale_format: str | None, block_size: tuple[int, int] = (GROUP, GROUP), stacked: bool = False):
     """Checks what a quantization is given; returns the module that does it and whether scales are powers of two."""
-    if x.ndim != 2 or x.dtype not in reference.WIDE:
-        raise ValueError(f"expected a float32, bfloat16 or float16 matrix, got {x.dtype} {list(x.shape)}")
+    if not (x.ndim == 2 or (stacked and x.ndim == 3)) or x.dtype not in reference.WIDE:
+        kind = "matrix or stack of matrices" if stacked else "matrix"
+        raise ValueError(f"expected a float32, bfloat16 or float16 {kind}, got {x.dtype} {list(x.shape)}")
     if scale_format not in (None, "ue8m0"):
         raise ValueError(f"expected scale_format None or 'ue8m0', got {scale_format!r}")
     return _implementation(x.device, _check_blocks(block_size)), scale_format == "ue8m0"
+
+
+def _check_wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in reference.WIDE:
+        raise ValueError(f"expected dtype float32, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def _check_parts(shape: torch.Size, parts: int) -> None:
+    if parts < 1 or shape[-2] % parts:
+        raise ValueError(f"expected a number of parts that divides {shape[-2]} rows, got {parts}")
 
 
 def _check_blocks(block_size: tuple[int, int]) -> str | None:
@@ -161,6 +216,6 @@ def _check_blocks(block_size: tuple[int, int]) -> str | None:
 def _implementation(device: torch.device, unsupported: str | None):
     if dispatch.pick("fp8_quantize", device, unsupported) == "reference":
         return reference
-    from . import kernel
+    from . import launch
 
-    return kernel
+    return launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -9,7 +10,8 @@ from .reference import grouped_gemm_reference
 
 __all__ = ["grouped_gemm"]
 
-dispatch.register("grouped_gemm")
+dispatch.register("grouped_gemm", "triton")
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -37,8 +39,12 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
             f"expected x [P, {weight.shape[2]}] and ends [{weight.shape[0]}] beside weight {list(weight.shape)}, "
             f"got {list(x.shape)} and {list(ends.shape)}"
         )
-    dispatch.pick("grouped_gemm")
     x, weight = dispatch.autocast(x, weight)
     if x.dtype != weight.dtype:
         raise ValueError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}")
-    return grouped_gemm_reference(x, weight, ends)
+    unsupported = None if x.dtype in _HALF else f"its products are of bfloat16 or float16, got {x.dtype}"
+    if dispatch.pick("grouped_gemm", x.device, unsupported) == "reference":
+        return grouped_gemm_reference(x, weight, ends)
+    from . import kernel
+
+    return kernel.grouped_gemm(x, weight, ends)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,16 +10,14 @@ from torch.nn import functional as F
 
 from .. import dispatch
 from ..dense_gemm import reference as dense
+from .autograd import connect
 
 __all__ = ["grouped_gemm_reference"]
 
 
-def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+def _groups(ends: Tensor) -> list[slice]:
+    """The rows of each expert, then those of nobody."""
+    return [slice(start, end) for start, end in pairwise([0, *ends.tolist(), None])]
 
 
 def _expands(x: Tensor) -> bool:
@@ -27,57 +25,51 @@ def _expands(x: Tensor) -> bool:
     return half and x.device.type == "cpu" and not dispatch.native_half_matmul()
 
 
-# A custom operator, because the loop's bounds are data: torch.compile sees one opaque node.
+# Custom operators, because the loops' bounds are data: torch.compile sees opaque nodes. Nothing is zeroed that a
+# product writes: the weights' gradient is as large as all experts.
 @torch.library.custom_op("deepseek_kernels::grouped_gemm", mutates_args=())
 def grouped_gemm_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], weight.shape[1])
+    out = x.new_empty(x.shape[0], weight.shape[1])
     expands = _expands(x)
-    for expert, rows in _groups(ends):
-        many = expands and rows.stop - rows.start >= dense.MIN_ROWS
-        out[rows] = dense.multiply(x[rows], weight[expert]) if many else F.linear(x[rows], weight[expert])
+    *groups, nobody = _groups(ends)
+    for expert, rows in enumerate(groups):
+        if count := rows.stop - rows.start:
+            multiply = dense.multiply if expands and count >= dense.MIN_ROWS else F.linear
+            out[rows] = multiply(x[rows], weight[expert])
+    out[nobody] = 0
     return out
-
-
-@grouped_gemm_reference.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.library.custom_op("deepseek_kernels::grouped_gemm_backward", mutates_args=())
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
-    # Zeros, not empty: an expert that owns no row has a gradient, and it is zero.
-    grad_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    expands = _expands(x)
-    for expert, rows in _groups(ends):
-        if need_x:
-            grad_x[rows] = dense.input_gradient(grad[rows], weight[expert]) if expands else grad[rows] @ weight[expert]
-        if need_weight and expands:
-            dense.weight_gradient(grad[rows], x[rows], grad_weight[expert])
-        elif need_weight:
-            torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
+    *groups, nobody = _groups(ends)
+    grad_x, grad_weight = x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+    if need_x:
+        _input_gradient(grad, weight, groups, grad_x)
+        grad_x[nobody] = 0
+    if need_weight:
+        _weight_gradient(grad, x, groups, grad_weight)
     return grad_x, grad_weight
 
 
-@_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(weight) if need_weight else weight.new_empty(0),
-    )
+def _input_gradient(grad: Tensor, weight: Tensor, groups: list[slice], out: Tensor) -> None:
+    multiply = dense.input_gradient if _expands(grad) else torch.mm
+    for expert, rows in enumerate(groups):
+        if rows.stop > rows.start:
+            out[rows] = multiply(grad[rows], weight[expert])
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _weight_gradient(grad: Tensor, x: Tensor, groups: list[slice], out: Tensor) -> None:
+    expands = _expands(grad)
+    for expert, rows in enumerate(groups):
+        if rows.stop == rows.start:
+            out[expert] = 0  # an expert without rows has a gradient, and it is zero (TRAPS C15)
+        elif expands:
+            dense.weight_gradient(grad[rows], x[rows], out[expert])
+        else:
+            torch.mm(grad[rows].T, x[rows], out=out[expert])
 
 
-def _differentiate(ctx, grad):
-    x, weight, ends = ctx.saved_tensors
-    need_x, need_weight, _ = ctx.needs_input_grad
-    grad_x, grad_weight = _backward(grad.contiguous(), x, weight, ends, need_x, need_weight)
-    return grad_x if need_x else None, grad_weight if need_weight else None, None
-
-
-grouped_gemm_reference.register_autograd(_differentiate, setup_context=_setup)
+connect(grouped_gemm_reference, _backward)

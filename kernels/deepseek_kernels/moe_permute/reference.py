@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Permute", "Unpermute", "sort_by_expert"]
+__all__ = ["permute", "sort_by_expert", "unpermute"]
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each (token, choice) pair goes when pairs are sorted by expert, ties in token order.
-
-    Args:
-        expert_ids: [T, K] int64 in [0, num_experts]; num_experts itself marks a choice that no expert here serves.
-
-    Returns:
-        order: [T * K] int64, the pair (as `token * K + choice`) at each sorted row.
-        inverse: [T, K] int64, the sorted row of each pair.
-        ends: [num_experts] int64, one past each expert's last row.
-    """
     flat = expert_ids.flatten()
     order = torch.sort(flat, stable=True).indices  # [T * K]
     rows = torch.arange(flat.numel(), device=flat.device)
@@ -44,7 +34,7 @@ def _combine(y: Tensor, weights: Tensor | None, inverse: Tensor) -> Tensor:
     return total.to(y.dtype)
 
 
-class Permute(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
@@ -57,7 +47,7 @@ class Permute(torch.autograd.Function):
         return _combine(grad, None, inverse), None, None
 
 
-class Unpermute(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weights, order, inverse):
         ctx.save_for_backward(y, weights, order, inverse)
@@ -75,3 +65,11 @@ class Unpermute(torch.autograd.Function):
             dots = (spread.to(weights.dtype) * y.to(weights.dtype)).sum(-1)  # [T * K]
             grad_weights = dots.index_select(0, inverse.flatten()).view_as(weights)
         return grad_y, grad_weights, None, None
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _Permute.apply(x, order, inverse)
+
+
+def unpermute(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _Unpermute.apply(y, weights, order, inverse)

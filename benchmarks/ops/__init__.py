@@ -1,0 +1,1 @@
+"""One file per operator; `benchmarks.operators` says what is in one."""

@@ -1,0 +1,99 @@
+"""Model sizes that the operators are timed at: projections of a published config, and how many tokens meet them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from deepseek_arch.config import DeepseekConfig
+
+__all__ = ["SCALES", "Scale", "scale"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model and the numbers of tokens that its operators see.
+
+    Attributes:
+        preset: of deepseek_arch.
+        tokens: of a training batch on one device.
+        prompt: of a prefill, and of the forward product of one layer.
+        decode: sequences that each decode one token.
+        routed: rows (token and expert) that reach the experts of one device in training.
+        experts: of that device.
+    """
+
+    name: str
+    preset: str
+    tokens: int
+    prompt: int
+    decode: int
+    routed: int
+    experts: int
+
+    # Not a slot: `cached_property` writes into the instance's dictionary, which frozen dataclasses allow.
+    @cached_property
+    def config(self) -> DeepseekConfig:
+        return DeepseekConfig.from_pretrained(self.preset)
+
+    @property
+    def hidden(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def intermediate(self) -> int:
+        """Of a dense layer."""
+        return self.config.intermediate_size
+
+    @property
+    def expert(self) -> int:
+        """Intermediate size of one expert."""
+        size = self.config.moe_intermediate_size
+        if size is None:
+            raise ValueError(f"expected a preset with experts, got {self.preset}")
+        return size
+
+    @property
+    def topk(self) -> int:
+        return self.config.num_experts_per_tok or 1
+
+    @property
+    def attention(self) -> int:
+        """Features of all heads' values: what o_proj sums over."""
+        return self.config.num_attention_heads * self.config.v_head_dim
+
+    @property
+    def queries(self) -> int:
+        """Features of all heads' queries."""
+        return self.config.num_attention_heads * (self.config.qk_nope_head_dim + self.config.qk_rope_head_dim)
+
+    @property
+    def latent(self) -> int:
+        """Features of the latent and the shared key: 576, which no block of 128 divides."""
+        return self.config.kv_lora_rank + self.config.qk_rope_head_dim
+
+
+SCALES = {
+    one.name: one
+    for one in (
+        # Eight experts and 4096 rows each: a device of 32 in V3's training.
+        Scale("v3", "deepseek-v3", tokens=8192, prompt=4096, decode=64, routed=32768, experts=8),
+        Scale("v2-lite", "deepseek-v2-lite", tokens=8192, prompt=4096, decode=64, routed=49152, experts=64),
+        Scale("kimi-k2", "kimi-k2-instruct", tokens=8192, prompt=4096, decode=64, routed=32768, experts=12),
+        # For a CPU: widths of a published model, few tokens.
+        Scale("cpu", "deepseek-v2-lite", tokens=128, prompt=64, decode=1, routed=192, experts=8),
+        # For tests: widths that no block divides.
+        Scale("tiny", "tiny", tokens=24, prompt=20, decode=1, routed=48, experts=4),
+    )
+}
+
+
+def scale(name: str) -> Scale:
+    """The scale of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SCALES:
+        raise ValueError(f"expected a shape among {', '.join(SCALES)}, got {name!r}")
+    return SCALES[name]

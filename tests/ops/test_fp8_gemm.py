@@ -1,0 +1,470 @@
+"""FP8 products: the reference against float64 sums, the kernels against integers that leave no room for rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepseek_kernels import (
+    BackendError,
+    fp8_gemm,
+    quantize_blocks,
+    quantize_both,
+    quantize_rows,
+    use_backend,
+)
+from deepseek_kernels.fp8_gemm import configs, reference, transposed
+from deepseek_kernels.fp8_gemm.configs import FEW, PLAIN, PLAIN_ROWS, SPECIALIZED, product_config
+from deepseek_kernels.testing.interpreter import interprets
+from deepseek_kernels.testing.numeric import assert_bitwise
+from fp8_products import (
+    assert_product,
+    cdiv,
+    dequantized,
+    in_padded_rows,
+    integer_codes,
+    power_scale,
+    random_codes,
+    random_scale,
+)
+
+# Every configuration there is, with the kind of scales of b that it is for, in one part and split.
+CONFIGS = {
+    "specialized, blocks": (SPECIALIZED, 1, False),
+    "specialized, rows": (SPECIALIZED, 1, True),
+    "plain, blocks": (PLAIN, 1, False),
+    "plain, blocks, split": (PLAIN, 2, False),
+    "plain, rows": (PLAIN_ROWS, 1, True),
+    "plain, rows, split": (PLAIN_ROWS, 4, True),
+    **{f"{config.columns} tokens": (config, 1, False) for config in FEW},
+    "16 tokens, split": (FEW[0], 4, False),
+}
+few_examples = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def ragged(config: configs.Config) -> tuple[int, int, int]:
+    """Two tiles down and across, four groups, the last of each partial, and nothing a multiple of anything."""
+    return (config.columns if config.swapped else config.rows) + 3, 149, 389
+
+
+def b_groups(n: int, k: int, by_rows: bool) -> tuple[int, int]:
+    return (n if by_rows else cdiv(n, 128)), cdiv(k, 128)
+
+
+def random_operands(m: int, n: int, k: int, by_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scales = random_scale(m, cdiv(k, 128)), random_scale(*b_groups(n, k, by_rows))
+    return random_codes(m, k), scales[0], random_codes(n, k), scales[1]
+
+
+def integer_operands(m: int, n: int, k: int, by_rows: bool, low: int = -4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A group's sum has 12 bits at most, which the FP8 units keep, and every sum is exact in float32."""
+    scales = power_scale(m, cdiv(k, 128)), power_scale(*b_groups(n, k, by_rows))
+    return integer_codes(m, k, low), scales[0], integer_codes(n, k, low), scales[1]
+
+
+def exact(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """Of `integer_operands`, in int64: scales are halves."""
+    doubled = [(2 * dequantized(codes, scale)).long() for codes, scale in ((a, a_scale), (b, b_scale))]
+    return (doubled[0] @ doubled[1].T).double() / 4
+
+
+def on(device: torch.device, operands: tuple[Tensor, ...]) -> list[Tensor]:
+    return [in_padded_rows(x.to(device)) if x.dtype == torch.float8_e4m3fn else x.to(device) for x in operands]
+
+
+def force(monkeypatch: pytest.MonkeyPatch, config: configs.Config, splits: int) -> None:
+    from deepseek_kernels.fp8_gemm import launch
+
+    if config.specialized and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("specialized kernels need Hopper")
+    monkeypatch.setattr(launch, "product_config", lambda *sizes: (config, splits))
+
+
+# The reference against the definition.
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1, 1, 1),
+        (3, 128, 128),
+        (131, 149, 389),
+        (2, 576, 896),  # the ratio of V3's kv_a_proj, 576 x 7168: four blocks and a half
+        (5, 192, 256),
+        (4, 1100, 176),  # several bands; half a group at the end, as V2-Lite's 10944 = 85.5 x 128
+    ],
+)
+def test_reference_is_the_dequantized_product(m, n, k, by_rows):
+    operands = random_operands(m, n, k, by_rows)
+    a, b = dequantized(*operands[:2]), dequantized(*operands[2:])
+    with use_backend("reference"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert_product(fp8_gemm(*operands, dtype), a, b)
+
+
+def test_all_codes_multiply(device):
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128).view(torch.float8_e4m3fn)
+    one = torch.ones(128, 1)
+    got = fp8_gemm(*on(device, (torch.eye(128).to(codes.dtype), one, codes, torch.ones(1, 1))), torch.float32)
+    values = dequantized(codes, torch.ones(2, 1))
+    # A NaN makes its whole column one.
+    expected = values.float().T.masked_fill(values.isnan().any(1), torch.nan)
+    assert torch.equal(got.cpu().nan_to_num(), expected.nan_to_num())
+
+
+def test_reference_never_holds_more_than_a_band_of_the_weight(monkeypatch):
+    seen = []
+
+    def recording(codes: Tensor) -> Tensor:
+        seen.append(codes.shape[0])
+        return codes.float()
+
+    monkeypatch.setattr(reference, "decode", recording)
+    with use_backend("reference"):
+        fp8_gemm(*random_operands(7, 1300, 130, False))
+    assert seen == [7, reference.BAND, reference.BAND, 1300 - 2 * reference.BAND]
+
+
+def test_autocast_does_not_round_the_reference(monkeypatch):
+    operands = integer_operands(3, 200, 300, False)
+    with use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        got = fp8_gemm(*operands, torch.float32)
+    assert torch.equal(got.double(), exact(*operands))
+
+
+# The kernels.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_is_exact_on_integers(triton_backend, monkeypatch, device, name):
+    config, splits, by_rows = CONFIGS[name]
+    force(monkeypatch, config, splits)
+    operands = integer_operands(*ragged(config), by_rows)
+    with use_backend("triton"):
+        got = fp8_gemm(*on(device, operands), torch.float32)
+        assert torch.equal(got.cpu().double(), exact(*operands))
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_bitwise(fp8_gemm(*on(device, operands), dtype), got.to(dtype))
+
+
+@given(
+    name=st.sampled_from(list(CONFIGS)), m=st.integers(1, 140), n=st.integers(1, 270), k=st.integers(1, 400), seed=...
+)
+@few_examples
+def test_any_size_in_any_configuration(triton_backend, device, name: str, m: int, n: int, k: int, seed: int):
+    torch.manual_seed(seed % 2**32)
+    config, splits, by_rows = CONFIGS[name]
+    operands = random_operands(m, n, k, by_rows)
+    with pytest.MonkeyPatch.context() as monkeypatch, use_backend("triton"):
+        force(monkeypatch, config, splits)
+        got = fp8_gemm(*on(device, operands), torch.float32)
+    assert_product(got, dequantized(*operands[:2]), dequantized(*operands[2:]))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "by_rows"),
+    [
+        (1, 72, 896, False),  # V3's kv_a_proj by an eighth, one token: few tiles, so its sum is split
+        (40, 192, 256, False),
+        (65, 192, 256, False),
+        (192, 256, 200, True),
+    ],
+)
+def test_the_configuration_chosen_by_itself(triton_backend, device, m, n, k, by_rows):
+    operands = integer_operands(m, n, k, by_rows)
+    with use_backend("triton"):
+        got = fp8_gemm(*on(device, operands), torch.float32)
+    assert torch.equal(got.cpu().double(), exact(*operands))
+
+
+def truncated(x: np.ndarray) -> np.ndarray:
+    """float32 cut to 14 significant bits, as Hopper's FP8 units keep sums."""
+    return (x.view(np.int32) & ~((1 << 10) - 1)).view(np.float32)
+
+
+@pytest.fixture
+def imprecise_units(monkeypatch) -> None:
+    """Interpreted products of FP8 add to an accumulator of 14 bits; real ones do that by themselves."""
+    if not interprets():
+        return
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def imprecise(self, *arguments):
+        result = plain(self, *arguments)
+        return interpreter.TensorHandle(truncated(result.data.astype(np.float32)), result.dtype)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", imprecise)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sums_are_promoted_every_128_terms(triton_backend, imprecise_units, monkeypatch, device, name):
+    """Positive terms: sums of 128 need 12 bits, sums of all 15 (TRAPS E8)."""
+    config, splits, by_rows = CONFIGS[name]
+    force(monkeypatch, config, splits)
+    a, a_scale, b, b_scale = integer_operands(2, 3, 4000, by_rows, low=1)
+    operands = a, torch.ones_like(a_scale), b, torch.ones_like(b_scale)
+    assert (exact(*operands) > 2**14).all() and (exact(*operands) % 2 == 1).any()
+    with use_backend("triton"):
+        got = fp8_gemm(*on(device, operands), torch.float32)
+    assert torch.equal(got.cpu().double(), exact(*operands))
+
+
+@pytest.mark.skipif(not interprets(), reason="shows that the emulation of imprecise units sees what it has to")
+def test_sums_that_are_not_promoted_would_be_seen(triton_backend, imprecise_units):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def unpromoted(a, b, out, depth, SIZE: tl.constexpr, GROUP: tl.constexpr):
+        row, k, total = tl.arange(0, SIZE), tl.arange(0, GROUP), tl.zeros((SIZE, SIZE), tl.float32)
+        for start in range(0, depth, GROUP):
+            left = tl.load(a + row[:, None] * depth + start + k[None, :])
+            right = tl.load(b + row[:, None] * depth + start + k[None, :])
+            total = tl.dot(left, right.T, total)
+        tl.store(out + row[:, None] * SIZE + row[None, :], total)
+
+    a, b, out = (torch.randint(1, 5, (16, 4096)).to(torch.float8_e4m3fn) for _ in "ab"), None, torch.empty(16, 16)
+    a, b = a
+    unpromoted[(1,)](a, b, out, 4096, SIZE=16, GROUP=128)
+    assert not torch.equal(out, a.float() @ b.float().T)
+
+
+def test_rows_beyond_two_gigabytes(triton_backend, monkeypatch, device):
+    """Offsets are 64-bit. Only the pages that are touched exist."""
+    stride, rows = 1 << 26, 40
+    memory = torch.from_numpy(np.zeros(stride * (rows - 1) + 256, dtype=np.uint8)).to(device)
+    far = memory.as_strided((rows, 256), (stride, 1))
+    codes = integer_codes(rows, 256).to(device)
+    far.copy_(codes.view(torch.uint8))
+    far, one = far.view(torch.float8_e4m3fn), torch.ones(rows, 2, device=device)
+    force(monkeypatch, PLAIN_ROWS, 1)
+    with use_backend("triton"):
+        assert_bitwise(fp8_gemm(far, one, far, one), fp8_gemm(codes, one, codes, one))
+
+
+# The three products of a linear layer, both implementations alike.
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    if request.param == "triton":
+        request.getfixturevalue("triton_backend")
+    with use_backend(request.param):
+        yield request.param
+
+
+def test_forward_and_both_gradients_of_a_layer(backend, device):
+    x, w, dy = (torch.randn(shape, device=device) for shape in ((37, 150), (260, 150), (37, 260)))
+    with use_backend("reference"):
+        weight, weight_scale = quantize_blocks(w)
+        rows, rows_scale, columns, columns_scale = quantize_both(x)
+        grad, grad_scale, grad_t, grad_t_scale = quantize_both(dy)
+    w64, dy64 = dequantized(weight, weight_scale), dequantized(grad, grad_scale)
+
+    y = fp8_gemm(rows, rows_scale, weight, weight_scale, torch.float32)
+    assert_product(y, dequantized(rows, rows_scale), w64)
+
+    dx = fp8_gemm(grad, grad_scale, transposed(weight), weight_scale.T, torch.float32)
+    assert_product(dx, dy64, w64.T)
+
+    dw = fp8_gemm(grad_t, grad_t_scale, columns, columns_scale, torch.float32)
+    assert_product(dw, dequantized(grad_t, grad_t_scale), dequantized(columns, columns_scale))
+
+    # End to end: of the three bits of mantissa a rounding takes half a step, and errors are independent.
+    for got, full in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
+        signal_to_noise = 20 * torch.log10(full.norm() / (got - full).norm())
+        assert signal_to_noise > 25
+
+
+def test_transposed_codes_are_the_same_bytes(device):
+    codes = random_codes(37, 130).to(device)
+    got = transposed(codes)
+    assert got.shape == (130, 37) and got.stride() == (48, 1)
+    assert torch.equal(got.view(torch.uint8), codes.view(torch.uint8).T)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_nan_stays_in_its_row_or_column(backend, device, by_rows):
+    a, a_scale, b, b_scale = on(device, random_operands(70, 140, 300, by_rows))
+    clean = fp8_gemm(a, a_scale, b, b_scale)
+    a.view(torch.uint8)[3, 299], b.view(torch.uint8)[130, 5] = 0x7F, 0xFF
+    got = fp8_gemm(a, a_scale, b, b_scale)
+    spoilt = torch.zeros(70, 140, dtype=torch.bool, device=device)
+    spoilt[3] = spoilt[:, 130] = True
+    assert torch.equal(got.isnan(), spoilt)
+    assert torch.equal(got[~spoilt], clean[~spoilt])
+
+
+def test_an_overflow_passes_through_the_quantizer_as_nan(backend, device):
+    x = torch.ones(2, 256, device=device)
+    x[1, 200] = torch.inf
+    with use_backend("reference"):
+        operands = *quantize_rows(x), *quantize_blocks(torch.ones(3, 256, device=device))
+    got = fp8_gemm(*operands)
+    assert got[0].isfinite().all() and got[1].isnan().all()
+
+
+def test_zeros_give_zeros(backend, device):
+    x, w = torch.zeros(5, 200, device=device), torch.randn(130, 200, device=device)
+    with use_backend("reference"):
+        rows, blocks = (quantize_rows(x), quantize_rows(w)), (quantize_blocks(x), quantize_blocks(w))
+    assert not fp8_gemm(*rows[0], *blocks[1]).any() and not fp8_gemm(*rows[1], *blocks[0]).any()
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 128), (5, 0, 128), (5, 4, 0), (0, 0, 0)])
+def test_nothing_in_zeros_out(backend, device, m, n, k, by_rows):
+    codes = torch.empty(0, device=device).to(torch.float8_e4m3fn)
+    a, b = codes.new_empty(m, k), codes.new_empty(n, k)
+    a_scale = torch.ones(m, cdiv(k, 128), device=device)
+    got = fp8_gemm(a, a_scale, b, torch.ones(b_groups(n, k, by_rows), device=device), torch.float32)
+    assert torch.equal(got, torch.zeros(m, n, device=device))
+
+
+def test_other_layouts_of_the_operands_give_the_same(backend, device):
+    a, a_scale, b, b_scale = on(device, integer_operands(20, 150, 260, False))
+    expected = fp8_gemm(a, a_scale, b, b_scale)
+    wide = torch.full((20, 600), 0x7F, dtype=torch.uint8, device=device)
+    wide[:, 3:523:2] = a.view(torch.uint8)
+    every_other = wide[:, 3:523:2].view(a.dtype)
+    unaligned = torch.full((20, 270), 0x7F, dtype=torch.uint8, device=device)
+    unaligned[:, 7:267] = a.view(torch.uint8)
+    strided_scale = torch.stack([a_scale, a_scale], 2)[:, :, 0]
+    for codes in (every_other, unaligned[:, 7:267].view(a.dtype), transposed(transposed(a)), transposed(a).T):
+        assert_bitwise(fp8_gemm(codes, strided_scale, b, b_scale), expected)
+        assert_bitwise(fp8_gemm(b, b_scale.repeat_interleave(128, 0)[:150], codes, a_scale).T.contiguous(), expected)
+    row = fp8_gemm(a[:1].expand(20, 260), a_scale[:1].expand(20, 3), b, b_scale)
+    assert torch.equal(row, expected[:1].expand(20, 150))
+
+
+def test_results_carry_no_gradient(backend, device):
+    a, a_scale, b, b_scale = on(device, random_operands(3, 5, 130, False))
+    assert not fp8_gemm(a, a_scale.requires_grad_(), b, b_scale.requires_grad_()).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_repeats_are_bitwise(triton_backend, monkeypatch, device, name):
+    """Partial sums are added in one order, and scales that are loaded ahead are there in time."""
+    config, splits, by_rows = CONFIGS[name]
+    force(monkeypatch, config, splits)
+    operands = on(device, random_operands(20, 130, 520, by_rows))
+    with use_backend("triton"):
+        first = fp8_gemm(*operands)
+        for _ in range(20):
+            assert_bitwise(fp8_gemm(*operands), first)
+
+
+def test_compiled_gives_the_same(backend, device):
+    torch.compiler.reset()
+    operands = on(device, integer_operands(5, 200, 260, False))
+
+    def step(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+        return fp8_gemm(a, a_scale * 2, b, b_scale, torch.float32) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_bitwise(compiled(*operands), step(*operands))
+
+
+def test_custom_operators_are_registered_properly(triton_backend, device):
+    from deepseek_kernels.fp8_gemm import launch
+
+    operands = on(device, random_operands(5, 200, 130, False))
+    for operator in (launch.multiply, reference.multiply):
+        torch.library.opcheck(operator, (*operands, torch.float16), test_utils="test_faketensor")
+
+
+# Which configuration runs.
+
+H200 = 132  # processors
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "by_rows", "config", "splits"),
+    [
+        (4096, 7168, 16384, False, SPECIALIZED, 1),  # KERNELS.md rows 3a, 3b and 3d
+        (4096, 4096, 7168, False, SPECIALIZED, 1),
+        (18432, 7168, 8192, True, SPECIALIZED, 1),
+        (64, 7168, 16384, False, FEW[2], 8),  # row 3c
+        (1, 7168, 2048, False, FEW[0], 8),
+        (17, 24576, 1536, False, FEW[1], 2),
+        (1, 576, 7168, False, FEW[0], 16),  # V3's kv_a_proj: five tiles of the weight
+        (4096, 576, 7168, False, PLAIN, 1),  # 160 tiles of 128 x 128 would be a round and a fifth
+        (128, 2048, 7168, False, PLAIN, 8),
+        (64, 7168, 16384, True, PLAIN_ROWS, 4),
+        (1, 1, 1, False, FEW[0], 1),
+    ],
+)
+def test_configuration_of_published_shapes(m, n, k, by_rows, config, splits):
+    assert product_config(m, n, k, by_rows, True, H200) == (config, splits)
+
+
+def test_only_hopper_gets_specialized_kernels():
+    assert product_config(4096, 4096, 7168, False, False, H200) == (PLAIN, 1)
+    assert product_config(4096, 4096, 7168, True, False, H200) == (PLAIN_ROWS, 1)
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 10**5), st.booleans(), st.integers(1, 200))
+@settings(max_examples=200)
+def test_every_choice_can_be_launched(m, n, k, by_rows, processors):
+    config, splits = product_config(m, n, k, by_rows, True, processors)
+    assert not (by_rows and config.swapped) and (m <= 64 or not config.swapped)
+    assert splits in configs.SPLITS and (splits == 1 or splits * 2 * 128 <= k)
+    assert splits == 1 or not config.specialized
+    # Descriptors of one box, blocks of scales that hold the tile, rows for both consumers.
+    assert 128 % config.rows == 0 and 128 % config.columns == 0
+    assert not config.specialized or config.rows == 128
+
+
+def test_the_gate_compiles_every_configuration(triton_backend):
+    from deepseek_kernels.fp8_gemm.cases import compile_cases
+
+    cases = [case for case in compile_cases() if "ROWS" in case.constants]
+    found = {(case.constants["ROWS"], case.constants["COLUMNS"], case.kernel.__name__) for case in cases}
+    for config in (SPECIALIZED, PLAIN, *FEW):
+        name = "specialized_kernel" if config.specialized else "plain_kernel"
+        assert (config.rows, config.columns, name) in found
+
+
+# What users do wrong.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(4, 128)}, r"a \[M, K\] float8_e4m3fn, got torch.float32 \[4, 128\]"),
+        ({"b": random_codes(3, 130)[0]}, r"b \[N, 130\] float8_e4m3fn, got torch.float8_e4m3fn \[130\]"),
+        ({"b": random_codes(3, 129)}, r"expected b \[N, 130\] beside a \[4, 130\], got \[3, 129\]"),
+        ({"a_scale": torch.ones(4, 1)}, r"a_scale \[4, 2\] float32, got torch.float32 \[4, 1\]"),
+        ({"a_scale": torch.ones(4, 2).double()}, r"a_scale \[4, 2\] float32, got torch.float64 \[4, 2\]"),
+        ({"b_scale": torch.ones(2, 2)}, r"b_scale \[1, 2\] or \[3, 2\] float32, got torch.float32 \[2, 2\]"),
+        ({"dtype": torch.float64}, r"dtype float32, bfloat16 or float16, got torch.float64"),
+        ({"b_scale": torch.ones(1, 2, device="meta")}, r"all operands on one device, got cpu, cpu, cpu, meta"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    good = {"a": random_codes(4, 130), "a_scale": torch.ones(4, 2)}
+    good |= {"b": random_codes(3, 130), "b_scale": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match=message):
+        fp8_gemm(**(good | change))
+
+
+def test_transposing_what_is_not_codes():
+    with pytest.raises(ValueError, match=r"codes \[R, C\] float8_e4m3fn, got torch.uint8 \[2, 2\]"):
+        transposed(torch.zeros(2, 2, dtype=torch.uint8))
+
+
+def test_amd_gpus_run_the_reference(triton_backend, monkeypatch):
+    """Theirs is another e4m3: products would be emulated."""
+    operands = integer_operands(3, 5, 130, False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert torch.equal(fp8_gemm(*operands, torch.float32).double(), exact(*operands))
+    with use_backend("triton"), pytest.raises(BackendError, match="the FP8 of NVIDIA GPUs"):
+        fp8_gemm(*operands)

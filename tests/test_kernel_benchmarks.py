@@ -1,0 +1,253 @@
+"""What `python -m benchmarks kernels` declares and how it measures. Nothing here checks a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import kernels, operators
+from benchmarks.harness import Report, Row, Samples, compare
+from benchmarks.kernel_tables import lines, remarks, to_text
+from benchmarks.operators import Goal, Mismatch, Operator, Provider, Shape, require_close, require_equal
+from benchmarks.rooflines import Ceilings
+from benchmarks.scales import SCALES, scale
+from benchmarks.tables import to_markdown
+
+CPU = torch.device("cpu")
+QUICK = kernels.Options(rounds=1, budget_s=0.0, cold=0)
+TINY = [(operator, shape) for operator in operators.operators() for shape in operator.shapes(scale("tiny"))]
+
+
+def names(pairs) -> list[str]:
+    return [f"{operator.name} {shape.name}" for operator, shape in pairs]
+
+
+# ------------------------------------------------------------------ checks
+
+
+def test_bits_are_compared_and_not_values():
+    nan = torch.tensor([math.nan, 0.0])
+    require_equal(nan, nan.clone())
+    with pytest.raises(Mismatch, match="1 of 2 elements"):
+        require_equal(nan, torch.tensor([math.nan, -0.0]))
+    with pytest.raises(Mismatch, match="float32"):
+        require_equal(nan, nan.double())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1.02])
+def test_an_error_beyond_the_tolerance_is_a_mismatch(wrong):
+    right = torch.ones(5000, 2)
+    require_close(right * 1.009, right, 0.01)
+    with pytest.raises(Mismatch, match=r"within 0\.01"):
+        require_close(right * wrong, right, 0.01)
+    with pytest.raises(Mismatch, match="got"):
+        require_close(right[1:], right, 0.01)
+    one_nan = right.clone()
+    one_nan[-1, -1] = math.nan
+    with pytest.raises(Mismatch, match="nan"):
+        require_close(one_nan, right, 0.01)
+
+
+# ------------------------------------------------------------------ every operator, tiny
+
+
+def test_names_are_unique_and_begin_with_their_scale():
+    for name in SCALES:
+        found = [(o, s) for o in operators.operators() for s in o.shapes(scale(name))]
+        assert len(set(names(found))) == len(found)
+        assert {shape.scale for _, shape in found} == {name}
+
+
+@pytest.mark.parametrize(("operator", "shape"), TINY, ids=names(TINY))
+def test_every_operator_is_right_and_has_a_time(operator, shape):
+    row = kernels.measure(operator, shape, CPU, QUICK)
+    assert "error" not in row.details
+    assert row.results["ours"].median > 0
+    assert not row.details["absent"]
+    assert all(provider in row.results for provider in row.details["built_in"])
+
+
+def test_operators_are_found_by_name_and_by_group():
+    assert [o.name for o in operators.select(["fp8_quantize.rows"])] == ["fp8_quantize.rows"]
+    group = [o.name for o in operators.select(["fp8_gemm"])]
+    assert group == ["fp8_gemm.blocks", "fp8_gemm.transposed", "fp8_gemm.wgrad"]
+    assert len(operators.select([])) == len(operators.operators())
+    with pytest.raises(ValueError, match=r"expected operators among .*got 'fp8'"):
+        operators.select(["fp8"])
+    with pytest.raises(ValueError, match="expected a shape among v3"):
+        scale("v4")
+
+
+def test_the_most_important_shapes_of_the_first_scale_come_first():
+    work = kernels.plan(operators.operators(), ["v3", "v2-lite"])
+    assert [f"{o.name} {s.name}" for o, s in work[:3]] == [
+        "fp8_gemm.blocks v3 o_proj 4096x7168x16384",
+        "fp8_grouped_gemm.forward v3 gate_up 32768x4096x7168, 8 experts",
+        "fp8_quantize.rows v3 tokens 8192x7168",
+    ]
+    ranks = [shape.scale for _, shape in work]
+    assert ranks == sorted(ranks, reverse=True)  # all of v3, then all of v2-lite
+
+
+# ------------------------------------------------------------------ one operator that misbehaves
+
+
+class Doubling(Operator):
+    """2 x; the others are what a test says."""
+
+    name, op = "doubling", "dense_gemm"
+
+    def __init__(self, ours=lambda x: x * 2, **others: Provider) -> None:
+        self.ours, self.others = ours, others
+
+    def shapes(self, scale):
+        return [Shape("v3 eight", {"n": 8}, Goal("1 us"))]
+
+    def inputs(self, shape, random):
+        return (random.normal(shape["n"], 4),)
+
+    def expected(self, x):
+        return x * 2
+
+    def providers(self, shape):
+        return self.others
+
+    def verify(self, got, expected, *, ours=True):
+        require_equal(got, expected)
+
+    def bytes(self, shape):
+        return 16 * shape["n"]
+
+
+def fail(x: Tensor) -> Tensor:
+    raise RuntimeError("not on this\n machine")
+
+
+def measured(operator: Operator, **options) -> Row:
+    return kernels.measure(operator, operator.shapes(None)[0], CPU, kernels.Options(rounds=1, cold=0, **options))
+
+
+@pytest.mark.parametrize(
+    ("ours", "why"), [(lambda x: x * 3, "Mismatch: expected result bit by bit"), (fail, "not on this machine")]
+)
+def test_what_is_wrong_has_no_number(ours, why):
+    row = measured(Doubling(ours, good=Provider(lambda x: x * 2)))
+    assert row.results == {}
+    assert why in row.details["error"]
+
+
+def test_the_others_may_be_absent_and_the_fastest_built_in_is_the_baseline():
+    def slow(x):
+        for _ in range(2000):
+            x = x * 1
+        return x * 2
+
+    row = measured(
+        Doubling(
+            slow=Provider(slow),
+            fast=Provider(lambda x: x + x),
+            wrong=Provider(lambda x: x * 3),
+            missing=Provider(fail),
+            simpler=Provider(lambda x: x, built_in=False, checked=False),
+            elsewhere=Provider(lambda x: x * 2, devices=("cuda",)),
+        )
+    )
+    assert set(row.results) == {"ours", "slow", "fast", "simpler"}
+    assert row.details["absent"] == {
+        "wrong": "Mismatch: expected result bit by bit, got 32 of 32 elements that differ",
+        "missing": "RuntimeError: not on this machine",
+    }
+    assert row.baseline == "fast"
+    assert row.details["method"]["ours"] == "clock"
+
+
+@pytest.mark.parametrize(
+    ("providers", "found"),
+    [
+        (None, {"ours", "a"}),
+        (("ours",), {"ours"}),
+        (("torch",), {"a"}),
+        (("ours", "torch"), {"ours", "a"}),
+        (("b",), {"b"}),
+    ],
+)
+def test_providers_are_chosen_by_name_or_all_that_are_torch(providers, found):
+    operator = Doubling(a=Provider(lambda x: x * 2), b=Provider(lambda x: x * 2, devices=()))
+    assert set(measured(operator, providers=providers).results) == found
+
+
+# ------------------------------------------------------------------ reports
+
+
+def report(*rows: Row, **changes) -> Report:
+    facts = {"ceilings": Ceilings(1e9, {"fp32": 1e12}).to_dict()}
+    return Report("kernels", {}, rows, ("a note",), facts=facts, **changes)
+
+
+def row(ours: float = 2.0, **details) -> Row:
+    every = {"op": "doubling", "shape": "v3 eight", "flops": 10**9, "bytes": 10**6, "product": "fp32", "runs": "triton"}
+    results = {"ours": Samples((ours, ours + 1, ours - 1)), "mm": Samples((3.0,))}
+    return Row("doubling v3 eight", "ms", "lower", results, "mm", details=every | details)
+
+
+def test_a_table_says_what_the_numbers_mean():
+    head, ours, other = lines(report(row(goal={"must": "0.4 TF", "stretch": "0.6 GB/s"})))
+    assert head[3:] == ("ms (p10 - p90)", "TFLOP/s", "GB/s", "% of roofline", "x built-in", "goal")
+    # A gigaFLOP and a megabyte in 2 ms; both ceilings allow it in 1 ms.
+    assert ours == (
+        "doubling",
+        "v3 eight",
+        "ours (triton)",
+        "2 (1.2 - 2.8)",
+        "0.5",
+        "0.5",
+        "50.0%",
+        "1.50x",
+        "MUST (0.4 TF, stretch 0.6 GB/s)",
+    )
+    assert other == ("", "", "mm", "3 (3 - 3)", "0.3333", "0.3333", "33.3%", "", "")
+
+
+def test_a_report_of_kernels_survives_its_file_and_has_its_own_markdown(tmp_path):
+    before = report(row(absent={"scaled_mm": "none here"}))
+    before.save(tmp_path / "report.json")
+    after = Report.load(tmp_path / "report.json")
+    assert after == before
+    text = to_markdown(after)
+    assert "| doubling | v3 eight | ours (triton) | 2 (1.2 - 2.8) |" in text
+    assert "- no scaled_mm: none here (1x, first doubling v3 eight)\n" in text
+    assert to_text(after).splitlines()[2].startswith("doubling")
+
+
+def test_a_report_names_what_failed():
+    broken = Row(
+        "doubling v3 eight", "ms", "lower", {}, details={"op": "doubling", "shape": "x", "error": "Mismatch: no"}
+    )
+    checks = [
+        {"name": "one", "status": "passed", "seconds": 1.0, "message": ""},
+        {"name": "two", "status": "failed", "seconds": 1.0, "message": "why"},
+    ]
+    text = remarks(Report("kernels", {}, (broken,), facts={"checks": checks}))
+    assert text[:3] == ["checks: 1 passed, 1 failed", "FAILED two: why", "FAILED doubling v3 eight: Mismatch: no"]
+    assert [change.regressed for change in compare(report(row()), report(broken))] == [True]
+
+
+def test_the_command_checks_times_and_saves(tmp_path, capsys, monkeypatch):
+    arguments = ["--op", "moe_permute", "--shape", "tiny", "--rounds", "1", "--budget", "0", "--device", "cpu"]
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
+    assert kernels.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
+    found = Report.load(tmp_path / "out.json")
+    assert [one.details["op"] for one in found.rows] == ["moe_permute.permute", "moe_permute.unpermute"]
+    assert "moe_permute.permute" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.ops.moe_permute.permute", fail)
+    assert kernels.main([*arguments, "--out", str(tmp_path / "out.json")]) == 1
+
+
+def test_the_command_lists_operators_and_refuses_what_it_does_not_know(capsys):
+    assert kernels.main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == [operator.name for operator in operators.operators()]
+    with pytest.raises(ValueError, match="got 'nothing'"):
+        kernels.main(["--op", "nothing"])
