@@ -74,3 +74,77 @@ def assert_product(got: Tensor, a: Tensor, b: Tensor) -> None:
     bound = float32 + own.eps / 2 * (exact.abs() + float32).clamp(min=own.smallest_normal)
     worst = ((got - exact).abs() - bound).max() if bound.numel() else 0
     assert worst <= 0, f"beyond the bound by {worst}"
+
+
+def b_groups(n: int, k: int, by_rows: bool) -> tuple[int, int]:
+    return (n if by_rows else cdiv(n, 128)), cdiv(k, 128)
+
+
+def random_operands(m: int, n: int, k: int, by_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scales = random_scale(m, cdiv(k, 128)), random_scale(*b_groups(n, k, by_rows))
+    return random_codes(m, k), scales[0], random_codes(n, k), scales[1]
+
+
+def integer_operands(m: int, n: int, k: int, by_rows: bool, low: int = -4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A group's sum has 12 bits at most, which the FP8 units keep, and every sum is exact in float32."""
+    scales = power_scale(m, cdiv(k, 128)), power_scale(*b_groups(n, k, by_rows))
+    return integer_codes(m, k, low), scales[0], integer_codes(n, k, low), scales[1]
+
+
+def exact(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """Of `integer_operands`, in int64: scales are halves."""
+    doubled = [(2 * dequantized(codes, scale)).long() for codes, scale in ((a, a_scale), (b, b_scale))]
+    return (doubled[0] @ doubled[1].T).double() / 4
+
+
+def on(device: torch.device, operands: tuple[Tensor, ...]) -> list[Tensor]:
+    """The operands there, matrices of codes in padded rows again."""
+    there = [operand.to(device) for operand in operands]
+    return [in_padded_rows(x) if x.dtype == torch.float8_e4m3fn and x.ndim == 2 else x for x in there]
+
+
+# Of products grouped by expert.
+
+
+def ends_of(counts: list[int]) -> Tensor:
+    return torch.tensor(counts).cumsum(0)
+
+
+def spans(ends: Tensor) -> list[tuple[int, int, int]]:
+    starts = [0, *ends.tolist()]
+    return [(expert, starts[expert], end) for expert, end in enumerate(ends.tolist())]
+
+
+def grouped_operands(
+    counts: list[int], nobody: int, n: int, k: int, parts: int = 1, integers: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, x_scale, weight, weight_scale, ends. Rows of nobody are NaN: they must not be read, or not matter."""
+    codes, scale = (integer_codes, power_scale) if integers else (random_codes, random_scale)
+    rows, experts, groups = sum(counts) + nobody, len(counts), cdiv(k, 128)
+    x, x_scale = codes(rows, k), scale(rows, groups)
+    x.view(torch.uint8)[sum(counts) :] = 0x7F
+    x_scale[sum(counts) :] = torch.nan
+    weight = in_padded_rows(codes(experts * n, k)).unflatten(0, (experts, n))
+    return x, x_scale, weight, scale(experts, parts * cdiv(n // parts, 128), groups), ends_of(counts)
+
+
+def transposed_operands(
+    counts: list[int], n: int, k: int, integers: bool = False, columns: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `quantize_grouped_transposed` lays them out: an expert's tokens begin a group, what is left of it is zeros.
+
+    Columns behind the last expert's are NaN here: how many there are is not the products' business.
+    """
+    codes, scale = (integer_codes, power_scale) if integers else (random_codes, random_scale)
+    used = sum(cdiv(count, 128) for count in counts) * 128
+    columns = used + 128 if columns is None else columns
+    result = []
+    for height in (n, k):
+        own, own_scale = codes(height, columns), scale(height, columns // 128)
+        bytes_, first = own.view(torch.uint8), 0
+        for count in counts:
+            bytes_[:, first + count : first + cdiv(count, 128) * 128] = 0
+            first += cdiv(count, 128) * 128
+        bytes_[:, used:], own_scale[:, used // 128 :] = 0x7F, torch.nan
+        result += [own, own_scale]
+    return *result, ends_of(counts)

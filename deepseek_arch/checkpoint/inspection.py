@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DeepseekConfig
-from .plan import Problems, make_plan
+from .plan import Problems
 from .reader import TensorInfo
+from .stacking import plan_of
 
 __all__ = ["CheckpointReport", "inspect_checkpoint"]
 
@@ -93,7 +94,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         ValueError: `path` is no checkpoint folder, or its config describes no supported model. Everything else that
             is wrong is in the report's `problems`.
     """
-    plan = make_plan(path, open_all=True)
+    plan = plan_of(path, open_all=True)
     if plan.selection.source.is_sparse_attention:
         plan.warnings.append("DeepSeek sparse attention is not implemented yet: no model can be built from this config")
     plan.warnings += [f"{found} are FP8: only fp8='dequantize' loads them" for found in plan.mixed_experts]

@@ -22,9 +22,10 @@ from ..fp8 import decode_scale, dequantize_blocks
 from ..fp8_linear import keep_fp8
 from ..model import DeepseekLM, allocate
 from ..state_dict import scale_name
-from .plan import CheckpointError, Plan, Read, make_plan
+from .plan import CheckpointError, Plan, Read
 from .progress import progress
 from .reader import DTYPES, ShardError, TensorReader, memory_of
+from .stacking import plan_of
 
 __all__ = ["LoadReport", "load"]
 
@@ -84,7 +85,7 @@ def load(
     experts: int | None = None,
     mtp: bool = True,
 ) -> DeepseekLM:
-    """Reads a checkpoint folder in the published layout.
+    """Reads a checkpoint folder in the published layout, or with the experts of a layer stacked (`convert`).
 
     Args:
         path: a folder with config.json and safetensors: the shards of an index, or every *.safetensors.
@@ -111,7 +112,7 @@ def load(
     device = _check_device(device)
     if fp8 not in ("keep", "dequantize"):
         raise ValueError(f"expected fp8 'keep' or 'dequantize', got {fp8!r}")
-    plan = make_plan(path, layers, experts, mtp)
+    plan = plan_of(path, layers, experts, mtp)
     dtype = _check_dtype(dtype, plan)
     kept = plan.kept_parameters if fp8 == "keep" else set()
     if fp8 == "keep" and plan.mixed_experts:

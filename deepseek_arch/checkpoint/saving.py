@@ -13,9 +13,10 @@ from ..config import DeepseekConfig
 from ..fp8 import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks
 from ..fp8_linear import fp8_layers
 from ..state_dict import Slot, layout, scale_name
-from .plan import INDEX_NAME, Read, make_plan
+from .plan import INDEX_NAME, Read
 from .progress import progress
 from .reader import DTYPE_NAMES, DTYPES, TensorInfo, TensorReader
+from .stacking import plan_of
 from .writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
 
 __all__ = ["FP8_QUANTIZATION", "SaveReport", "save", "slice_checkpoint"]
@@ -204,7 +205,7 @@ def slice_checkpoint(
         OSError: the disk is full, or the folder cannot be written.
     """
     max_bytes = parse_size(max_shard_size)
-    plan = make_plan(path, layers, experts, mtp)
+    plan = plan_of(path, layers, experts, mtp)
     plan.raise_problems()
     if Path(out).exists() and Path(out).samefile(path):
         raise ValueError(f"expected another folder to write to than the checkpoint's own, got {str(out)!r}")

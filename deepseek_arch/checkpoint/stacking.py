@@ -11,17 +11,18 @@ it: the two layouts are two addresses of the same bytes. So this file computes a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import DeepseekConfig
 from ..fp8 import block_grid
 from ..selection import Selection
 from ..state_dict import Slot, layout, scale_name
-from .plan import Plan, Read
+from .plan import Plan, Read, make_plan
 from .reader import TensorInfo
 
-__all__ = ["Stack", "adopt_stacked", "stacks"]
+__all__ = ["Stack", "adopt_stacked", "plan_of", "stacks"]
 
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
@@ -69,6 +70,23 @@ def stacks(chosen: Selection | DeepseekConfig) -> Iterator[Stack]:
         yield Stack(name, members, parts=sum(expert == 0 for expert, _ in slots))
 
 
+def plan_of(
+    path: str | Path,
+    layers: Iterable[int] | None = None,
+    experts: int | None = None,
+    mtp: bool = True,
+    open_all: bool = False,
+) -> Plan:
+    """`make_plan`, of a checkpoint whose experts may be stacked."""
+    layers = None if layers is None else list(layers)
+    plan = make_plan(path, layers, experts, mtp, open_all=open_all)
+    if plan.problems:
+        whole = plan if open_all else make_plan(path, layers, experts, mtp, open_all=True)
+        if adopt_stacked(whole):
+            return whole
+    return plan
+
+
 def adopt_stacked(plan: Plan) -> int:
     """Lets a plan take experts from stacked tensors, where the files have these instead of one tensor each.
 
@@ -84,7 +102,7 @@ def adopt_stacked(plan: Plan) -> int:
     """
     stored = {info.name: info for info in plan.tensors}
     unexpected = set(plan.problems.get("unexpected tensors", ()))
-    wanted = {slot.name for slot in layout(plan.selection)}
+    wanted = {slot.name: slot for slot in layout(plan.selection)}  # with their places in the model
     explained: set[str] = set()
     found = 0
     for stack in stacks(plan.selection.source):
@@ -105,7 +123,7 @@ def adopt_stacked(plan: Plan) -> int:
     return found
 
 
-def _resolve(stack: Stack, wanted: set[str], stored: dict[str, TensorInfo], named: set[str], plan: Plan) -> None:
+def _resolve(stack: Stack, wanted: dict[str, Slot], stored: dict[str, TensorInfo], named: set[str], plan: Plan) -> None:
     """Checks a stacked tensor as `make_plan` checks a single one, and adds its experts to what is read."""
     problems, info, scale = plan.problems, stored.get(stack.name), None
     if info is None:
@@ -130,7 +148,7 @@ def _resolve(stack: Stack, wanted: set[str], stored: dict[str, TensorInfo], name
     for place, slot in enumerate(stack.members):
         if slot.name in wanted:
             part = None if scale is None else _part(scale, scale_name(slot.name), place, stack)
-            plan.reads.append(Read(slot, _part(info, slot.name, place, stack), part))
+            plan.reads.append(Read(wanted[slot.name], _part(info, slot.name, place, stack), part))
 
 
 def _resolve_scale(stack: Stack, stored: dict[str, TensorInfo], plan: Plan) -> TensorInfo | None:

@@ -10,7 +10,7 @@ import torch
 
 import checkpoint_files as files
 import layouts
-from deepseek_arch.checkpoint import convert
+from deepseek_arch.checkpoint import convert, inspect_checkpoint, load, slice_checkpoint
 from deepseek_arch.config import DeepseekConfig
 from deepseek_arch.synthetic import write_checkpoint
 
@@ -259,3 +259,23 @@ def test_codes_that_mean_nan_stay_nan(tmp_path):
     convert(layouts.write(tmp_path / "old", config, "fp8", weights), tmp_path / "new")
     nan = files.read(tmp_path / "new")[name].isnan()
     assert nan[3, 4:6].all() and nan.sum() == 2
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8"])
+def test_a_stacked_checkpoint_loads_slices_and_passes_inspection(tmp_path, to):
+    config = DeepseekConfig.from_pretrained("tiny")
+    write_checkpoint(tmp_path / "published", config, "fp8", shards=3)
+    convert(tmp_path / "published", tmp_path / "single", to)
+    convert(tmp_path / "published", tmp_path / "stacked", to, stacked=True, max_shard_size="1MB")
+    assert inspect_checkpoint(tmp_path / "stacked").ok
+    parts = {"layers": [0, 2], "experts": 4, "mtp": False}
+    for how in ({}, parts):
+        expected, got = (load(tmp_path / name, **how).state_dict() for name in ("single", "stacked"))
+        assert expected.keys() == got.keys()
+        for name, tensor in expected.items():
+            assert got[name].dtype == tensor.dtype, name
+            assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    for name in ("single", "stacked"):
+        slice_checkpoint(tmp_path / name, tmp_path / f"{name}-part", **parts)
+    single, stacked = (load(tmp_path / f"{name}-part").state_dict() for name in ("single", "stacked"))
+    assert all(torch.equal(stacked[name].view(torch.uint8), t.view(torch.uint8)) for name, t in single.items())

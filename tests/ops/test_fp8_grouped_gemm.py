@@ -24,11 +24,13 @@ from fp8_products import (
     assert_product,
     cdiv,
     dequantized,
-    in_padded_rows,
-    integer_codes,
-    power_scale,
+    ends_of,
+    grouped_operands,
+    on,
     random_codes,
     random_scale,
+    spans,
+    transposed_operands,
 )
 
 PRODUCTS = {"specialized": SPECIALIZED, "plain": PLAIN, **{f"{config.columns} tokens": config for config in FEW}}
@@ -44,32 +46,6 @@ SHARES = {
     "only nobody's rows": ([0, 0], 20),
     "across tiles": ([3, 130, 0, 70], 66),
 }
-
-
-def ends_of(counts: list[int]) -> Tensor:
-    return torch.tensor(counts).cumsum(0)
-
-
-def spans(ends: Tensor) -> list[tuple[int, int, int]]:
-    starts = [0, *ends.tolist()]
-    return [(expert, starts[expert], end) for expert, end in enumerate(ends.tolist())]
-
-
-def operands(
-    counts: list[int], nobody: int, n: int, k: int, parts: int = 1, integers: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, x_scale, weight, weight_scale, ends. Rows of nobody are NaN: they must not be read, or not matter."""
-    codes, scale = (integer_codes, power_scale) if integers else (random_codes, random_scale)
-    rows, experts, groups = sum(counts) + nobody, len(counts), cdiv(k, 128)
-    x, x_scale = codes(rows, k), scale(rows, groups)
-    x.view(torch.uint8)[sum(counts) :] = 0x7F
-    x_scale[sum(counts) :] = torch.nan
-    weight = in_padded_rows(codes(experts * n, k)).unflatten(0, (experts, n))
-    return x, x_scale, weight, scale(experts, parts * cdiv(n // parts, 128), groups), ends_of(counts)
-
-
-def on(device: torch.device, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    return [tensor.to(device) for tensor in tensors]
 
 
 def assert_grouped(got: Tensor, x, x_scale, weight, weight_scale, ends, parts: int, exact: bool = False) -> None:
@@ -89,28 +65,6 @@ def force(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
         pytest.skip("specialized kernels need Hopper")
     for name in ("product_config", "gradient_config"):
         monkeypatch.setattr(launch, name, lambda *sizes: config)
-
-
-def transposed_operands(
-    counts: list[int], nobody: int, n: int, k: int, integers: bool = False, columns: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `quantize_grouped_transposed` lays them out: an expert's tokens begin a group, what is left of it is zeros.
-
-    Columns behind the last expert's are NaN here: how many there are is not the products' business.
-    """
-    codes, scale = (integer_codes, power_scale) if integers else (random_codes, random_scale)
-    used = sum(cdiv(count, 128) for count in counts) * 128
-    columns = used + 128 if columns is None else columns
-    result = []
-    for height in (n, k):
-        own, own_scale = codes(height, columns), scale(height, columns // 128)
-        bytes_, first = own.view(torch.uint8), 0
-        for count in counts:
-            bytes_[:, first + count : first + cdiv(count, 128) * 128] = 0
-            first += cdiv(count, 128) * 128
-        bytes_[:, used:], own_scale[:, used // 128 :] = 0x7F, torch.nan
-        result += [own, own_scale]
-    return *result, ends_of(counts)
 
 
 def assert_gradient(got: Tensor, grad, grad_scale, x, x_scale, ends, exact: bool = False) -> None:
@@ -143,7 +97,7 @@ def backend(request):
 @pytest.mark.parametrize("share", SHARES)
 def test_each_experts_rows_times_its_weight(backend, device, share, parts):
     """Parts of 75 rows: not whole blocks, so that a block of the whole weight would span both."""
-    given_operands = operands(*SHARES[share], 150, 200, parts)
+    given_operands = grouped_operands(*SHARES[share], 150, 200, parts)
     got = fp8_grouped_gemm(*on(device, given_operands), torch.float32, parts)
     assert_grouped(got, *given_operands, parts)
 
@@ -154,7 +108,7 @@ def test_every_configuration_is_exact_on_integers(triton_backend, monkeypatch, d
     config = PRODUCTS[name]
     force(monkeypatch, config)
     tokens = config.columns if config.swapped else config.rows
-    given_operands = operands([tokens + 3, 0, 5], 3, 2 * 137, 148, 2, integers=True)
+    given_operands = grouped_operands([tokens + 3, 0, 5], 3, 2 * 137, 148, 2, integers=True)
     with use_backend("triton"):
         got = fp8_grouped_gemm(*on(device, given_operands), torch.float32, 2)
         assert_grouped(got, *given_operands, 2, exact=True)
@@ -173,7 +127,7 @@ def test_every_configuration_is_exact_on_integers(triton_backend, monkeypatch, d
 @few_examples
 def test_any_share_in_any_configuration(triton_backend, device, counts, nobody, half, k, parts, name, seed):
     torch.manual_seed(seed)
-    given_operands = operands(counts, nobody, 2 * half, k, parts)
+    given_operands = grouped_operands(counts, nobody, 2 * half, k, parts)
     with pytest.MonkeyPatch.context() as monkeypatch, use_backend("triton"):
         force(monkeypatch, PRODUCTS[name])
         got = fp8_grouped_gemm(*on(device, given_operands), torch.float32, parts)
@@ -181,7 +135,7 @@ def test_any_share_in_any_configuration(triton_backend, device, counts, nobody, 
 
 
 def test_input_gradient_is_the_product_with_transposed_codes(backend, device):
-    given_operands = operands([20, 0, 13], 0, 256, 200, parts=2)
+    given_operands = grouped_operands([20, 0, 13], 0, 256, 200, parts=2)
     _, _, weight, weight_scale, ends = given_operands
     grad, grad_scale = random_codes(33, 256), random_scale(33, 2)
     flipped = weight.view(torch.uint8).mT.contiguous().view(weight.dtype)
@@ -192,14 +146,14 @@ def test_input_gradient_is_the_product_with_transposed_codes(backend, device):
 
 
 def test_experts_without_rows_are_not_read(backend, device):
-    x, x_scale, weight, weight_scale, ends = on(device, operands([4, 0, 9, 0], 0, 130, 200))
+    x, x_scale, weight, weight_scale, ends = on(device, grouped_operands([4, 0, 9, 0], 0, 130, 200))
     clean = fp8_grouped_gemm(x, x_scale, weight, weight_scale, ends)
     weight.view(torch.uint8)[[1, 3]], weight_scale[[1, 3]] = 0x7F, torch.nan
     assert_bitwise(fp8_grouped_gemm(x, x_scale, weight, weight_scale, ends), clean)
 
 
 def test_a_nan_stays_in_its_row(backend, device):
-    x, x_scale, weight, weight_scale, ends = on(device, operands([70, 3], 0, 130, 200))
+    x, x_scale, weight, weight_scale, ends = on(device, grouped_operands([70, 3], 0, 130, 200))
     clean = fp8_grouped_gemm(x, x_scale, weight, weight_scale, ends)
     x.view(torch.uint8)[69, 199] = 0xFF
     got = fp8_grouped_gemm(x, x_scale, weight, weight_scale, ends)
@@ -213,8 +167,8 @@ def test_a_nan_stays_in_its_row(backend, device):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_gradient_sums_over_each_experts_tokens(backend, device, share):
-    counts, nobody = SHARES[share]
-    given_operands = transposed_operands(counts, nobody, 70, 40)
+    counts, _ = SHARES[share]
+    given_operands = transposed_operands(counts, 70, 40)
     assert_gradient(fp8_grouped_wgrad(*on(device, given_operands)), *given_operands)
 
 
@@ -222,7 +176,7 @@ def test_gradient_sums_over_each_experts_tokens(backend, device, share):
 def test_every_gradient_configuration_is_exact_on_integers(triton_backend, monkeypatch, device, name):
     """The last expert has no tokens, and no column left that it could read: the operands end with the others'."""
     force(monkeypatch, GRADIENTS[name])
-    given_operands = transposed_operands([130, 0, 5, 0], 0, 131, 145, integers=True, columns=384)
+    given_operands = transposed_operands([130, 0, 5, 0], 131, 145, integers=True, columns=384)
     with use_backend("triton"):
         got = fp8_grouped_wgrad(*on(device, given_operands))
         assert_gradient(got, *given_operands, exact=True)
@@ -239,7 +193,7 @@ def test_every_gradient_configuration_is_exact_on_integers(triton_backend, monke
 @few_examples
 def test_any_gradient(triton_backend, device, counts, n, k, name, seed):
     torch.manual_seed(seed)
-    given_operands = transposed_operands(counts, 0, n, k)
+    given_operands = transposed_operands(counts, n, k)
     with pytest.MonkeyPatch.context() as monkeypatch, use_backend("triton"):
         force(monkeypatch, GRADIENTS[name])
         got = fp8_grouped_wgrad(*on(device, given_operands))
@@ -288,14 +242,14 @@ def test_nothing_in_zeros_out(backend, device, rows, experts, n, k):
 
 
 def test_results_carry_no_gradient(backend, device):
-    x, x_scale, weight, weight_scale, ends = on(device, operands([3, 2], 0, 5, 130))
+    x, x_scale, weight, weight_scale, ends = on(device, grouped_operands([3, 2], 0, 5, 130))
     assert not fp8_grouped_gemm(x, x_scale.requires_grad_(), weight, weight_scale, ends).requires_grad
 
 
 def test_compiled_gives_the_same(backend, device):
     torch.compiler.reset()
-    forward = on(device, operands([3, 0, 9], 2, 140, 150, integers=True))
-    gradient = on(device, transposed_operands([3, 0, 9], 2, 20, 30, integers=True))
+    forward = on(device, grouped_operands([3, 0, 9], 2, 140, 150, integers=True))
+    gradient = on(device, transposed_operands([3, 0, 9], 20, 30, integers=True))
 
     def step(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return fp8_grouped_gemm(*tensors[:5], torch.float32) + 1, fp8_grouped_wgrad(*tensors[5:]) * 2
@@ -308,8 +262,8 @@ def test_compiled_gives_the_same(backend, device):
 def test_custom_operators_are_registered_properly(triton_backend, device):
     from deepseek_kernels.fp8_grouped_gemm import launch
 
-    forward = on(device, operands([3, 2], 0, 130, 140))
-    gradient = on(device, transposed_operands([3, 2], 0, 5, 7))
+    forward = on(device, grouped_operands([3, 2], 0, 130, 140))
+    gradient = on(device, transposed_operands([3, 2], 5, 7))
     for module in (launch, reference):
         torch.library.opcheck(module.multiply, (*forward, torch.float16, 2), test_utils="test_faketensor")
         torch.library.opcheck(module.weight_gradient, (*gradient, torch.float32), test_utils="test_faketensor")
@@ -319,8 +273,8 @@ def test_custom_operators_are_registered_properly(triton_backend, device):
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_nothing_waits_for_the_device(triton_backend, monkeypatch, device, name):
     force(monkeypatch, PRODUCTS[name])
-    forward = on(device, operands([3, 0, 9], 2, 140, 150))
-    gradient = on(device, transposed_operands([3, 0, 9], 2, 20, 30))
+    forward = on(device, grouped_operands([3, 0, 9], 2, 140, 150))
+    gradient = on(device, transposed_operands([3, 0, 9], 20, 30))
     with use_backend("triton"):
         expected = fp8_grouped_gemm(*forward), fp8_grouped_wgrad(*gradient)
         torch.cuda.set_sync_debug_mode("error")
