@@ -11,6 +11,7 @@ writers store the exponent byte b itself, meaning 2^(b - 127) (TRAPS E3).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor
 import deepseek_kernels as kernels
 from deepseek_kernels.fp8_quantize import FP8_MAX
 
-__all__ = ["FP8_MAX", "FP8_QUANTIZATION", "block_grid", "decode_scale", "dequantize_blocks", "quantize_blocks"]
+__all__ = [
+    "FP8_MAX",
+    "FP8_QUANTIZATION",
+    "block_grid",
+    "decode_scale",
+    "dequantize_blocks",
+    "quantize_blocks",
+    "scale_format_of",
+]
 
 # What the published FP8 checkpoints say in `quantization_config`.
 FP8_QUANTIZATION: dict[str, Any] = {
@@ -35,6 +44,11 @@ def block_grid(shape: tuple[int, ...] | torch.Size, block_size: tuple[int, int])
     """How many blocks cover a matrix of `shape`, down and across; edge blocks may be partial."""
     (rows, columns), (block_rows, block_columns) = shape, block_size
     return -(-rows // block_rows), -(-columns // block_columns)
+
+
+def scale_format_of(quantization: Mapping[str, Any] | None) -> str | None:
+    """The format of new scales beside those of a `quantization_config`: "ue8m0" if it says so, else None (float32)."""
+    return "ue8m0" if (quantization or {}).get("scale_fmt") == "ue8m0" else None
 
 
 def decode_scale(scale: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Layers whose weights stay what a published checkpoint holds: e4m3 codes beside the scales of their blocks.
 
-No product expands a layer's weight as a whole. There are two, chosen by a layer's `activations`:
+No product of a layer expands its weight as a whole (absorbed attention, which multiplies with a part of kv_b_proj for
+each head, does). There are two, chosen by a layer's `activations`:
 
 - W8A8: the activations become FP8 too, in groups of 1 x 128, and the product is one of FP8 with FP8, as DeepSeek's own
   inference has it (`fp8_gemm`). "auto" takes it where the device multiplies FP8.
@@ -33,7 +34,7 @@ from deepseek_kernels import (
 )
 
 from .config import DeepseekConfig
-from .fp8 import FP8_QUANTIZATION
+from .fp8 import FP8_QUANTIZATION, scale_format_of
 from .fp8_layer import GROUP, FP8Layer, QuantizedProduct
 from .linear import Linear
 from .mlp import swiglu
@@ -227,20 +228,36 @@ def keep_fp8(
         if not isinstance(config, DeepseekConfig):
             raise ValueError(f"expected a DeepseekLM or the names of parameters, got {type(model).__name__}")
         parameters = [slot.parameter for slot in layout(config) if slot.fp8]
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    todo = [path for path in paths if _to_quantize(model, path, block_size)]
+    for path in todo:
         layer = model.get_submodule(path)
-        if isinstance(layer, FP8Layer):
-            continue
-        if isinstance(layer, Experts):
-            _replace(model, path, FP8Experts.quantize(layer, block_size, scale_format))
-        elif isinstance(layer, nn.Linear):
-            _replace(model, path, FP8Linear.quantize(layer, block_size, scale_format))
-        else:
-            raise ValueError(f"expected {path} to be a linear layer or experts, got {type(layer).__name__}")
-    if isinstance(config, DeepseekConfig) and config.weight_block_size != tuple(block_size):
+        kind = FP8Experts if isinstance(layer, Experts) else FP8Linear
+        _replace(model, path, kind.quantize(layer, block_size, scale_format))
+    if not isinstance(config, DeepseekConfig):
+        return model
+    said = scale_format_of(config.quantization_config)
+    if config.weight_block_size != tuple(block_size) or (todo and said != scale_format):
         formats = {"scale_fmt": scale_format} if scale_format else {}
         _describe_as(model, {**FP8_QUANTIZATION, "weight_block_size": list(block_size), **formats})
     return model
+
+
+def _to_quantize(model: nn.Module, path: str, block_size: tuple[int, int]) -> bool:
+    """Whether a layer is yet to become FP8; raises ValueError where it cannot, before any other one has."""
+    layer = model.get_submodule(path)
+    if isinstance(layer, FP8Layer):
+        if tuple(layer.block_size) != tuple(block_size):
+            raise ValueError(
+                f"expected {path} to have FP8 blocks of {list(block_size)}, got {list(layer.block_size)} already"
+            )
+        return False
+    if not isinstance(layer, Experts | nn.Linear):
+        raise ValueError(f"expected {path} to be a linear layer or experts, got {type(layer).__name__}")
+    for name, parameter in layer.named_parameters(recurse=False):
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise ValueError(f"expected finite weights in {path}.{name}, got NaN or infinity")
+    return True
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

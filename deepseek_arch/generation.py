@@ -73,8 +73,8 @@ def generate(
         prefill_chunk: tokens of the prompt to run at a time (default: all), to bound the memory of long prompts.
         cache_format: "fp8" for a cache of fewer bytes, see `DeepseekLM.new_cache`.
         adaptive: whether the length of drafts follows the measured acceptance and times, up to `mtp_depth`, or is
-            always `mtp_depth`. Default: it follows, except when sampling with a seed, since the tokens that are drawn
-            depend on it.
+            `mtp_depth`, but for a step in 64 without drafts, whose time the report needs. Default: it follows, except
+            when sampling with a seed, since the tokens that are drawn depend on it.
         return_report: also return a `SpeculationReport`.
 
     Returns:

@@ -437,9 +437,13 @@ class DeepseekLM(nn.Module):
         """
         hidden, states, targets = self.mtp_hidden(trunk), [], []
         hidden = hidden.detach() if self.mtp_detached else hidden
+        real = torch.ones_like(input_ids) if padding is None else (~padding).long()
         for depth in range(len(self.mtp)):
             next_ids = shift_left(input_ids, depth + 1)
-            hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=routing)
+            # The last positions read the embedding of no token of theirs: their routing counts nothing (TRAPS D3).
+            meant = shift_labels(real, depth + 1, trunk.documents, ignore=0) != 0
+            part = None if routing is None else routing.among(meant)
+            hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=part)
             states.append(normed)
             targets.append(ignore(shift_labels(labels, depth + 2, trunk.documents), padding))
         return head_losses(self.lm_head, states, targets, detached=self.mtp_detached)

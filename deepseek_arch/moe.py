@@ -263,7 +263,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """[..., H] -> the same; `routing` may fix, and hears of, the router's decisions."""
-        given = None if routing is None else routing.replayed(self.layer_idx, self.gate.top_k)
+        given = None if routing is None else routing.replayed(self.layer_idx, self.gate.top_k, self.gate.num_experts)
         logits, weights, expert_ids = self.gate(x) if given is None else self.gate(x, given)
         if routing is not None:
             expert_ids = routing.observe(self.layer_idx, self.gate, logits, weights, expert_ids)

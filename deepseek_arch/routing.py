@@ -5,6 +5,7 @@ Notation: B rows, T tokens a row, E experts, K chosen per token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,13 @@ class RoutingRecord:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, T)."""
+        """(B, T).
+
+        Raises:
+            ValueError: the record is empty, as that of a model without experts is.
+        """
+        if not self.ids:
+            raise ValueError("expected a record with at least one layer, got an empty one")
         batch, tokens, _ = next(iter(self.ids.values())).shape
         return batch, tokens
 
@@ -108,11 +115,21 @@ class Routing:
         self.counts: dict[int, Tensor] = {}
         self._routers: dict[int, Any] = {}
 
-    def replayed(self, layer: int, top_k: int) -> Tensor | None:
+    def among(self, valid: Tensor) -> Routing:
+        """The same for a layer that only some of the tokens mean anything to; what it hears goes to the same place.
+
+        Args:
+            valid: bool [B, T].
+        """
+        part = copy.copy(self)
+        part.valid = valid if self.valid is None else self.valid & valid
+        return part
+
+    def replayed(self, layer: int, top_k: int, num_experts: int) -> Tensor | None:
         """The decisions that layer `layer` has to take, int64 [B T, K], or None.
 
         Raises:
-            ValueError: the record has another K.
+            ValueError: the record has another K, or experts that the layer has not.
         """
         ids = None if self.replay is None else self.replay.ids.get(layer)
         if ids is None:
@@ -121,6 +138,13 @@ class Routing:
             raise ValueError(
                 f"expected recorded decisions of {top_k} experts for layer {layer}, got {ids.shape[-1]} experts"
             )
+        if ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(ids))
+            if low < 0 or high >= num_experts:
+                raise ValueError(
+                    f"expected recorded experts between 0 and {num_experts - 1} for layer {layer}, got "
+                    f"{low if low < 0 else high}"
+                )
         return ids.flatten(0, 1).long()
 
     def observe(self, layer: int, router: Any, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -143,7 +167,12 @@ class Routing:
         return ids
 
     def commit(self) -> None:
-        """Adds the counts of this pass to the routers in training mode; once, after the pass."""
+        """Adds the counts of this pass to the routers in training mode; once, after the pass.
+
+        Not without gradients: texts that a model in training mode generates are no training (TRAPS D3).
+        """
+        if not torch.is_grad_enabled():
+            return
         for layer, router in self._routers.items():
             if router.training:
                 counts = self.counts[layer]

@@ -146,7 +146,8 @@ def plan_placement(loads: Tensor | Sequence[float], devices: int, redundant: int
     """Places experts, and copies of the busiest, so that devices have about the same work (V3 report, section 3.4.1).
 
     The busiest expert, by load per copy, gets the next of the `redundant` copies; then the copies are dealt out from
-    the heaviest to the lightest, each to the device with the least work that has a place left and no copy of it yet.
+    the heaviest to the lightest, each to the device with the least work that has a place left and, as long as there is
+    one, no copy of it yet.
     The greedy rule is within 4/3 of the best placement where places do not bind (Graham's bound).
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..fp8 import FP8_QUANTIZATION
+from ..fp8 import FP8_QUANTIZATION, scale_format_of
 from ..state_dict import is_stray
 from .pieces import Piece, Routes
 from .plan import Plan, make_plan
@@ -199,13 +199,13 @@ def _check(format: str, scale_format: str | None, dtype: torch.dtype | str) -> t
 
 def _scale_format(plan: Plan, wanted: str | None) -> str | None:
     """Of new scales: what is asked for, or what the config says."""
-    given = (plan.selection.source.quantization_config or {}).get("scale_fmt")
+    given = scale_format_of(plan.selection.source.quantization_config)
     if wanted is not None and plan.fp8_reads and wanted != given:
         raise ValueError(
             f"expected scale_format None for a checkpoint that is in FP8 already, whose scales stay as they are, got "
             f"{wanted!r}"
         )
-    return wanted or (given if given == "ue8m0" else None)
+    return wanted or given
 
 
 def _new_config(plan: Plan, format: str, scale_format: str | None, new_dtype: torch.dtype) -> dict[str, Any]:

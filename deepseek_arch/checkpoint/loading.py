@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..fp8 import decode_scale, dequantize_blocks
+from ..fp8 import decode_scale, dequantize_blocks, scale_format_of
 from ..fp8_linear import keep_fp8
 from ..model import DeepseekLM, allocate
 from ..state_dict import scale_name
@@ -172,7 +172,7 @@ def _build(plan: Plan, dtype: torch.dtype, kept: set[str]) -> DeepseekLM:
         if dtype == torch.float64:
             raise ValueError("expected dtype float32, bfloat16 or float16 beside weights kept in FP8, got float64")
         assert quantization is not None and config.weight_block_size is not None
-        keep_fp8(model, config.weight_block_size, kept, quantization.get("scale_fmt"))
+        keep_fp8(model, config.weight_block_size, kept, scale_format_of(quantization))
     return model
 
 

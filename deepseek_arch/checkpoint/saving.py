@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DeepseekConfig
-from ..fp8 import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks
+from ..fp8 import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks, scale_format_of
 from ..fp8_linear import fp8_layers
 from ..state_dict import Slot, layout, scale_name
 from .plan import INDEX_NAME, Read
@@ -178,7 +178,7 @@ def _tensors(
         return (tensor,)
     assert config.quantization_config is not None and config.weight_block_size is not None
     try:
-        return quantize_blocks(tensor, config.weight_block_size, config.quantization_config.get("scale_fmt"))
+        return quantize_blocks(tensor, config.weight_block_size, scale_format_of(config.quantization_config))
     except ValueError as error:
         raise ValueError(f"{slot.name}: {error}") from None
 

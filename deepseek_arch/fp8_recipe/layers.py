@@ -59,6 +59,8 @@ class WeightCodes:
     def _made_of(self, weight: Tensor) -> bool:
         if self._weight is None or self._weight() is not weight or weight.grad is None:
             return False
+        if not torch.is_grad_enabled():  # in evaluation, perhaps with other values put in through `.data`
+            return False
         return (self._address, self._version) == (weight.data_ptr(), weight._version)
 
     def __deepcopy__(self, memo: Any) -> WeightCodes:

@@ -69,13 +69,17 @@ class Rule:
         pattern: as in `fnmatch`, where "*" also crosses dots; compared with the whole name and with each of its
             endings that start after a dot: "o_proj" means all of them, "layers.0.*" the first layer.
         required: whether matching nothing is an error. Off in recipes for models of several kinds.
+        exact: whether `pattern` is a whole name instead, character by character.
     """
 
     pattern: str
     precision: Precision
     required: bool = True
+    exact: bool = False
 
     def matches(self, name: str) -> bool:
+        if self.exact:
+            return name == self.pattern
         parts = name.split(".")
         return any(fnmatchcase(".".join(parts[start:]), self.pattern) for start in range(len(parts)))
 
@@ -105,7 +109,7 @@ class Policy:
 
     def keeping_high(self, names: Iterable[str]) -> Policy:
         """The same policy, but the weights of these very names stay in high precision."""
-        return Policy((*(Rule(name, HIGH) for name in names), *self.rules))
+        return Policy((*(Rule(name, HIGH, exact=True) for name in names), *self.rules))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -123,10 +127,12 @@ class Policy:
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:
-    _check_keys("a rule", data, required={"pattern", "precision"}, allowed={"pattern", "precision", "required"})
+    _check_keys(
+        "a rule", data, required={"pattern", "precision"}, allowed={"pattern", "precision", "required", "exact"}
+    )
     known = {field.name for field in fields(Precision)}
     _check_keys("a precision", data["precision"], required=set(), allowed=known)
-    return Rule(data["pattern"], Precision(**data["precision"]), data.get("required", True))
+    return Rule(data["pattern"], Precision(**data["precision"]), data.get("required", True), data.get("exact", False))
 
 
 def _check_keys(what: str, data: Any, *, required: set[str], allowed: set[str]) -> None:

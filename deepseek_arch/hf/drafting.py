@@ -50,26 +50,36 @@ def core_of(model: Any) -> DeepseekLM:
 def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`generate` with drafts from the prediction layers; arguments as transformers' own.
 
-    `num_assistant_tokens` is how many tokens are drafted at most (default 1).
+    `num_assistant_tokens` is how many tokens are drafted at most (default 1). Without an attention mask, tokens that
+    are `pad_token_id` are padding, unless that ends a text too.
 
     Raises:
         ValueError: no input ids or no limit, or a setting that this way of decoding does not have.
     """
+    if len(args) > 2:
+        raise ValueError("expected at most inputs and generation_config by position with use_mtp=True, got more")
     given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-    drafts = given.pop("num_assistant_tokens", None)
+    own = given.get("generation_config")
+    drafts = [
+        given.get("num_assistant_tokens"),
+        *(getattr(c, "num_assistant_tokens", None) for c in (own, model.generation_config)),
+    ]
+    drafts = next((count for count in drafts if count is not None), 1)
+    if drafts < 1:
+        raise ValueError(f"expected num_assistant_tokens >= 1 with use_mtp=True, got {drafts}")
     inputs = given.pop("inputs", None)
     config, rest = model._prepare_generation_config(given.pop("generation_config", None), **given)
     input_ids = rest.pop("input_ids", None) if inputs is None else inputs
     if input_ids is None:
         raise ValueError("expected input_ids with use_mtp=True, got none")
     mask = rest.pop("attention_mask", None)
-    usual, _ = model._prepare_generation_config(GenerationConfig())
+    # Neither the model's own settings nor those of this call may ask for what is not done.
+    usual = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
     other = {name for name, value in rest.items() if value is not None and value is not False and name != "use_cache"}
-    usual = usual.to_dict()
     other |= {
         name
         for name, value in config.to_dict().items()
-        if name not in _KNOWN and not name.startswith("_") and value not in (None, usual.get(name))
+        if name not in _KNOWN and not name.startswith("_") and value not in (None, False, usual.get(name))
     }
     if other:
         raise ValueError(
@@ -82,17 +92,20 @@ def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
             raise ValueError("expected max_new_tokens or max_length with use_mtp=True, got neither")
         new = max(0, config.max_length - input_ids.shape[1])
     samples = bool(config.do_sample)
-    ends = config.eos_token_id
+    ends, pad = config.eos_token_id, config.pad_token_id
+    ending = ends if isinstance(ends, list) else [ends]
+    if mask is None and pad is not None and pad not in ending and bool((input_ids == pad).any()):
+        mask = (input_ids != pad).long()
     with torch.no_grad():
         return generate(
             core_of(model),
             input_ids,
             mask,
             new,
-            mtp_depth=drafts or 1,
+            mtp_depth=drafts,
             temperature=(1.0 if config.temperature is None else config.temperature) if samples else 0.0,
             top_k=(config.top_k or None) if samples else None,
             top_p=config.top_p if samples else None,
             eos_token_id=[] if ends is None else ends,
-            pad_token_id=config.pad_token_id,
+            pad_token_id=pad,
         )

@@ -360,8 +360,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `use_mtp` without prediction layers, or with a setting that it does not go with.
         """
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("use_mtp", getattr(generation_config, "use_mtp", False)):
+        configs = (kwargs.get("generation_config"), *args[1:2], self.generation_config)
+        wanted = [kwargs.get("use_mtp"), *(getattr(config, "use_mtp", None) for config in configs)]
+        if next((use for use in wanted if use is not None), False):
             return generate_with_drafts(self, *args, **kwargs)
         return super().generate(*args, **kwargs)
 

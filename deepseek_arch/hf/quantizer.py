@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.reader import TensorInfo, read_header
-from ..fp8 import decode_scale, dequantize_blocks
+from ..fp8 import decode_scale, dequantize_blocks, scale_format_of
 from ..fp8_linear import dequantize, fp8_layers, keep_fp8
 from ..state_dict import layout, scale_name
 from .resuming import accept_published_experts
@@ -99,7 +99,7 @@ class DeepseekFP8Quantizer(HfQuantizer):
             config = self.quantization_config
             stored = None if checkpoint_files is None else codes
             kept = parameters_in_fp8(model, stored, set(tensors))
-            keep_fp8(model, config.blocks, kept, config.published.get("scale_fmt"))
+            keep_fp8(model, config.blocks, kept, scale_format_of(config.published))
             accept_published_experts(model)
         return model
 

@@ -143,7 +143,9 @@ def test_the_model_adds_the_loss_of_every_layer_in_training_only(kind):
     for hook in hooks:
         hook.remove()
     for router, (logits, _, chosen) in seen:
-        expected += float(lm.balance_loss(router, logits, chosen, (2, 9)))
+        # The prediction layer has no next token behind the last one, and nothing to route there.
+        valid = torch.arange(9).expand(2, 9) < (8 if router is seen[-1][0] and kind == "v3" else 9)
+        expected += float(lm.balance_loss(router, logits, chosen, (2, 9), valid).detach())
     assert len(seen) == (3 if kind == "v3" else 2)
     assert float(out.aux_loss) == pytest.approx(expected, rel=20 * EPS32)
     assert float(out.loss) == pytest.approx(float(plain.loss) + expected, rel=20 * EPS32)
@@ -206,7 +208,8 @@ def test_counts_are_those_of_the_tokens_really_routed():
     lm(ids, mask, labels=ids)
     loads = expert_loads(lm)
     assert len(loads) == 3 and all(load.dtype == torch.int64 for load in loads.values())
-    assert {int(load.sum()) for load in loads.values()} == {14 * 3}
+    # The prediction layer has one token less in each row: the last one's next is unknown.
+    assert [int(load.sum()) for load in loads.values()] == [14 * 3, 14 * 3, 12 * 3]
 
 
 def test_recomputation_counts_nothing_twice_and_gives_the_same_gradients():

@@ -25,7 +25,7 @@ from deepseek_arch.moe import Experts
 from deepseek_arch.rope import RotaryEmbedding
 from deepseek_arch.state_dict import layout, scale_name
 from deepseek_kernels import BackendError, fp8_gemm, quantize_rows, use_backend
-from small_models import error
+from small_models import config, error, model
 
 E4M3 = torch.float8_e4m3fn
 
@@ -219,6 +219,7 @@ def test_the_device_decides_about_activations_unless_told(monkeypatch):
     layer.activations = "fp8"
     assert not torch.equal(layer(x), high)
     layer.activations = "auto"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which the operators' tests may have set in this process
     with use_backend("triton"), pytest.raises(BackendError):  # asked for by name, it is not replaced in silence
         layer(x)
     monkeypatch.setattr("deepseek_arch.fp8_layer.dispatch.pick", lambda *_: "triton")
@@ -487,3 +488,33 @@ def test_what_cannot_be_kept_is_an_error():
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="expected finite weights"):
         da.keep_fp8(model)
+
+
+# ---------------------------------------------------------------- keeping a model that is there
+
+
+def test_a_model_becomes_fp8_whole_or_not_at_all():
+    lm = model(config("v3"))
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    with torch.no_grad():
+        lm.model.layers[2].self_attn.o_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"finite weights in model.layers.2.self_attn.o_proj.weight"):
+        da.keep_fp8(lm)
+    assert lm.config.quantization_config is None and not fp8_layers(lm)
+    assert lm.state_dict().keys() == before.keys()
+    lm.load_state_dict(before)
+    da.keep_fp8(lm)
+    with pytest.raises(ValueError, match=r"FP8 blocks of \[64, 64\], got \[128, 128\] already"):
+        da.keep_fp8(lm, (64, 64))
+    assert lm.config.weight_block_size == (128, 128)
+
+
+def test_the_scale_format_is_part_of_what_is_kept(tmp_path):
+    """Also where the config speaks of FP8 already, as published ones do."""
+    published = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    lm = model(config("v3", quantization_config=published))
+    da.keep_fp8(lm, scale_format="ue8m0")
+    da.save(lm, tmp_path, format="fp8")
+    again = da.load(tmp_path)
+    assert again.config.quantization_config["scale_fmt"] == "ue8m0"
+    assert {layer.scale_format for layer in fp8_layers(again).values()} == {"ue8m0"}

@@ -25,7 +25,7 @@ from deepseek_kernels import (
     quantize_transposed,
     swiglu_quantize,
 )
-from small_models import config, model, tokens
+from small_models import config, error, model, tokens
 
 EPS32 = torch.finfo(torch.float32).eps
 ALL = Policy((Rule("*", FP8),))
@@ -490,16 +490,22 @@ def test_a_new_weight_at_an_old_address_is_not_taken_for_the_old_one():
     assert torch.equal(layer(x), fresh(layer, x))
 
 
-def test_evaluation_between_micro_batches_uses_the_codes_and_keeps_none_of_its_own(quantizations):
+def test_evaluation_neither_uses_nor_keeps_codes(quantizations):
+    """Between micro-batches, say, with an average of the weights put in through `.data`: no version tells."""
     layer, x = linear(20, 10), torch.randn(4, 20)
     with torch.no_grad():
         layer(x)
     assert layer.fp8_codes["weight"]._quantized == (None, None)
     layer(x).sum().backward()
     quantizations.clear()
+    own = layer.weight.data.clone()
+    layer.weight.data.copy_(torch.randn(10, 20))
     with torch.no_grad():
-        layer(x)
-    assert not quantizations
+        averaged = layer(x)
+    assert quantizations
+    layer.weight.data.copy_(own)
+    quantizations.clear()
+    assert error(layer(x), averaged) > 0.1 and not quantizations
 
 
 # ------------------------------------------------------------------ a whole model

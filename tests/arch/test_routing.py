@@ -118,3 +118,43 @@ def test_records_that_do_not_fit():
         record.then(missing)
     with pytest.raises(ValueError, match="records of the same layers"):
         routing_agreement(record, missing)
+
+
+def test_texts_that_a_model_in_training_mode_generates_are_not_counted():
+    """TRAPS D3: rollouts run without gradients, often in training mode."""
+    lm = model(config("v3")).train()
+    ids = tokens(lm.config, 2, 9)
+    with torch.no_grad():
+        lm(ids)
+    assert all(layer.mlp.gate.load is None for layer in lm.model.layers[1:])
+
+
+@pytest.mark.parametrize("pad", [0, 9])
+def test_what_pads_changes_nothing_in_the_prediction_layers(pad):
+    """TRAPS D3, F8: their last positions read the embedding of padding, or of nothing, and are routed by it."""
+    results = []
+    for fill in (3, pad):
+        lm = model(config("v3", num_nextn_predict_layers=2, aux_loss_alpha=1.0)).train()
+        ids, mask = tokens(lm.config, 2, 9), torch.ones(2, 9, dtype=torch.long)
+        ids[1, 6:], mask[1, 6:] = fill, 0
+        out = lm(ids, mask, labels=ids)
+        (out.loss + out.mtp_loss).backward()
+        gates = [layer.mlp.gate for layer in (*lm.model.layers[1:], *lm.mtp)]
+        results.append((out.aux_loss, [gate.load for gate in gates], [gate.weight.grad for gate in gates]))
+    (aux, loads, grads), (other_aux, other_loads, other_grads) = results
+    assert torch.equal(aux, other_aux)
+    assert all(torch.equal(a, b) for a, b in zip(loads, other_loads, strict=True))
+    assert all(error(a, b) < 1e-5 for a, b in zip(grads, other_grads, strict=True))
+    # Of 9 and 6 tokens, the first depth has 8 and 5 that come before another one, the second 7 and 4.
+    assert [int(load.sum()) // 3 for load in loads] == [15, 15, 13, 11]
+
+
+def test_records_of_other_models():
+    lm = model(config("v3"))
+    ids = tokens(lm.config, 2, 9)
+    record = lm(ids, record_routing=True).routing
+    record.ids[2][0, 0, 0] = 8
+    with pytest.raises(ValueError, match="experts between 0 and 7 for layer 2, got 8"):
+        lm(ids, replay_routing=record)
+    with pytest.raises(ValueError, match="at least one layer"):
+        _ = RoutingRecord({}).shape

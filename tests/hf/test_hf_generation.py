@@ -150,3 +150,34 @@ def test_drafting_says_what_it_does_not_go_with():
     plain = ours(small_models.config("v3"))
     with pytest.raises(ValueError, match="num_nextn_predict_layers 0"):
         plain.generate(ids, use_mtp=True, max_new_tokens=3)
+
+
+def test_drafting_drops_no_setting_in_silence(monkeypatch):
+    """Neither the model's own, nor those in any place where transformers takes them."""
+    model = ours(small_models.config("v3", num_nextn_predict_layers=1))
+    ids = small_models.tokens(model.config.to_core(), 1, 4)
+    own = GenerationConfig(use_mtp=True, max_new_tokens=3, num_assistant_tokens=3)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr("deepseek_arch.hf.drafting.generate", lambda *args, **how: asked.append(how["mtp_depth"]))
+        model.generate(ids, own)  # by position, and with the depth that it asks for
+        model.generate(ids, use_mtp=True, max_new_tokens=3)
+        model.generation_config.num_assistant_tokens = 2
+        model.generate(ids, use_mtp=True, max_new_tokens=3)
+        model.generation_config.num_assistant_tokens = None
+    assert asked == [3, 1, 2]
+    with pytest.raises(ValueError, match="num_assistant_tokens >= 1"):
+        model.generate(ids, use_mtp=True, max_new_tokens=3, num_assistant_tokens=0)
+    with pytest.raises(ValueError, match="by position"):
+        model.generate(ids, None, [], use_mtp=True)
+    model.generation_config.repetition_penalty = 50.0
+    with pytest.raises(ValueError, match="got repetition_penalty"):
+        model.generate(ids, use_mtp=True, max_new_tokens=3)
+
+
+def test_drafting_takes_padding_for_padding():
+    model = ours(small_models.config("v3", num_nextn_predict_layers=1))
+    ids = small_models.tokens(model.config.to_core().replace(vocab_size=PAD), 2, 6)
+    ids[1, :3] = PAD
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, use_mtp=True, **settings), model.generate(ids, **settings))
