@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ..config import DeepseekConfig
 from ..fp8 import block_grid
@@ -18,10 +19,19 @@ from ..selection import Selection, select
 from ..state_dict import Slot, is_stray, layer_of, layout, scale_name
 from .reader import ShardError, TensorInfo, read_header
 
-__all__ = ["INDEX_NAME", "CheckpointError", "Plan", "Problems", "Read", "make_plan"]
+__all__ = [
+    "INDEX_NAME",
+    "WEIGHT_DTYPES",
+    "CheckpointError",
+    "Plan",
+    "Problems",
+    "Read",
+    "check_scale",
+    "make_plan",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 _SHOWN = 10  # names of each kind of problem in an error message
 
@@ -42,6 +52,16 @@ class CheckpointError(ValueError):
             more = f"; and {len(details) - _SHOWN:,} more" if len(details) > _SHOWN else ""
             lines.append(f"  {kind} ({len(details):,}): {'; '.join(details[:_SHOWN])}{more}")
         super().__init__("\n".join(lines))
+
+
+class Stored(Protocol):
+    """A tensor as a checkpoint has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +289,8 @@ def _resolve(slot: Slot, files: _Files, plan: Plan) -> None:
         scale = _resolve_scale(slot, files, plan)
         if scale is None:
             return
-    elif info.dtype not in _WEIGHT_DTYPES:
-        problems["wrong dtypes"].append(f"{slot.name}: expected one of {', '.join(_WEIGHT_DTYPES)}, got {info.dtype}")
+    elif info.dtype not in WEIGHT_DTYPES:
+        problems["wrong dtypes"].append(f"{slot.name}: expected one of {', '.join(WEIGHT_DTYPES)}, got {info.dtype}")
         return
     elif scale_name(slot.name) in files.tensors:
         problems["scales of tensors that are not FP8"].append(f"{scale_name(slot.name)} beside {info.dtype}")
@@ -278,16 +298,29 @@ def _resolve(slot: Slot, files: _Files, plan: Plan) -> None:
 
 
 def _resolve_scale(slot: Slot, files: _Files, plan: Plan) -> TensorInfo | None:
-    problems, block_size = plan.problems, plan.selection.source.weight_block_size
     info = files.tensors.get(scale_name(slot.name))
-    if info is None:
-        if not files.in_broken_shard(scale_name(slot.name)):
-            problems["FP8 tensors without weight_scale_inv"].append(slot.name)
-    elif block_size is None:
-        problems["FP8 tensors, but no quantization_config in config.json to say the block size"].append(slot.name)
-    elif info.shape != (grid := block_grid(slot.shape, block_size)):
+    if info is not None:
+        return check_scale(slot, info, lambda block_size: block_grid(slot.shape, block_size), plan)
+    if not files.in_broken_shard(scale_name(slot.name)):
+        plan.problems["FP8 tensors without weight_scale_inv"].append(slot.name)
+    return None
+
+
+def check_scale(
+    tensor: Stored, info: TensorInfo, grid_of: Callable[[tuple[int, int]], tuple[int, ...]], plan: Plan
+) -> TensorInfo | None:
+    """The stored scales of an FP8 tensor if they fit it; else None, and the problem is in the plan.
+
+    Args:
+        tensor: what they scale, by its name and shape in the checkpoint.
+        grid_of: block size -> the shape that they must have.
+    """
+    problems, block_size = plan.problems, plan.selection.source.weight_block_size
+    if block_size is None:
+        problems["FP8 tensors, but no quantization_config in config.json to say the block size"].append(tensor.name)
+    elif info.shape != (grid := grid_of(block_size)):
         problems["wrong scale grids"].append(
-            f"{info.name}: expected {list(grid)} for {list(slot.shape)} in blocks of {list(block_size)}, "
+            f"{info.name}: expected {list(grid)} for {list(tensor.shape)} in blocks of {list(block_size)}, "
             f"got {list(info.shape)}"
         )
     elif info.dtype not in _SCALE_DTYPES:

@@ -19,13 +19,10 @@ from ..config import DeepseekConfig
 from ..fp8 import block_grid
 from ..selection import Selection
 from ..state_dict import Slot, layout, scale_name
-from .plan import Plan, Read, make_plan
+from .plan import WEIGHT_DTYPES, Plan, Read, check_scale, make_plan
 from .reader import TensorInfo
 
 __all__ = ["Stack", "adopt_stacked", "plan_of", "stacks"]
-
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-_SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +136,8 @@ def _resolve(stack: Stack, wanted: dict[str, Slot], stored: dict[str, TensorInfo
         scale = _resolve_scale(stack, stored, plan)
         if scale is None:
             return
-    elif info.dtype not in _WEIGHT_DTYPES:
-        expected = ", ".join(("F8_E4M3", *_WEIGHT_DTYPES))
+    elif info.dtype not in WEIGHT_DTYPES:
+        expected = ", ".join(("F8_E4M3", *WEIGHT_DTYPES))
         problems["wrong dtypes"].append(f"{stack.name}: expected one of {expected}, got {info.dtype}")
         return
     elif stack.scale_name in stored:
@@ -152,21 +149,10 @@ def _resolve(stack: Stack, wanted: dict[str, Slot], stored: dict[str, TensorInfo
 
 
 def _resolve_scale(stack: Stack, stored: dict[str, TensorInfo], plan: Plan) -> TensorInfo | None:
-    problems, block_size = plan.problems, plan.selection.source.weight_block_size
     info = stored.get(stack.scale_name)
-    if info is None:
-        problems["FP8 tensors without weight_scale_inv"].append(f"{stack.name} (without {stack.scale_name})")
-    elif block_size is None:
-        problems["FP8 tensors, but no quantization_config in config.json to say the block size"].append(stack.name)
-    elif info.shape != (expected := stack.scale_shape(block_size)):
-        problems["wrong scale grids"].append(
-            f"{info.name}: expected {list(expected)} for {list(stack.shape)} in blocks of {list(block_size)}, "
-            f"got {list(info.shape)}"
-        )
-    elif info.dtype not in _SCALE_DTYPES:
-        problems["wrong dtypes"].append(f"{info.name}: expected one of {', '.join(_SCALE_DTYPES)}, got {info.dtype}")
-    else:
-        return info
+    if info is not None:
+        return check_scale(stack, info, stack.scale_shape, plan)
+    plan.problems["FP8 tensors without weight_scale_inv"].append(f"{stack.name} (without {stack.scale_name})")
     return None
 
 
