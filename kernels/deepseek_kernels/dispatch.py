@@ -2,7 +2,8 @@
 
 `auto` (the default) takes the Triton kernels on a CUDA device that can run them and the reference elsewhere, and says
 why once, through the logger `deepseek_kernels`. A backend asked for by name, through the environment variable
-DEEPSEEK_KERNELS_BACKEND or `use_backend`, never falls back: if it cannot run, the call raises and says why.
+DEEPSEEK_KERNELS_BACKEND or `use_backend`, never falls back: if it cannot run, the call raises and says why. Operators
+with one implementation only (a dense product, say, which is the vendor's) have no choice to make.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
         BackendError: "triton" was asked for by name and cannot run.
     """
     name = requested()
-    if name == "reference":
-        return name
+    if name == "reference" or not _operators[op].implementations:
+        return "reference"
     kind, index = ("cpu", None) if device is None else (device.type, device.index)
     obstacle = _obstacle(op, kind, index, unsupported, name == "auto")
     if obstacle is None:
@@ -114,10 +115,7 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
 
 def _obstacle(op: str, kind: str, index: int | None, unsupported: str | None, auto: bool) -> str | None:
     """Why the Triton kernels of `op` do not run on a device of this kind, or None; under `auto`, logs it once."""
-    operator = _operators[op]
-    if "triton" not in operator.implementations:
-        return f"operator {op} has no triton implementation; available: reference"
-    reason = _machine_obstacle(operator, kind, index, auto) or unsupported
+    reason = _machine_obstacle(_operators[op], kind, index, auto) or unsupported
     if reason is None:
         return None
     if auto and (op, reason) not in _said:
@@ -184,16 +182,16 @@ def describe() -> list[Choice]:
     )
     choices = []
     for op, operator in sorted(_operators.items()):
-        obstacle = _obstacle(op, device.type, device.index, None, name == "auto")
-        chosen = "triton" if obstacle is None else "reference"
-        if name != "auto":
-            chosen, reason = name, f"{name} was asked for"
-            if name == "triton" and obstacle:
-                chosen, reason = "none", f"{reason}, but {obstacle}"
-        elif not operator.implementations:
-            reason = "the reference is the only implementation"
-        else:
-            reason = obstacle or f"its kernels run on {torch.cuda.get_device_name(device)}"
+        chosen, reason = "reference", "the reference is the only implementation"
+        if operator.implementations:
+            obstacle = _obstacle(op, device.type, device.index, None, name == "auto")
+            if name == "auto":
+                chosen = "triton" if obstacle is None else "reference"
+                reason = obstacle or f"its kernels run on {torch.cuda.get_device_name(device)}"
+            else:
+                chosen, reason = name, f"{name} was asked for"
+                if name == "triton" and obstacle:
+                    chosen, reason = "none", f"{reason}, but {obstacle}"
         if op in ("dense_gemm", "grouped_gemm") and device.type != "cuda":
             reason += f"; {how}"
         choices.append(Choice(op, chosen, reason))

@@ -71,7 +71,7 @@ def test_describe_says_what_cannot_run(pretend):
     pretend(installed=False)
     with use_backend("triton"):
         found = {choice.op: choice for choice in dispatch.describe()}
-    assert found["fp8_quantize"].implementation == found["dense_gemm"].implementation == "none"
+    assert found["fp8_quantize"].implementation == "none"
     assert found["fp8_quantize"].reason == (
         "triton was asked for, but operator fp8_quantize cannot run on triton: triton is not installed"
     )

@@ -12,9 +12,13 @@ import torch
 from deepseek_kernels import BackendError, dense_gemm, describe, dispatch, use_backend
 
 
-def test_a_backend_asked_for_by_name_never_falls_back():
-    with use_backend("triton"), pytest.raises(BackendError, match=r"dense_gemm has no triton implementation"):
-        dense_gemm(torch.ones(2, 4), torch.ones(3, 4))
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_an_operator_with_one_implementation_has_no_choice(backend):
+    with use_backend(backend):
+        assert dense_gemm(torch.ones(2, 4), torch.ones(3, 4)).tolist() == [[4.0] * 3] * 2
+        (choice,) = (one for one in describe() if one.op == "dense_gemm")
+    assert choice.implementation == "reference"
+    assert choice.reason.startswith("the reference is the only implementation")
 
 
 def test_use_backend_restores_also_after_an_error():

@@ -1,0 +1,35 @@
+"""Who attends to whom, as the attention operators take it in their argument `mask`.
+
+- None: causal, the last query aligned with the last key (TRAPS B8): of T queries on S keys, query t sees the keys
+  0 to S - T + t.
+- int32 [B, T, 2], spans: query t of row b sees the keys from `span[b, t, 0]` to `span[b, t, 1] - 1`. Rows of different
+  length in a cache, padding on the left and packed documents are of this kind. What lies outside the keys is cut off,
+  and an empty span sees nothing.
+- bool (True attends) or additive float, broadcastable to [B, 1, T, S]: anything else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_dense", "causal_mask", "is_spans"]
+
+
+def is_spans(mask: Tensor | None) -> bool:
+    """Whether `mask` is of the second kind."""
+    return mask is not None and mask.dtype == torch.int32
+
+
+def as_dense(mask: Tensor | None, keys: int) -> Tensor | None:
+    """Spans as bool [B, 1, T, S]; every other mask as it is."""
+    if not is_spans(mask):
+        return mask
+    assert mask is not None
+    index = torch.arange(keys, device=mask.device)
+    return ((index >= mask[..., :1]) & (index < mask[..., 1:]))[:, None]
+
+
+def causal_mask(queries: int, keys: int, device=None) -> Tensor:
+    """What None means, as bool [T, S]."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
