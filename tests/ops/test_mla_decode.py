@@ -9,18 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_kernels.mla_decode import mla_decode, mla_decode_packed, reference
+from deepseek_kernels.mla_decode import mla_decode, mla_decode_paged, reference
 from deepseek_kernels.mla_decode import packed as packed_reference
-from deepseek_kernels.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.mla_decode.packing import aligned, pack, packed_bytes, unpack, views
+from deepseek_kernels.spans import as_dense, causal_mask
 from fp8_definition import E4M3, hostile, matrix, quantize_group
 
-WIDTH = 24  # D
+WIDTH = 24  # C + R
+RANK = 20  # C
 
 
 def expected(q: torch.Tensor, states: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, T, N, C + R]; `mask` None is causal."""
     scores = torch.einsum("btnd,bsd->bnts", q.double(), states.double()) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    mask = causal_mask(*scores.shape[2:]) if mask is None else as_dense(mask, states.shape[1])
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).nan_to_num(0)  # a row that attends to nothing
     return torch.einsum("bnts,bsd->btnd", weights, states.double())
 
@@ -46,8 +49,10 @@ def test_equals_a_float64_softmax(dtype, batch, queries, heads, keys):
     causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     per_row = causal.expand(batch, 1, -1, -1).clone()
     per_row[-1, ..., 0] = keys == 1  # one row of the batch does not see its first key
-    for mask in (None, causal, per_row, torch.where(causal, 0.0, -1e4).to(dtype)):
-        assert_close(mla_decode(q, states, 0.3, mask), expected(q, states, 0.3, mask))
+    spans = torch.stack((torch.arange(queries) % keys, torch.arange(queries) + keys - queries + 1), -1).int()
+    spans = spans.expand(batch, -1, -1)
+    for mask in (None, causal, per_row, spans, torch.where(causal, 0.0, -1e4).to(dtype)):
+        assert_close(mla_decode(q, states, RANK, 0.3, mask), expected(q, states, 0.3, mask)[..., :RANK])
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -60,24 +65,27 @@ def test_keys_in_parts_equal_keys_at_once(monkeypatch, threads, keys):
     buffer[:, :keys] = torch.randn(1, keys, WIDTH)
     q, states = torch.randn(1, 1, 4, WIDTH), buffer[:, :keys]
     assert reference._parts(q.reshape(1, 1, 4, WIDTH), states, None) == min(threads, keys // 3) > 1
-    assert_close(mla_decode(q, states, 0.5), expected(q, states, 0.5, None))
+    assert_close(mla_decode(q, states, RANK, 0.5), expected(q, states, 0.5, None)[..., :RANK])
 
 
 def test_a_row_that_attends_to_nothing_gives_zeros():
     q, states = torch.randn(1, 2, 3, WIDTH), torch.randn(1, 4, WIDTH)
     mask = torch.tensor([[False] * 4, [True] * 4])
-    out = mla_decode(q, states, 1.0, mask)
-    assert torch.equal(out[:, 0], torch.zeros_like(out[:, 0]))
-    assert_close(out, expected(q, states, 1.0, mask))
+    spans = torch.tensor([[[3, 3], [-2, 9]]], dtype=torch.int32)
+    for given in (mask, spans):
+        out = mla_decode(q, states, RANK, 1.0, given)
+        assert torch.equal(out[:, 0], torch.zeros_like(out[:, 0]))
+        assert_close(out, expected(q, states, 1.0, mask)[..., :RANK])
+    early = mla_decode(torch.randn(1, 6, 3, WIDTH), states, RANK, 1.0)  # the first two are before all keys
+    assert not early[:, :2].any() and early[:, 2:].all()
 
 
 def test_gradients():
     q = torch.randn(2, 2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     states = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
-    grad = torch.randn_like(q)
-    got = torch.autograd.grad(mla_decode(q, states, 0.3), (q, states), grad)
-    scores = torch.einsum("btnd,bsd->bnts", q, states) * 0.3
-    want = torch.autograd.grad(torch.einsum("bnts,bsd->btnd", scores.softmax(-1), states), (q, states), grad)
+    grad = torch.randn(2, 2, 3, RANK, dtype=torch.float64)
+    got = torch.autograd.grad(mla_decode(q, states, RANK, 0.3), (q, states), grad)
+    want = torch.autograd.grad(expected(q, states, 0.3, None)[..., :RANK], (q, states), grad)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
 
@@ -85,14 +93,51 @@ def test_gradients():
 @pytest.mark.parametrize(
     ("q", "states", "mask", "words"),
     [
-        ((1, 1, 2, 8), (1, 4, 9), None, r"states \[B, S, D\]"),
-        ((2, 1, 2, 8), (1, 4, 8), None, r"states \[B, S, D\]"),
-        ((1, 1, 2, 8), (1, 4, 8), (1, 2, 1, 4), "a mask for all heads"),
+        ((1, 1, 2, 8), (1, 4, 9), None, r"states \[B, S, 8\] or uint8 states \[B, S, 15\] .* got .* \[1, 4, 9\]"),
+        ((2, 1, 2, 8), (1, 4, 8), None, r"a batch of 2 in states"),
+        ((2, 2, 8), (2, 4, 8), None, r"q \[B, T, N, C \+ R\]"),
+        ((1, 1, 2, 5), (1, 4, 5), None, r"for a latent of 5, got \[1, 1, 2, 5\]"),
+        ((1, 2, 2, 8), (1, 4, 8), (1, 2, 2, 4), "a mask for all heads"),
+        ((1, 2, 2, 8), (1, 4, 8), (2, 3), r"got \[2, 3\] for \[1, 1, 2, 4\]"),
+        ((3, 2, 2, 8), (3, 4, 8), (2, 1, 2, 4), r"got \[2, 1, 2, 4\] for \[3, 1, 2, 4\]"),
     ],
 )
 def test_mistakes_are_named(q, states, mask, words):
     with pytest.raises(ValueError, match=words):
-        mla_decode(torch.ones(q), torch.ones(states), 1.0, None if mask is None else torch.ones(mask))
+        mla_decode(torch.ones(q), torch.ones(states), 5, 1.0, None if mask is None else torch.ones(mask))
+
+
+def test_mistakes_of_types_are_named():
+    q, states = torch.ones(1, 2, 2, 8), torch.ones(1, 4, 8)
+    with pytest.raises(ValueError, match=r"of one dtype, got torch.float32 and torch.float64"):
+        mla_decode(q, states.double(), 5, 1.0)
+    with pytest.raises(ValueError, match=r"expected spans \[1, 2, 2\], got \[1, 3, 2\]"):
+        mla_decode(q, states, 5, 1.0, torch.zeros(1, 3, 2, dtype=torch.int32))
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"block_table int32 \[1, 1\], got torch.int64"):
+        mla_decode_paged(q, states, table.long(), lengths, 5, 1.0)
+    with pytest.raises(ValueError, match=r"lengths int32 \[1\], got torch.int32 \[1, 1\]"):
+        mla_decode_paged(q, states, table, lengths[None], 5, 1.0)
+    with pytest.raises(ValueError, match=r"pages \[num_pages, P, 8\]"):
+        mla_decode_paged(q, states[..., :7], table, lengths, 5, 1.0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pages_have_a_gradient_and_any_size(packed):
+    """Pages of three, in disorder; NaN where nothing is held, and nonsense in the table."""
+    q = torch.randn(2, 2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    pages = torch.randn(4, 3, WIDTH, dtype=torch.float64)
+    given = pack(pages, RANK) if packed else pages
+    pages = joined(given, RANK, torch.float64) if packed else pages
+    table, lengths = torch.tensor([[2, 0], [3, 999]], dtype=torch.int32), torch.tensor([5, 1], dtype=torch.int32)
+    given[0, 2:], given[3, 1:] = (255, 255) if packed else (torch.nan, torch.nan)
+    out = mla_decode_paged(q, given, table, lengths, RANK, 0.3)
+    for row, states in enumerate((torch.cat((pages[2], pages[0, :2])), pages[3, :1])):
+        want = expected(q[row : row + 1], states[None], 0.3, None)[..., :RANK]
+        torch.testing.assert_close(out[row : row + 1], want)
+    assert not out[1, 0].any()  # before the row's only token
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert not grad.isnan().any() and grad[0].any()
 
 
 # Tokens in bytes.
@@ -150,6 +195,16 @@ def test_what_comes_back_is_within_half_a_step(rank, rope, dtype):
     assert ((got_keys - keys).abs() <= keys.abs() * 2.0**-8).all()
 
 
+def test_parts_of_a_token_are_read_in_place():
+    packed = pack(matrix(6, 300 + 6), 300)
+    codes, scales, keys = views(packed, 300)
+    assert codes.shape == (6, 300) and scales.shape == (6, 3) and keys.shape == (6, 6)
+    latents = codes.float() * scales.repeat_interleave(128, -1)[:, :300]
+    assert torch.equal(torch.cat((latents, keys.float()), -1), joined(packed, 300))
+    assert aligned(packed, 300) and not aligned(packed, 299)
+    assert not aligned(packed.flatten()[1:-3].view(-1, 4), 4) and not aligned(packed[:, ::2], 100)
+
+
 def test_hostile_values_survive_as_far_as_they_can():
     """A NaN stays alone, an infinity makes NaN of its group, in the key both stay what they are."""
     states = torch.cat((hostile(), hostile(), hostile()[:, :6]), -1)
@@ -195,7 +250,7 @@ def test_packed_attention_equals_attention_on_the_dequantized_states(monkeypatch
         for dtype in (torch.float32, torch.bfloat16):
             q, states = torch.randn(batch, queries, heads, 150).to(dtype), joined(packed, 142)
             for mask in masks:
-                got = mla_decode_packed(q, packed, 142, 0.3, mask)
+                got = mla_decode(q, packed, 142, 0.3, mask)
                 assert got.dtype == dtype and got.shape == (batch, queries, heads, 142)
                 assert_close(got, expected(q, states, 0.3, mask)[..., :142])
 
@@ -211,7 +266,7 @@ def test_packed_attention_holds_a_tile_of_keys_at_a_time(monkeypatch):
     for batch, keys, most in ((1, 2500, 1024), (3, 800, 1024), (40, 130, 40 * 64)):
         held.clear()
         packed = torch.zeros(batch, keys, packed_bytes(8, 2), dtype=torch.uint8)
-        mla_decode_packed(torch.randn(batch, 1, 2, 10), packed, 8, 0.3)
+        mla_decode(torch.randn(batch, 1, 2, 10), packed, 8, 0.3)
         assert sum(held) == batch * keys and max(held) <= most
 
 
@@ -224,10 +279,10 @@ def test_packed_rows_that_attend_to_nothing_give_zeros(monkeypatch):
     mask[1, 5], mask[2, 0], mask[3] = True, True, True
     additive = torch.zeros(4, 6).masked_fill(~mask, -torch.inf)
     for given in (mask, additive):
-        out = mla_decode_packed(q, packed, 20, 1.0, given)
+        out = mla_decode(q, packed, 20, 1.0, given)
         assert torch.equal(out[:, 0], torch.zeros_like(out[:, 0]))
         assert_close(out, expected(q, joined(packed, 20), 1.0, mask)[..., :20])
-    assert not mla_decode_packed(q, packed[:, :0], 20, 1.0).any()
+    assert not mla_decode(q, packed[:, :0], 20, 1.0).any()
 
 
 def test_packed_scores_far_apart(monkeypatch):
@@ -237,7 +292,7 @@ def test_packed_scores_far_apart(monkeypatch):
     sizes = torch.tensor([1.0, 400.0, 1e-3, 3e3, 1.0, -3e3])[None, :, None]
     packed = pack(torch.ones(1, 6, WIDTH) * sizes, 20)
     q = torch.randn(1, 2, 3, WIDTH)
-    assert_close(mla_decode_packed(q, packed, 20, 1.0), expected(q, joined(packed, 20), 1.0, None)[..., :20])
+    assert_close(mla_decode(q, packed, 20, 1.0), expected(q, joined(packed, 20), 1.0, None)[..., :20])
 
 
 def test_the_error_of_packing_is_what_the_groups_imply():
@@ -253,23 +308,23 @@ def test_the_error_of_packing_is_what_the_groups_imply():
     key_bound = states.double()[..., 512:].abs() * 2.0**-8
     d = scale * torch.einsum("btnd,bsd->btns", q.double().abs(), torch.cat((bound, key_bound), -1)).amax()
     limit = bound.amax() + values.abs().amax() * torch.expm1(2 * d)
-    off = (mla_decode_packed(q, packed, 512, scale).double() - exact).abs().max()
+    off = (mla_decode(q, packed, 512, scale).double() - exact).abs().max()
     assert 0 < off <= limit * (1 + 2.0**-10) and limit < values.abs().amax()
 
 
 def test_packed_attention_has_a_gradient_for_its_queries():
     q = torch.randn(2, 2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     packed, grad = pack(torch.randn(2, 5, WIDTH), 20), torch.randn(2, 2, 3, 20, dtype=torch.float64)
-    (got,) = torch.autograd.grad(mla_decode_packed(q, packed, 20, 0.3), q, grad)
-    (want,) = torch.autograd.grad(mla_decode(q, joined(packed, 20, torch.float64), 0.3)[..., :20], q, grad)
+    (got,) = torch.autograd.grad(mla_decode(q, packed, 20, 0.3), q, grad)
+    (want,) = torch.autograd.grad(mla_decode(q, joined(packed, 20, torch.float64), 20, 0.3), q, grad)
     torch.testing.assert_close(got, want)
 
 
 def test_packed_attention_under_autocast_is_that_of_cast_queries():
     q, packed = torch.randn(1, 1, 3, WIDTH), pack(torch.randn(1, 9, WIDTH), 20)
     with torch.autocast("cpu", torch.bfloat16):
-        got = mla_decode_packed(q, packed, 20, 0.3)
-    assert torch.equal(got, mla_decode_packed(q.bfloat16(), packed, 20, 0.3))
+        got = mla_decode(q, packed, 20, 0.3)
+    assert torch.equal(got, mla_decode(q.bfloat16(), packed, 20, 0.3))
 
 
 @pytest.mark.parametrize(
@@ -279,14 +334,14 @@ def test_packed_attention_under_autocast_is_that_of_cast_queries():
             (1, 1, 2, 8),
             torch.zeros(1, 4, 15),
             None,
-            r"packed uint8 \[B, S, 15\] for a latent of 5, got .* torch.float32",
+            r"uint8 states \[B, S, 15\] for .*latent of 5, got torch.float32 \[1, 4, 15\]",
         ),
         ((1, 1, 2, 8), torch.zeros(1, 4, 16, dtype=torch.uint8), None, r"\[B, S, 15\] .*uint8 \[1, 4, 16\]"),
-        ((2, 1, 2, 8), torch.zeros(1, 4, 15, dtype=torch.uint8), None, r"got \[2, 1, 2, 8\] and"),
-        ((2, 2, 8), torch.zeros(2, 4, 15, dtype=torch.uint8), None, r"q \[B, T, N, D\]"),
+        ((2, 1, 2, 8), torch.zeros(1, 4, 15, dtype=torch.uint8), None, r"a batch of 2 in states"),
+        ((2, 2, 8), torch.zeros(2, 4, 15, dtype=torch.uint8), None, r"q \[B, T, N, C \+ R\]"),
         ((1, 1, 2, 8), torch.zeros(1, 4, 15, dtype=torch.uint8), (1, 2, 1, 4), "a mask for all heads"),
     ],
 )
 def test_mistakes_with_packed_states_are_named(q, packed, mask, words):
     with pytest.raises(ValueError, match=words):
-        mla_decode_packed(torch.ones(q), packed, 5, 1.0, None if mask is None else torch.ones(mask))
+        mla_decode(torch.ones(q), packed, 5, 1.0, None if mask is None else torch.ones(mask))

@@ -12,7 +12,7 @@ _LEAST = 64  # ... and keys of a row, however many rows there are
 
 
 def attend_packed(q: Tensor, packed: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
-    """See `mla_decode_packed`. In float32, or the queries' own dtype where that is wider."""
+    """See `mla_decode`. In float32, or the queries' own dtype where that is wider."""
     batch, queries, heads, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     folded = (q.to(dtype) * scale).reshape(batch, queries * heads, -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..fp8_quantize import GROUP, quantize_rows
 from ..fp8_quantize.reference import WIDE, decode
 
-__all__ = ["pack", "packed_bytes", "unpack"]
+__all__ = ["aligned", "pack", "packed_bytes", "unpack", "views"]
 
 
 def packed_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:
@@ -48,6 +48,25 @@ def unpack(packed: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> tuple[Tenso
     for group in range(groups):
         latents[..., group * GROUP : (group + 1) * GROUP].mul_(scales[..., group, None])
     return latents.to(dtype), _copied(keys).view(torch.bfloat16).to(dtype)
+
+
+def aligned(packed: Tensor, kv_lora_rank: int) -> bool:
+    """Whether `views` can be made of these bytes: each part of each token begins where its elements may."""
+    # The compiler knows no offsets; what it makes itself begins where its memory does.
+    offset = 0 if torch.compiler.is_compiling() else packed.storage_offset()
+    starts = (kv_lora_rank, offset, *packed.stride()[:-1])
+    return packed.stride(-1) == 1 and all(number % 4 == 0 for number in starts)
+
+
+def views(packed: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 [..., packed bytes] -> codes [..., C], scales [..., C / 128] and rotated keys [..., R], in place.
+
+    The bytes must be `aligned`.
+    """
+    start = kv_lora_rank + 4 * _groups(kv_lora_rank)
+    scales, keys = packed[..., kv_lora_rank:start], packed[..., start:]
+    codes = packed[..., :kv_lora_rank].view(torch.float8_e4m3fn)
+    return codes, scales.view(torch.float32), keys.view(torch.bfloat16)
 
 
 def _groups(kv_lora_rank: int) -> int:

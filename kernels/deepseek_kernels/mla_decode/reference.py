@@ -6,18 +6,59 @@ and not once a head; for more queries the mask of such a product would outgrow t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attend"]
+from ..spans import as_dense, causal_mask
+from .packed import attend_packed
+
+__all__ = ["attend", "decode", "decode_paged"]
 
 _FOLD_LIMIT = 16  # queries
 _PART = 1024  # keys that are worth a thread of their own
 
 
-def attend(q: Tensor, states: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
     """See `mla_decode`."""
+    queries, keys = q.shape[1], states.shape[1]
+    if not q.numel() or not keys:
+        return q.new_zeros(*q.shape[:3], kv_lora_rank)
+    if mask is None and queries > 1:
+        mask = causal_mask(queries, keys, q.device)
+    mask = as_dense(mask, keys)
+    if states.dtype != torch.uint8:
+        # The last R columns are the rotated keys' weighted sum, which nobody asked for.
+        return attend(q, states, scale, mask)[..., :kv_lora_rank]
+    kind = q.device.type
+    # What follows is float32 on purpose; a meta device has no autocast.
+    with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
+        return attend_packed(q, states, kv_lora_rank, scale, mask)
+
+
+def decode_paged(
+    q: Tensor, pages: Tensor, block_table: Tensor, lengths: Tensor, kv_lora_rank: int, scale: float
+) -> Tensor:
+    """See `mla_decode_paged`: gathers all pages and attends to them with a span for each query."""
+    queries, (_, size, width) = q.shape[1], pages.shape
+    most = block_table.shape[1] * size
+    if not most or not pages.shape[0] or not q.numel():
+        return q.new_zeros(*q.shape[:3], kv_lora_rank)
+    held = torch.arange(most, device=lengths.device) < lengths[:, None]  # [B, S]
+    # Neither a page that is not there nor what a page holds beyond the row's length, NaN perhaps, may be read.
+    wanted = torch.where(held[:, ::size], block_table, 0)
+    states = pages[wanted].view(-1, most, width).masked_fill(~held[..., None], 0)
+    ends = lengths[:, None] - queries + 1 + torch.arange(queries, device=lengths.device)  # [B, T]
+    spans = torch.stack((torch.zeros_like(ends), ends), dim=-1).int()
+    return decode(q, states, kv_lora_rank, scale, spans)
+
+
+def attend(q: Tensor, states: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Attention to all keys, or to those of a dense mask -> [B, T, N, C + R]."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     batch, queries, heads, _ = q.shape
     shared = states[:, None]  # [B, 1, S, D]
     if queries > _FOLD_LIMIT:
