@@ -13,6 +13,7 @@ from deepseek_kernels import fp8_gemm
 from deepseek_kernels.fp8_gemm import transposed
 
 from ..fp8 import (
+    BF16_ROUNDING,
     activations,
     block_bytes,
     group_bytes,
@@ -23,7 +24,7 @@ from ..fp8 import (
     weights,
     wide,
 )
-from ..operators import Goal, Operator, Provider, Random, Shape, require_close, require_equal
+from ..operators import Goal, Operator, Provider, Random, Shape, require_close, require_equal, swept
 from ..scales import Scale
 
 
@@ -56,7 +57,9 @@ class _Product(Operator):
         }
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
-        require_close(got, expected, product_tolerance(self.dtype if ours else torch.bfloat16))
+        # The product in bfloat16 rounds both of its operands as well as the result.
+        tolerance = product_tolerance(self.dtype) if ours else product_tolerance(torch.bfloat16) + 2 * BF16_ROUNDING
+        require_close(got, expected, tolerance)
 
     def flops(self, shape: Shape) -> int:
         return 2 * shape["M"] * shape["N"] * shape["K"]
@@ -73,7 +76,8 @@ class Blocks(_Product):
     name = "fp8_gemm.blocks"
 
     def shapes(self, scale: Scale) -> Iterable[Shape]:
-        rows, few, width = scale.prompt, scale.decode, scale.hidden
+        rows, few, width, c = scale.prompt, scale.decode, scale.hidden, scale.config
+        heads = c.num_attention_heads
         for label, m, n, k, goal, priority in (
             ("o_proj", rows, width, scale.attention, Goal("850 TF", "1100 TF"), 0),
             ("expert gate_up", rows, 2 * scale.expert, width, Goal("800 TF", "1000 TF"), 1),
@@ -82,8 +86,15 @@ class Blocks(_Product):
             ("expert gate_up decode", few, 2 * scale.expert, width, None, 4),
             ("down_proj", rows, width, scale.intermediate, None, 4),
             ("kv_a_proj", rows, scale.latent, width, None, 5),
+            ("kv_b_proj", rows, heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank, None, 5),
+            # Without a low rank for queries, one projection makes them.
+            ("q_b_proj" if c.q_lora_rank else "q_proj", rows, scale.queries, c.q_lora_rank or width, None, 5),
         ):
             yield _shape(scale, label, m, n, k, goal, priority)
+
+    def sweeps(self, scale: Scale) -> Iterable[Shape]:
+        n, k = scale.hidden, scale.attention
+        return swept(f"{scale.name} o_proj {n}x{k}", {"N": n, "K": k}, "M", 1, scale.tokens)
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
         a, b = activations(random, shape["M"], shape["K"]), weights(random, shape["N"], shape["K"])

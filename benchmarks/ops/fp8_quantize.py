@@ -8,7 +8,7 @@ from typing import Any
 from deepseek_kernels import fp8_quantize, use_backend
 
 from ..fp8 import block_bytes, group_bytes, weights
-from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal
+from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal, swept
 from ..scales import Scale
 
 
@@ -70,6 +70,9 @@ class _Activations(_Quantizer):
 class Rows(_Activations):
     name, function = "fp8_quantize.rows", "quantize_rows"
     goal, priority = Goal("48 us", "45 us"), 0
+
+    def sweeps(self, scale: Scale) -> Iterable[Shape]:
+        return swept(f"{scale.name} tokens of {scale.hidden}", {"K": scale.hidden}, "M", 1, scale.tokens)
 
     def result_bytes(self, shape: Shape) -> int:
         return group_bytes(shape["M"], shape["K"])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from deepseek_kernels import grouped_gemm, use_backend
 
 from ..fp8 import BF16_ROUNDING
-from ..operators import Goal, Operator, Provider, Random, Shape, require_close
+from ..operators import Goal, Operator, Provider, Random, Shape, require_close, swept
 from ..scales import Scale
 
 # Sums in float32 of K products, and that Hopper truncates there: well below this for every K here.
@@ -30,6 +30,13 @@ class Forward(Operator):
         goal = Goal("560 TF", "640 TF") if scale.name == "v3" and not self.trains else None
         sizes = {"P": rows, "E": scale.experts, "N": n, "K": k}
         yield Shape(f"{scale.name} gate_up {rows}x{n}x{k}, {scale.experts} experts", sizes, goal, 2)
+
+    def sweeps(self, scale: Scale) -> Iterable[Shape]:
+        """From so many rows that hardly any expert is without one: `bytes` counts the weights of all."""
+        n, k = 2 * scale.expert, scale.hidden
+        sizes = {"E": scale.experts, "N": n, "K": k}
+        name = f"{scale.name} gate_up {n}x{k}, {scale.experts} experts"
+        return swept(name, sizes, "P", min(64 * scale.experts, scale.routed // 4), scale.routed)
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
         rows, n, k = shape["P"], shape["N"], shape["K"]

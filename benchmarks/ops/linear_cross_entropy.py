@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from deepseek_kernels import linear_cross_entropy, use_backend
 
 from ..fp8 import BF16_ROUNDING
-from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close
+from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close, swept
 from ..scales import Scale
 
 # Logits, their gradients and the results are rounded to bfloat16, each to half a unit of 8 bits. What is compared
@@ -31,6 +31,11 @@ class Forward(Operator):
         goal = Goal("620 TF", "680 TF") if scale.name == "v3" and self.trains else None
         name = "x".join(map(str, sizes.values()))
         yield Shape(f"{scale.name} head {name}", sizes, goal, 2 if goal else 5)
+
+    def sweeps(self, scale: Scale) -> Iterable[Shape]:
+        sizes = {"H": scale.hidden, "V": scale.config.vocab_size}
+        name = f"{scale.name} head {sizes['H']}x{sizes['V']}"
+        return swept(name, sizes, "T", min(64, scale.tokens // 4), scale.tokens)
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
         hidden = random.normal(shape["T"], shape["H"])

@@ -16,15 +16,23 @@ from .fp8_quantize import (
     quantize_transposed,
 )
 from .fp8_weight_gemm import fp8_weight_gemm, fp8_weight_grouped_gemm
+from .fused_moe import fused_moe, grouped_gemm_swiglu
 from .grouped_gemm import grouped_gemm
+from .latent_write import latent_write, latent_write_paged
 from .linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from .mla_decode import mla_decode, mla_decode_packed
+from .mla_attention import mla_attention
+from .mla_decode import mla_decode, mla_decode_paged
 from .moe_permute import permute, sort_by_expert, unpermute
+from .rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
+from .rope import rope, rope_
 from .swiglu_quantize import swiglu_quantize
+from .topk_gate import topk_gate
 
 __all__ = [
     "BackendError",
     "LinearCrossEntropy",
+    "add_rms_norm",
+    "add_rms_norm_quantize",
     "dense_gemm",
     "dequantize_blocks",
     "describe",
@@ -33,18 +41,28 @@ __all__ = [
     "fp8_grouped_wgrad",
     "fp8_weight_gemm",
     "fp8_weight_grouped_gemm",
+    "fused_moe",
     "grouped_gemm",
+    "grouped_gemm_swiglu",
+    "latent_write",
+    "latent_write_paged",
     "linear_cross_entropy",
+    "mla_attention",
     "mla_decode",
-    "mla_decode_packed",
+    "mla_decode_paged",
     "permute",
     "quantize_blocks",
     "quantize_both",
     "quantize_grouped_transposed",
     "quantize_rows",
     "quantize_transposed",
+    "rms_norm",
+    "rms_norm_quantize",
+    "rope",
+    "rope_",
     "sort_by_expert",
     "swiglu_quantize",
+    "topk_gate",
     "unpermute",
     "use_backend",
 ]

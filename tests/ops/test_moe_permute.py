@@ -181,6 +181,14 @@ def test_movements_and_gradients_are_bitwise(kernel, device, tokens, experts, ch
     assert_all_bitwise(there_and_back(*arguments), got)  # TRAPS C14
 
 
+@pytest.mark.parametrize("width", [3, 5000])
+def test_codes_move_as_bytes(kernel, device, width):
+    """Quantized rows, whose bytes nothing is computed with."""
+    order, inverse, _ = sort_by_expert(routing(6, 5, 2).to(device), 5)
+    codes = torch.randint(0, 256, (6, width), dtype=torch.uint8, device=device)
+    assert_bitwise(permute(codes, order, inverse), codes[order // 2])
+
+
 @pytest.mark.parametrize("layout", ["columns apart", "wider", "transposed", "one row repeated"])
 def test_other_layouts_give_the_same(kernel, device, layout):
     def lay(t: Tensor) -> Tensor:
@@ -274,9 +282,9 @@ def test_float64_runs_on_the_reference(kernel, device):
     x, weights = torch.ones(1, 3, device=device), torch.ones(1, 2, device=device)
     with use_backend("auto"):
         assert permute(x.double(), order, inverse).dtype == torch.float64
-    with pytest.raises(BackendError, match=r"bfloat16, float16 or float32, got torch.float64"):
+    with pytest.raises(BackendError, match=r"bfloat16, float16, float32, uint8, got torch.float64"):
         permute(x.double(), order, inverse)
-    with pytest.raises(BackendError, match=r"bfloat16, float16 or float32, got torch.float64"):
+    with pytest.raises(BackendError, match=r"bfloat16, float16, float32, got torch.float64"):
         unpermute(permute(x, order, inverse), weights.double(), order, inverse)
 
 

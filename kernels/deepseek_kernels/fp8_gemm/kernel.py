@@ -11,13 +11,8 @@ with LEFT_BLOCK or RIGHT_BLOCK, one for the whole tile of that operand.
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..grouped_gemm.kernel import raster
 
@@ -250,21 +245,6 @@ def sum_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
         total += tl.load(parts + at, at < size, other=0.0)
         parts += size
     tl.store(out + at, total.to(out.dtype.element_ty), at < size)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors that a kernel makes; torch's is aligned to 512 bytes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def with_scratch(launch: Callable[[], None]) -> None:
-    """Launches a kernel that makes descriptors, without changing the allocator that others may have set."""
-
-    def run() -> None:
-        triton.set_allocator(_scratch)
-        launch()
-
-    contextvars.copy_context().run(run)
 
 
 def compile_cases() -> list:

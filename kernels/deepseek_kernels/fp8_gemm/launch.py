@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fp8_quantize.reference import GROUP
+from ..scratch import with_scratch
 from . import kernel
 from .configs import BAND, SUM_BLOCK, Config, product_config
 from .reference import new_product
@@ -47,7 +48,7 @@ def _specialized(
     strides = a.stride(0), b.stride(0), *a_scale.stride(), *b_scale.stride()
     arguments = (a, a_scale, b, b_scale, out, *out.shape, a.shape[1], *strides)
     constants = {"GROUP": GROUP, "BAND": BAND, "RIGHT_BLOCK": not by_rows}
-    kernel.with_scratch(
+    with_scratch(
         lambda: kernel.specialized_kernel[(programs,)](*arguments, **config.blocks, **constants, **config.options)
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..fp8_gemm.kernel import with_scratch
 from ..fp8_gemm.launch import aligned, cdiv, hopper, processors
 from ..fp8_quantize.reference import GROUP
 from ..grouped_gemm.kernel import tile_table
+from ..scratch import with_scratch
 from . import kernel
 from .configs import BAND, gradient_config, product_config
 from .reference import new_gradient, new_product

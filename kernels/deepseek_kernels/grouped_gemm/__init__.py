@@ -11,7 +11,7 @@ from .reference import grouped_gemm_reference
 __all__ = ["grouped_gemm"]
 
 dispatch.register("grouped_gemm", "triton")
-_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     x, weight = dispatch.autocast(x, weight)
     if x.dtype != weight.dtype:
         raise ValueError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}")
-    unsupported = None if x.dtype in _HALF else f"its products are of bfloat16 or float16, got {x.dtype}"
+    unsupported = None if x.dtype in _DTYPES else f"its products are of bfloat16, float16 or float32, got {x.dtype}"
     if dispatch.pick("grouped_gemm", x.device, unsupported) == "reference":
         return grouped_gemm_reference(x, weight, ends)
     from . import kernel

@@ -58,9 +58,16 @@ _LONG = 1024
 
 
 def rows_aligned(*operands: Tensor) -> bool:
-    """Whether all rows of these matrices are in one piece and begin at multiples of 16 bytes, as bulk copies need."""
+    """Whether all rows of these half-precision matrices begin at multiples of 16 bytes, as bulk copies need.
+
+    Rows of float32 never are: the tiles are made for 16 bits, and four-byte numbers would not fit.
+    """
     return all(
-        x.numel() > 0 and x.stride(1) == 1 and x.stride(0) >= x.shape[1] and (x.data_ptr() | 2 * x.stride(0)) % 16 == 0
+        x.element_size() == 2
+        and x.numel() > 0
+        and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and (x.data_ptr() | 2 * x.stride(0)) % 16 == 0
         for x in operands
     )
 
@@ -85,10 +92,13 @@ def product_config(rows: int, experts: int, columns: int, aligned: bool, special
     return WIDE if tiles >= _PROCESSORS else SQUARE
 
 
-def gradient_config(rows: int, experts: int, specialized: bool) -> Config:
+def gradient_config(rows: int, experts: int, half: bool, specialized: bool) -> Config:
     """Tiles of the weights' gradient, a sum over the rows of each expert.
 
     Args:
+        half: whether the operands have 16 bits; float32 takes the smallest tile.
         specialized: whether the device and the operands allow a specialized configuration.
     """
+    if not half:
+        return UNALIGNED
     return WIDE if specialized and rows >= _LONG * experts else PLAIN

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..scratch import with_scratch
 from .autograd import connect
 from .configs import GROUP, WIDE, Config, gradient_config, product_config, rows_aligned
 
@@ -26,11 +30,12 @@ def _end_of(ends, expert, experts, rows):
 
 @triton.jit
 def _tile_table_kernel(
-    ends, table, rows, experts, capacity, BLOCK: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr
+    ends, table, rows, experts, owners, capacity, BLOCK: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr
 ):
-    """Expert number `experts` stands for nobody: it owns the rows from the last end on."""
+    """Tiles of the first `owners`. Expert number `experts` stands for nobody: it owns the rows from the last end on."""
     expert = tl.arange(0, EXPERTS)
     count = _end_of(ends, expert, experts, rows) - _end_of(ends, expert - 1, experts, rows)
+    count = tl.where(expert < owners, count, 0)
     through = tl.cumsum(tl.cdiv(tl.maximum(count, 0), BLOCK))  # tiles up to and with this expert
     used = tl.max(through, 0)
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
@@ -71,7 +76,7 @@ def tile_capacity(rows: int, experts: int, block: int) -> int:
     return (rows + min(experts + 1, rows) * (block - 1)) // block
 
 
-def tile_table(ends: Tensor, rows: int, block: int) -> Tensor:
+def tile_table(ends: Tensor, rows: int, block: int, nobody: bool = True) -> Tensor:
     """Row tiles of `block` rows for each expert, computed on the device, without waiting for it.
 
     Args:
@@ -79,6 +84,7 @@ def tile_table(ends: Tensor, rows: int, block: int) -> Tensor:
         rows: P, at least 1.
         block: rows of a tile; the last tile of an expert is partial, and its rows beyond the expert's end are not its
             own: read them if you like, do not store them.
+        nobody: whether rows that belong to nobody have tiles, without which no product writes them.
 
     Returns:
         [1 + tile_capacity(P, E, block), 3] int32. Each number of entry 0 is how many tiles are in use. Entry 1 + t
@@ -89,7 +95,7 @@ def tile_table(ends: Tensor, rows: int, block: int) -> Tensor:
     table = torch.empty(1 + capacity, 3, dtype=torch.int32, device=ends.device)
     with torch.cuda.device_of(ends):
         _tile_table_kernel[(triton.cdiv(capacity, _TILES),)](
-            *(ends.contiguous(), table, rows, experts, capacity),
+            *(ends.contiguous(), table, rows, experts, experts + nobody, capacity),
             BLOCK=block,
             TILES=_TILES,
             EXPERTS=triton.next_power_of_2(experts + 1),
@@ -99,7 +105,7 @@ def tile_table(ends: Tensor, rows: int, block: int) -> Tensor:
 
 
 @triton.jit
-def _store(out, result, row, end, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_tile(out, result, row, end, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Writes a tile to `out` [..., width], rows from `end` on and columns from `width` on left out."""
     row = row + tl.arange(0, ROWS)
     column = column + tl.arange(0, COLUMNS)
@@ -143,10 +149,10 @@ def _product_kernel(
         inside = k < depth - start
         a = tl.load(left, (row < end)[:, None] & inside[None, :], other=0.0)
         b = tl.load(right, inside[:, None] & (column < width)[None, :], other=0.0)
-        total = tl.dot(a, b, total)
+        total = tl.dot(a, b, total, input_precision="ieee")  # of float32: not rounded to TF32
         left += DEPTH
         right += DEPTH * depth_stride
-    _store(out, total, first, end, column_tile * COLUMNS, width, ROWS, COLUMNS)
+    store_tile(out, total, first, end, column_tile * COLUMNS, width, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -186,7 +192,7 @@ def _specialized_product_kernel(
             a = lefts.load([row, k])
             b = weights.load([base + k, column]) if BACKWARD else weights.load([base + column, k]).T
             total = tl.dot(a, b, total)
-        _store(out, total, row, end, column, width, ROWS, COLUMNS)
+        store_tile(out, total, row, end, column, width, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -224,8 +230,8 @@ def _gradient_kernel(
         mine = row < end
         a = tl.load(grad + row[None, :] * grad_stride + down[:, None], mine[None, :] & (down < height)[:, None], 0.0)
         b = tl.load(x + row[:, None] * x_stride + across[None, :], mine[:, None] & (across < width)[None, :], 0.0)
-        total = tl.dot(a, b, total)
-    _store(out + expert.to(tl.int64) * height * width, total, top, height, side, width, ROWS, COLUMNS)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    store_tile(out + expert.to(tl.int64) * height * width, total, top, height, side, width, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -252,10 +258,10 @@ def _specialized_gradient_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in tl.range(start, end, DEPTH, warp_specialize=True):
         total = tl.dot(lefts.load([row, top]).T, rights.load([row, side]), total)
-    _store(out + expert.to(tl.int64) * height * width, total, top, height, side, width, ROWS, COLUMNS)
+    store_tile(out + expert.to(tl.int64) * height * width, total, top, height, side, width, ROWS, COLUMNS)
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -263,26 +269,23 @@ def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors that a kernel makes; torch's is aligned to 512 bytes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _options(config: Config) -> dict[str, int]:
+def options(config: Config) -> dict[str, int]:
     """What every kernel of products is launched with."""
-    if config.specialized:
-        triton.set_allocator(_scratch)  # a setting of this thread: backward has its own
     stages = config.stages(hip=torch.version.hip is not None)
     return {**config.blocks, "GROUP": GROUP, "num_warps": config.num_warps, "num_stages": stages}
 
 
-def _rows_readable(x: Tensor) -> Tensor:
+def rows_readable(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _product(x: Tensor, weight: Tensor, ends: Tensor, backward: bool) -> Tensor:
-    """Each expert's rows of x [P, D] times its weight, [E, W, D] forward and [E, D, W] backward -> [P, W]."""
-    x, (rows, depth), experts = _rows_readable(x), x.shape, weight.shape[0]
+def product(x: Tensor, weight: Tensor, table_of: Callable[[int], Tensor], backward: bool = False) -> Tensor:
+    """Each expert's rows of x [P, D] times its weight, [E, W, D] forward and [E, D, W] backward -> [P, W].
+
+    Args:
+        table_of: the `tile_table` for a number of rows.
+    """
+    x, (rows, depth), experts = rows_readable(x), x.shape, weight.shape[0]
     width_at, depth_at = (2, 1) if backward else (1, 2)
     width = weight.shape[width_at]
     out = x.new_empty(rows, width)
@@ -291,44 +294,47 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, backward: bool) -> Tensor:
     aligned = weight.is_contiguous() and rows_aligned(x, weight.flatten(0, 1))
     specialized = _hopper(x.device) and not (backward and depth % WIDE.depth)
     config = product_config(rows, experts, width, aligned, specialized)
-    table = tile_table(ends, rows, config.rows)
+    table = table_of(config.rows)
     tiles = (table.shape[0] - 1) * triton.cdiv(width, config.columns)
     with torch.cuda.device_of(x):
         if config.specialized:
             arguments = (x, weight, out, table, rows, experts, width, depth, x.stride(0))
-            programs = min(tiles, _processors(x.device))
-            _specialized_product_kernel[(programs,)](*arguments, BACKWARD=backward, **_options(config))
+            programs = min(tiles, processors(x.device))
+            with_scratch(
+                lambda: _specialized_product_kernel[(programs,)](*arguments, BACKWARD=backward, **options(config))
+            )
         else:
             strides = x.stride(0), weight.stride(0), weight.stride(width_at), weight.stride(depth_at)
-            _product_kernel[(tiles,)](x, weight, out, table, experts, width, depth, *strides, **_options(config))
+            _product_kernel[(tiles,)](x, weight, out, table, experts, width, depth, *strides, **options(config))
     return out
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """grad [P, N] and x [P, K] -> [E, N, K]."""
-    grad, x, out = _rows_readable(grad), _rows_readable(x), weight.new_empty(weight.shape)
+    grad, x, out = rows_readable(grad), rows_readable(x), weight.new_empty(weight.shape)
     if not out.numel():
         return out
     (experts, height, width), rows = weight.shape, x.shape[0]
-    config = gradient_config(rows, experts, rows_aligned(grad, x) and _hopper(x.device))
+    config = gradient_config(rows, experts, x.element_size() == 2, rows_aligned(grad, x) and _hopper(x.device))
     kernel = _specialized_gradient_kernel if config.specialized else _gradient_kernel
     programs = experts * triton.cdiv(height, config.rows) * triton.cdiv(width, config.columns)
     with torch.cuda.device_of(x):
         arguments = (grad, x, out, ends.contiguous(), rows, height, width, grad.stride(0), x.stride(0))
-        kernel[(programs,)](*arguments, **_options(config))
+        with_scratch(lambda: kernel[(programs,)](*arguments, **options(config)))
     return out
 
 
 @torch.library.custom_op("deepseek_kernels::grouped_gemm_triton", mutates_args=())
 def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _product(x, weight, ends, backward=False)
+    return product(x, weight, functools.partial(tile_table, ends, x.shape[0]))
 
 
 @torch.library.custom_op("deepseek_kernels::grouped_gemm_triton_backward", mutates_args=())
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_x = _product(grad, weight, ends, backward=True) if need_x else x.new_empty(0)
+    table_of = functools.partial(tile_table, ends, x.shape[0])
+    grad_x = product(grad, weight, table_of, backward=True) if need_x else x.new_empty(0)
     return grad_x, _weight_gradient(grad, x, weight, ends) if need_weight else weight.new_empty(0)
 
 

@@ -16,6 +16,7 @@ __all__ = ["permute", "sort_by_expert", "unpermute"]
 
 dispatch.register("moe_permute", "triton")
 _ROWS = (torch.bfloat16, torch.float16, torch.float32)
+_COPIED = (*_ROWS, torch.uint8)  # codes of FP8, which nothing is computed with
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +53,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ValueError: the shapes do not fit.
     """
     _check(x, inverse.shape[:1], order, inverse)
-    return _implementation(x, _obstacle(x)).permute(x, order, inverse)
+    return _implementation(x, _obstacle(x, dtypes=_COPIED)).permute(x, order, inverse)
 
 
 def unpermute(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -83,9 +84,10 @@ def _check(rows: Tensor, count: torch.Size, order: Tensor, inverse: Tensor) -> N
         )
 
 
-def _obstacle(*tensors: Tensor) -> str | None:
-    wrong = next((x.dtype for x in tensors if x.dtype not in _ROWS), None)
-    return None if wrong is None else f"its rows and weights are bfloat16, float16 or float32, got {wrong}"
+def _obstacle(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = _ROWS) -> str | None:
+    wrong = next((x.dtype for x in tensors if x.dtype not in dtypes), None)
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return None if wrong is None else f"its rows and weights are {names}, got {wrong}"
 
 
 def _implementation(x: Tensor, unsupported: str | None):

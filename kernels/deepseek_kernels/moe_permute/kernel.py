@@ -14,6 +14,7 @@ from torch import Tensor
 _STEP = 64  # pairs ranked against each other at a time
 _STEPS = 16
 _COLUMNS = 1024  # of a row, by 128 threads: 16 bytes of bfloat16 each
+_BYTES = 2048
 
 
 @triton.jit
@@ -141,8 +142,8 @@ def _rows_readable(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _grid(tokens: int, columns: int) -> tuple[int, int]:
-    return tokens, triton.cdiv(columns, _COLUMNS)
+def _grid(tokens: int, columns: int, block: int = _COLUMNS) -> tuple[int, int]:
+    return tokens, triton.cdiv(columns, block)
 
 
 # No fusion of products into sums: the reference has none, and these kernels wait for memory.
@@ -188,7 +189,8 @@ def spread(x: Tensor, inverse: Tensor) -> Tensor:
     if out.numel():
         arguments = (x, inverse.contiguous(), out, inverse.shape[1], x.shape[1], x.stride(0))
         with torch.cuda.device_of(x):
-            _spread_kernel[_grid(*x.shape)](*arguments, **_OPTIONS)
+            columns = _COLUMNS if x.element_size() > 1 else _BYTES
+            _spread_kernel[_grid(*x.shape, columns)](*arguments, **_OPTIONS | {"COLUMNS": columns})
     return out
 
 
@@ -302,7 +304,7 @@ def compile_cases() -> list:
         ("combine backward, y", _combine_backward_kernel, {"NEED_Y": True, "NEED_WEIGHTS": False}),
         ("combine backward, weights", _combine_backward_kernel, {"NEED_Y": False, "NEED_WEIGHTS": True}),
     ]
-    for dtype, targets in (("bf16", everywhere), ("fp32", ("sm_90",))):
+    for dtype, targets in (("bf16", everywhere), ("fp32", ("sm_90",)), ("u8", everywhere)):
         rows = dict.fromkeys(["x", "y", "out", "grad", "grad_y"], f"*{dtype}")
         pointers = {"weights": "*fp32", "grad_weights": "*fp32", "inverse": "*i64"}
         cases += [
@@ -310,12 +312,12 @@ def compile_cases() -> list:
                 name=f"{label}, {dtype}",
                 kernel=function,
                 arguments=rows | pointers | integers | sizes,
-                constants={"COLUMNS": _COLUMNS, **constants},
+                constants={"COLUMNS": _BYTES if dtype == "u8" else _COLUMNS, **constants},
                 num_warps=4,
                 aligned=frozenset(sizes),
                 targets=targets,
                 options={"enable_fp_fusion": False},
             )
-            for label, function, constants in movements
+            for label, function, constants in (movements[:1] if dtype == "u8" else movements)
         ]
     return cases
