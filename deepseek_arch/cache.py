@@ -13,7 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from deepseek_kernels.latent_write import latent_write
 from deepseek_kernels.mla_decode.packing import pack, packed_bytes, unpack
+
+from .masking import key_mask_for_slots
 
 __all__ = ["LatentCache"]
 
@@ -170,41 +173,52 @@ class LatentCache:
         Raises:
             ValueError: a shape or the layer does not fit, or FP8 would have to carry a gradient.
         """
-        index = layer_idx - self.first_layer
-        if not 0 <= index < self.num_layers:
-            last = self.first_layer + self.num_layers - 1
-            raise ValueError(f"expected layer_idx between {self.first_layer} and {last}, got {layer_idx}")
-        width = self.kv_lora_rank + self.qk_rope_head_dim
-        if states.ndim != 3 or states.shape[0] != self.batch_size or states.shape[2] != width:
-            raise ValueError(f"expected states [{self.batch_size}, T, {width}], got {list(states.shape)}")
-        if self.format == "fp8" and states.requires_grad:
-            raise ValueError(
-                "expected no gradient through an FP8 cache, got states that require one: "
-                "use torch.no_grad() or a cache without a format"
-            )
-        before, pending = self._lengths[index], self._pending
-        tokens = states.shape[1]
-        after = pending.lengths if pending else tuple(length + tokens for length in before)
-        longest = max(after)
-        buffer = self._reserve(index, longest)
+        index = self._index(layer_idx)
+        self._check_states(states)
+        before, place = self._lengths[index], self._place(index, states.shape[1])
+        buffer = self._reserve(index, place.longest)
         stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
-        uniform = len(set(before)) == 1 and (pending is None or pending.valid is None)
-        if uniform:
+        self._lengths[index] = place.lengths
+        if len(set(before)) == 1 and place.valid is None:
             start = before[0]
-            self._lengths[index] = after
             if stored.requires_grad:  # the buffer takes a copy; the gradient flows through the returned tensor
-                buffer[:, start:longest] = stored.detach()
+                buffer[:, start : place.longest] = stored.detach()
                 return torch.cat((buffer[:, :start], stored), dim=1)
-            buffer[:, start:longest] = stored
-            return buffer[:, :longest]
-        slots, valid = self._ragged_slots(before, tokens, pending)
+            buffer[:, start : place.longest] = stored
+            return buffer[:, : place.longest]
+        slots, valid = place.slots, place.valid
         rows = torch.arange(self.batch_size, device=self.device)[:, None].expand_as(slots)
         if valid is not None:
             rows, slots, stored = rows[valid], slots[valid], stored[valid]
         buffer[rows, slots] = stored.detach()
-        self._lengths[index] = after
-        held = buffer[:, :longest]
+        held = buffer[:, : place.longest]
         return held.index_put((rows, slots), stored) if stored.requires_grad else held
+
+    def write(self, kv: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor], layer_idx: int) -> Tensor:
+        """`update_states` of latents that are still to be normed and keys that are still to be rotated, in one pass.
+
+        Args:
+            kv: [B, T, C + R], latents and keys side by side, without a gradient.
+            weight, eps: of the latents' norm.
+            rope: cosines and sines [B or 1, T, R / 2].
+
+        Returns:
+            [B, S, C + R] or the bytes stored, as `update_states`.
+
+        Raises:
+            ValueError: a shape or the layer does not fit.
+        """
+        index = self._index(layer_idx)
+        self._check_states(kv)
+        place = self._place(index, kv.shape[1])
+        buffer = self._reserve(index, place.longest)
+        latent_write(kv, weight, eps, *rope, buffer, place.targets)
+        self._lengths[index] = place.lengths
+        return buffer[:, : place.longest]
+
+    def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor | None:
+        """Who sees what: the mask of attention for the tokens that `append` reserves slots for, inside its block."""
+        return key_mask_for_slots(slots, self.lengths, valid)
 
     # ---------------------------------------------------------------- rewinding and reordering
 
@@ -235,6 +249,13 @@ class LatentCache:
         self._lengths = [tuple(lengths[row] for row in order) for lengths in self._lengths]
         self.batch_size = len(order)
 
+    def release(self, capacity: int) -> list[Tensor]:
+        """Hands over the layers' buffers, [B, at least `capacity` slots, ...] each; the cache is empty afterwards."""
+        buffers = [self._reserve(index, capacity) for index in range(self.num_layers)]
+        self._buffers = [self._new_buffer(0) for _ in buffers]
+        self._lengths = [(0,) * self.batch_size] * self.num_layers
+        return buffers
+
     # ---------------------------------------------------------------- internals
 
     def _new_buffer(self, capacity: int) -> Tensor:
@@ -254,11 +275,31 @@ class LatentCache:
             self._buffers[index] = buffer = grown
         return buffer
 
-    def _ragged_slots(self, before: tuple[int, ...], tokens: int, pending: _Append | None):
-        if pending is not None:
-            return pending.slots, pending.valid
+    def _index(self, layer_idx: int) -> int:
+        index = layer_idx - self.first_layer
+        if not 0 <= index < self.num_layers:
+            last = self.first_layer + self.num_layers - 1
+            raise ValueError(f"expected layer_idx between {self.first_layer} and {last}, got {layer_idx}")
+        return index
+
+    def _check_states(self, states: Tensor) -> None:
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        if states.ndim != 3 or states.shape[0] != self.batch_size or states.shape[2] != width:
+            raise ValueError(f"expected states [{self.batch_size}, T, {width}], got {list(states.shape)}")
+        if self.format == "fp8" and states.requires_grad:
+            raise ValueError(
+                "expected no gradient through an FP8 cache, got states that require one: "
+                "use torch.no_grad() or a cache without a format"
+            )
+
+    def _place(self, index: int, tokens: int) -> _Append:
+        """Where a layer's next tokens go."""
+        if self._pending is not None:
+            return self._pending
+        before = self._lengths[index]
         starts = torch.tensor(before, device=self.device)[:, None]
-        return starts + torch.arange(tokens, device=self.device), None
+        slots = starts + torch.arange(tokens, device=self.device)
+        return _Append(tuple(length + tokens for length in before), slots, None)
 
     def _restore(self, lengths: list[tuple[int, ...]]) -> None:
         """Sets the lengths of every layer, zeroing what falls out."""
@@ -270,7 +311,16 @@ class LatentCache:
 
 
 class _Append:
-    """The slots that one forward pass writes to."""
+    """The slots that one forward pass writes to.
+
+    Attributes:
+        lengths: of the rows afterwards; longest: of them, the most.
+        slots: int64 [B, T], as `LatentCache.append` yields them.
+        valid: bool [B, T], or None.
+        targets: `slots`, but -1 for what is not stored.
+    """
 
     def __init__(self, lengths: tuple[int, ...], slots: Tensor, valid: Tensor | None) -> None:
         self.lengths, self.slots, self.valid = lengths, slots, valid
+        self.longest = max(lengths)
+        self.targets = slots if valid is None else slots.masked_fill(~valid, -1)

@@ -7,20 +7,21 @@ without their scales mean nothing (TRAPS E11).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deepseek_kernels import BackendError, dequantize_blocks, dispatch, fp8_gemm, fp8_grouped_gemm, quantize_rows
+from deepseek_kernels import dequantize_blocks, dispatch, fp8_gemm, fp8_grouped_gemm, quantize_rows
 from deepseek_kernels.fp8_gemm import unsupported_by_triton
 from deepseek_kernels.fp8_weight_gemm.reference import product as weight_product
 
 from .fp8 import block_grid, quantize_blocks
 from .state_dict import scale_name
 
-__all__ = ["ACTIVATIONS", "GROUP", "FP8Layer", "QuantizedProduct"]
+__all__ = ["ACTIVATIONS", "GROUP", "FP8Layer", "QuantizedProduct", "QuantizedRows"]
 
 ACTIVATIONS = ("auto", "fp8", "high")
 GROUP = (128, 128)  # the blocks that FP8 products know
@@ -79,10 +80,7 @@ class FP8Layer(nn.Module):
             return self.activations == "fp8"
         if self.block_size != GROUP:
             return False
-        try:
-            return dispatch.pick(op, device, unsupported_by_triton()) == "triton"
-        except BackendError:  # asked for by name, on a device that has it for the other product at most
-            return False
+        return dispatch.pick(op, device, unsupported_by_triton()) == "triton"
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """The codes and scales of a parameter, whatever parametrizations it has."""
@@ -152,6 +150,23 @@ class FP8Layer(nn.Module):
     def _describe(self) -> str:
         rows, columns = self.block_size
         return f"fp8 in blocks of {rows}x{columns}, activations={self.activations}"
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Activations that are FP8 already.
+
+    Attributes:
+        codes: [M, K] float8_e4m3fn.
+        scale: [M, ceil(K / 128)] float32, as of `quantize_rows`.
+        shape: [..., K], M rows in all.
+        dtype: of the values that were quantized, and of the products.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class QuantizedProduct(torch.autograd.Function):

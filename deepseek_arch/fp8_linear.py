@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deepseek_kernels import (
     dense_gemm,
     dispatch,
+    fp8_gemm,
     fp8_grouped_gemm,
     fp8_weight_gemm,
     fp8_weight_grouped_gemm,
@@ -35,7 +36,7 @@ from deepseek_kernels import (
 
 from .config import DeepseekConfig
 from .fp8 import FP8_QUANTIZATION, scale_format_of
-from .fp8_layer import GROUP, FP8Layer, QuantizedProduct
+from .fp8_layer import GROUP, FP8Layer, QuantizedProduct, QuantizedRows
 from .linear import Linear
 from .mlp import swiglu
 from .moe import Experts
@@ -93,12 +94,20 @@ class FP8Linear(FP8Layer, Linear):
         """The matrix that the layer multiplies by, [out_features, in_features] in `dtype` (default `compute_dtype`)."""
         return self.values("weight", dtype or self.compute_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reads_fp8(self, device: torch.device) -> bool:
+        """Whether activations on this device become FP8 for the product."""
+        return not hasattr(self, "parametrizations") and self._quantizes("fp8_gemm", device)
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if isinstance(x, QuantizedRows):
+            out = fp8_gemm(x.codes, x.scale, self.weight, self.weight_scale_inv, x.dtype)
+            out = out.reshape(*x.shape[:-1], self.out_features)
+            return out if self.bias is None else out + self.bias
         (x,) = dispatch.autocast(x)
         if hasattr(self, "parametrizations"):
             out = dense_gemm(x, self.dequantize(x.dtype))
-        elif self._quantizes("fp8_gemm", x.device):
+        elif self.reads_fp8(x.device):
             rows = x.reshape(-1, self.in_features)
             out = QuantizedProduct.apply(rows, self.weight, self.weight_scale_inv, None, 1, self.scale_format, x.dtype)
             out = out.reshape(*x.shape[:-1], self.out_features)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import DeepseekConfig
+from .fp8_activations import add_norm_for, hooked, norm_for
 from .mla import MultiHeadLatentAttention
 from .mlp import MLP
 from .moe import MoE
@@ -46,8 +47,17 @@ class DecoderLayer(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """[B, T, H] -> the same; arguments as for `MultiHeadLatentAttention.forward` and `MoE.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        normed = self.post_attention_layernorm(x)
+        attended = self.self_attn(norm_for(self._read_by(self.self_attn), self.input_layernorm, x), rope, mask, cache)
+        normed, x = add_norm_for(self._read_by(self.mlp), self.post_attention_layernorm, attended, x)
         if routing is None or not isinstance(self.mlp, MoE):
             return x + self.mlp(normed)
         return x + self.mlp(normed, routing)
+
+    @staticmethod
+    def _read_by(block: nn.Module) -> tuple[nn.Module, ...]:
+        """The linear layers that alone read a block's input; none where others do too."""
+        if isinstance(block, MoE) or hooked(block):
+            return ()
+        if isinstance(block, MLP):
+            return block.gate_proj, block.up_proj
+        return block.input_projections

@@ -1,13 +1,15 @@
 """Who may attend to whom: padding, packed documents, and rows of different length in a cache.
 
-Masks are bool, True where a query attends, [B, 1, T, S]; None is plain causal attention, the last query aligned with
-the last key. B batch, T queries, S keys.
+Masks are what `deepseek_kernels.spans` describes: None for plain causal attention, or spans of keys. B batch, T
+queries, S keys.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from deepseek_kernels.spans import causal_mask
 
 __all__ = ["attention_mask_for_documents", "document_numbers", "key_mask_for_slots", "positions_from_mask"]
 
@@ -46,29 +48,59 @@ def document_numbers(position_ids: Tensor | None, valid: Tensor | None = None) -
     return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))
 
 
-def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None) -> Tensor | None:
+def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None, batch: int) -> Tensor | None:
     """Causal attention within documents and among real tokens, without a cache; None where plain causal will do.
 
     Padding on the right needs no mask: no real token comes after it. A query that may see nothing sees itself, so that
     no row of the softmax is empty.
+
+    Args:
+        documents, valid: [B or 1, T].
+
+    Returns:
+        Spans [B, T, 2], or bool [B, 1, T, T] where padding interrupts a document (or could, for all that the compiler
+        knows).
     """
     if valid is not None and not torch.compiler.is_compiling() and bool((valid[:, :-1] >= valid[:, 1:]).all()):
         valid = None
-    if documents is None and valid is None:
-        return None
     some = documents if documents is not None else valid
-    assert some is not None
-    tokens = some.shape[1]
-    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=some.device).tril()[None]  # [1, T, T]
+    if some is None:
+        return None
+    tokens, device = some.shape[1], some.device
+    index = torch.arange(tokens, device=device)
+    starts = index.expand(batch, -1) == 0 if documents is None else _changes(documents).expand(batch, -1)
+    if valid is not None:
+        begins = valid & (starts | ~torch.nn.functional.pad(valid[:, :-1], (1, 0)))
+        if torch.compiler.is_compiling() or not _one_run_each(begins, starts):
+            return _dense(documents, valid)
+        starts = starts | _changes(valid)
+    first = torch.where(starts, index, 0).cummax(-1).values  # of the run of tokens that each is in
+    if valid is not None:
+        first = torch.where(valid, first, index)
+    return torch.stack((first, (index + 1).expand_as(first)), dim=-1).int()
+
+
+def _changes(x: Tensor) -> Tensor:
+    """bool [B, T], where a value differs from the one before it, and at 0."""
+    return torch.nn.functional.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
+
+
+def _one_run_each(begins: Tensor, starts: Tensor) -> bool:
+    """Whether no document has two runs of real tokens; from where such runs begin, and where documents start."""
+    runs = begins.long().cumsum(-1)
+    before = torch.where(starts, runs - begins.long(), 0).cummax(-1).values  # runs of the documents before
+    return bool((runs - before <= 1).all())
+
+
+def _dense(documents: Tensor | None, valid: Tensor) -> Tensor:
+    tokens = valid.shape[1]
+    allowed = causal_mask(tokens, tokens, valid.device) & valid[:, None, :]  # [B, T, T]
     if documents is not None:
         allowed = allowed & (documents[:, :, None] == documents[:, None, :])
-    if valid is not None:
-        allowed = allowed & valid[:, None, :]
-    itself = torch.eye(tokens, dtype=torch.bool, device=some.device)
-    return (allowed | itself)[:, None]
+    return (allowed | torch.eye(tokens, dtype=torch.bool, device=valid.device))[:, None]
 
 
-def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], tokens: int, valid: Tensor | None) -> Tensor | None:
+def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], valid: Tensor | None) -> Tensor | None:
     """Attention to a cache whose token i lies in slot i: each query sees the slots up to its own.
 
     Args:
@@ -77,9 +109,8 @@ def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], tokens: int, val
         valid: bool [B, T]; None, or all True, where no token is padding.
 
     Returns:
-        bool [B, 1, T, S], or None where all rows are equally long and nothing is padding.
+        Spans [B, T, 2], or None where all rows are equally long and nothing is padding.
     """
     if len(set(lengths)) == 1 and (valid is None or bool(valid.all())):
         return None
-    held = max(lengths) + tokens if valid is None else int((slots.amax(-1) + 1).max())
-    return (torch.arange(held, device=slots.device) <= slots[:, :, None])[:, None]
+    return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()

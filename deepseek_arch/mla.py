@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deepseek_kernels import dispatch
-from deepseek_kernels.mla_decode import mla_decode, mla_decode_packed
+from deepseek_kernels.mla_attention import mla_attention
+from deepseek_kernels.mla_decode import mla_decode
+from deepseek_kernels.rope import rope as rotate_last
+from deepseek_kernels.rope import rope_
 
 from .cache import LatentCache
 from .config import DeepseekConfig
+from .fp8_activations import hooked, norm_for
 from .fp8_linear import FP8Linear
 from .linear import Linear
 from .norm import RMSNorm
-from .rope import rotate
 
-__all__ = ["MultiHeadLatentAttention", "causal_mask"]
+__all__ = ["MultiHeadLatentAttention"]
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -111,54 +113,63 @@ class MultiHeadLatentAttention(nn.Module):
         Args:
             x: [B, T, H], normed hidden states.
             rope: cosines and sines [B, T, R / 2] of the tokens' positions.
-            mask: bool (True attends) or additive float, broadcastable to [B, 1, T, S]. None is causal, the last query
-                aligned with the last key.
+            mask: None for causal attention, or as `deepseek_kernels.spans` describes.
             cache: a `LatentCache`, or anything whose `update(latent [B, 1, T, C], rotated_key [B, 1, T, R],
                 layer_idx)` returns both for all S keys (transformers' caches do).
 
         Returns:
             [B, T, H].
         """
-        q_nope, q_rope, latent, key = self.project(x, rope)
-        latents, keys, states = self.remember(latent, key, cache)
+        q = self.queries(x, rope)
+        latents, keys, states = self.remember(x, rope, cache)
         if self.prefers_absorbed(x.shape[1], (latents if states is None else states).shape[1]):
             states = torch.cat((latents, keys), dim=-1) if states is None else states
-            out = self.attend_absorbed(q_nope, q_rope, states, mask)
+            out = self.attend_absorbed(q, states, mask)
         else:
             if latents is None:
                 latents, keys = cache.split(states)
-            out = self.attend_expanded(q_nope, q_rope, latents, keys, mask)
+            out = self.attend_expanded(q, latents, keys, mask)
         return self.o_proj(out.flatten(-2))
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, H] -> queries [B, T, N, P] and [B, T, N, R], latent [B, T, C] after its norm, key [B, T, R].
+    @property
+    def input_projections(self) -> tuple[nn.Module, nn.Module]:
+        """The two layers that read the input."""
+        return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
 
-        The rotary parts are rotated. The key is shared by all heads and not normed (TRAPS A4).
-        """
-        cos, sin = rope
-        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        # -1: under tensor parallelism a rank holds a share of the heads.
-        q_nope, q_rope = q.unflatten(-1, (-1, self.qk_head_dim)).split(
-            [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
-        )
-        latent, key = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return (
-            q_nope,
-            rotate(q_rope, cos[:, :, None], sin[:, :, None]),
-            self.kv_a_layernorm(latent),
-            rotate(key, cos, sin),
-        )
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, T, H] -> [B, T, N, P + R], the last R of each head rotated."""
+        if self.q_lora_rank is None:
+            projection, q = self.q_proj, self.q_proj(x)
+        else:
+            projection = self.q_b_proj
+            q = projection(norm_for((projection,), self.q_a_layernorm, self.q_a_proj(x)))
+        q = q.unflatten(-1, (-1, self.qk_head_dim))  # -1: under tensor parallelism a rank holds a share of the heads
+        # In place where nobody else has seen it: a hook may have kept it.
+        own = not (torch.is_grad_enabled() and q.requires_grad) and not hooked(projection)
+        return rope_(q, *rope) if own else rotate_last(q, *rope)
 
     def remember(
-        self, latent: Tensor, key: Tensor, cache: Any | None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Appends to the cache -> latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one.
+        """The tokens' latents, after their norm, and rotated keys, behind those that the cache has.
 
-        An FP8 cache gives its bytes [B, S, bytes] and nothing else, since the absorbed form needs no more.
+        The key is shared by all heads and not normed (TRAPS A4).
+
+        Returns:
+            latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one. An FP8 cache gives its bytes
+            [B, S, bytes] and nothing else, since the absorbed form needs no more.
         """
+        kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
+        ours = isinstance(cache, LatentCache)
+        graph = torch.is_grad_enabled() and (kv.requires_grad or norm.weight.requires_grad)
+        if ours and not graph and not hooked(norm):
+            states = cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
+            return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
+        latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, key = norm(latent), rotate_last(key, *rope)
         if cache is None:
             return latent, key, None
-        if isinstance(cache, LatentCache):
+        if ours:
             states = cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
             return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
         latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
@@ -177,52 +188,26 @@ class MultiHeadLatentAttention(nn.Module):
         extra = 2 * (self.kv_lora_rank + self.qk_rope_head_dim - max(self.qk_head_dim, self.v_head_dim))
         return queries * form + queries * keys * extra < keys * form
 
-    def attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, keys: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def attend_expanded(self, q: Tensor, latents: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Attention on per-head keys and values -> [B, T, N, V]."""
-        queries, key_states, values = self.expand(q_nope, q_rope, latents, keys)
-        # One width for keys and values: unequal ones take a path several times slower on CPU, and none on some GPUs.
-        width = max(self.qk_head_dim, self.v_head_dim)
-        causal = mask is None and queries.shape[2] == key_states.shape[2]
-        if mask is None and not causal:
-            mask = causal_mask(queries.shape[2], key_states.shape[2], queries.device)
-        out = F.scaled_dot_product_attention(
-            _pad(queries, width),
-            _pad(key_states, width),
-            _pad(values, width),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.softmax_scale,
-        )
-        return out[..., : self.v_head_dim].transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        return mla_attention(q, self.expand(latents), keys, self.softmax_scale, mask, dropout)
 
-    def expand(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, N, T, P + R], keys [B, N, S, P + R] and values [B, N, S, V] of every head."""
-        heads = self.kv_b_proj(latents).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))  # [B, S, N, P+V]
-        k_nope, values = heads.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        shared = keys[:, None].expand(-1, k_nope.shape[1], -1, -1)  # [B, N, S, R], no copy yet
-        queries = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-        return queries, torch.cat((k_nope, shared), dim=-1), values
+    def expand(self, latents: Tensor) -> Tensor:
+        """Latents [B, S, C] -> each head's keys, without the rotated part, above its values: [B, S, N, P + V]."""
+        return self.kv_b_proj(latents).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
 
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+    def attend_absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V].
 
         `states` may also be the bytes [B, S, bytes] of an FP8 cache.
         """
-        queries, heads = q_nope.shape[1:3]
-        up = self.kv_b_weight(q_nope).unflatten(0, (heads, -1))  # [N, P + V, C]
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        up = self.kv_b_weight(q).unflatten(0, (q.shape[2], -1))  # [N, P + V, C]
         q_latent = _per_head("btnp,npc->btnc", q_nope, up[:, : self.qk_nope_head_dim])
         q = torch.cat((q_latent, q_rope), dim=-1)  # [B, T, N, C + R]
-        if mask is None and queries > 1:
-            mask = causal_mask(queries, states.shape[1], states.device)
-        if states.dtype == torch.uint8:
-            out = mla_decode_packed(q, states, self.kv_lora_rank, self.softmax_scale, mask)
-        else:
-            out = mla_decode(q, states, self.softmax_scale, mask)
-        # The last R columns are the shared keys' weighted sum, which nobody asked for.
-        return _per_head("btnc,nvc->btnv", out[..., : self.kv_lora_rank], up[:, self.qk_nope_head_dim :])
+        out = mla_decode(q, states, self.kv_lora_rank, self.softmax_scale, mask)
+        return _per_head("btnc,nvc->btnv", out, up[:, self.qk_nope_head_dim :])
 
     def kv_b_weight(self, like: Tensor) -> Tensor:
         """The matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
@@ -235,21 +220,12 @@ class MultiHeadLatentAttention(nn.Module):
         """
         module = self.kv_b_proj
         plain = type(module) in (Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
-        if plain and not module._forward_pre_hooks and not module._forward_hooks and not hasattr(module, "_hf_hook"):
+        if plain and not hooked(module):
             return module.dequantize(like.dtype) if isinstance(module, FP8Linear) else module.weight
         return module(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
-
-
-def causal_mask(queries: int, keys: int, device=None) -> Tensor:
-    """bool [T, S], True where a query may attend: the last query is aligned with the last key (TRAPS B8)."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-def _pad(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:

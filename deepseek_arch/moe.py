@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepseek_kernels import grouped_gemm, permute, sort_by_expert, unpermute
+from deepseek_kernels.fused_moe import fused_moe
+from deepseek_kernels.topk_gate import topk_gate
+from deepseek_kernels.topk_gate.reference import group_scores, limit_to_groups, weigh
 
 from .config import DeepseekConfig
-from .mlp import MLP, swiglu
+from .mlp import MLP
 from .routing import Routing
 
 __all__ = ["Experts", "MoE", "Router"]
@@ -133,46 +135,38 @@ class Router(nn.Module):
 
     def route(self, logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T, E] -> weights [T, K], expert ids [T, K]; `ids` as in `forward`."""
-        scores = self.scores(logits)
-        if ids is None:
-            # A stable sort, not topk: topk leaves the order of equal scores to the device.
-            choice = self._limit_to_groups(self._choice(scores))
-            ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        weights = scores.gather(-1, ids)
-        if self.norm_topk_prob and (self.topk_method == "noaux_tc" or self.top_k > 1):
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-            if self.topk_method != "noaux_tc":
-                return weights, ids  # V2's code scales only what it did not normalize (TRAPS C8)
-        return weights * self.routed_scaling_factor, ids
+        scores, biased = self.scores(logits), self.topk_method == "noaux_tc"
+        normalize = self.norm_topk_prob and (biased or self.top_k > 1)
+        # V2's code scales only what it did not normalize (TRAPS C8).
+        factor = self.routed_scaling_factor if biased or not normalize else 1.0
+        if ids is not None:
+            return weigh(scores, ids, normalize, factor), ids
+        return topk_gate(
+            scores,
+            self.e_score_correction_bias,
+            self.top_k,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            group_best=self._group_best,
+            normalize=normalize,
+            factor=factor,
+        )
 
-    def _choice(self, scores: Tensor) -> Tensor:
-        """What experts are chosen by: the scores, plus the bias if there is one. No gradient."""
-        bias = self.e_score_correction_bias
-        return scores.detach() if bias is None else scores.detach() + bias
-
-    def _group_scores(self, choice: Tensor) -> Tensor:
-        """[T, E] -> [T, G]: what groups are chosen by."""
-        best = 2 if self.topk_method == "noaux_tc" else 1
-        return choice.unflatten(-1, (self.n_group, -1)).topk(best, dim=-1).values.sum(-1)
-
-    def _limit_to_groups(self, choice: Tensor) -> Tensor:
-        """Sets the scores of all but the `topk_group` best groups to -inf."""
-        if self.n_group == 1:
-            return choice
-        group_scores = self._group_scores(choice)  # [T, G]
-        kept = torch.sort(group_scores, dim=-1, descending=True, stable=True).indices[:, : self.topk_group]
-        keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, kept, True)
-        # -inf, not 0: biased scores can be negative (TRAPS C4).
-        return choice.unflatten(-1, (self.n_group, -1)).masked_fill(~keep[..., None], float("-inf")).flatten(-2)
+    @property
+    def _group_best(self) -> int:
+        """How many of its experts a group is chosen by."""
+        return 2 if self.topk_method == "noaux_tc" else 1
 
     @torch.no_grad()
     def margins(self, logits: Tensor) -> Tensor:
         """logits [T, E] -> float32 [T]: the gap to another choice, see `routing.RoutingRecord`."""
-        choice = self._choice(self.scores(logits))
-        margin = _gap(self._limit_to_groups(choice), self.top_k)
-        if self.n_group > 1:
-            margin = torch.minimum(margin, _gap(self._group_scores(choice), self.topk_group))
-        return margin
+        bias = self.e_score_correction_bias
+        choice = self.scores(logits) if bias is None else self.scores(logits) + bias
+        if self.n_group == 1:
+            return _gap(choice, self.top_k)
+        groups = group_scores(choice, self.n_group, self._group_best)
+        margin = _gap(limit_to_groups(choice, groups, self.topk_group), self.top_k)
+        return torch.minimum(margin, _gap(groups, self.topk_group))
 
     def extra_repr(self) -> str:
         return (
@@ -222,11 +216,7 @@ class Experts(nn.Module):
         Returns:
             [T, H] in `x.dtype`. Only the chosen experts' weights are read, and none is copied.
         """
-        order, inverse, ends = sort_by_expert(expert_ids, self.gate_up_proj.shape[0])
-        rows = permute(x, order, inverse)  # [T K, H]
-        gate, up = grouped_gemm(rows, self.gate_up_proj, ends).chunk(2, dim=-1)  # [T K, I] each
-        out = grouped_gemm(swiglu(gate, up), self.down_proj, ends)  # [T K, H]
-        return unpermute(out, weights, order, inverse)
+        return fused_moe(x, self.gate_up_proj, self.down_proj, expert_ids, weights)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}"

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .masking import key_mask_for_slots
 from .model import DeepseekLM, TrunkOutput
+from .routing import RoutingRecord
 from .sampling import sampling_probabilities
 
 __all__ = ["DraftLength", "Drafter", "SpeculationReport", "accept"]
@@ -37,6 +37,8 @@ class SpeculationReport:
         drafted, accepted: by position in the draft, how many tokens the trunk looked at, and kept. A draft behind a
             rejected one is not counted.
         step_seconds: seconds of all steps; plain_seconds: seconds that a step without drafts took (median).
+        routing: every routing decision for the tokens that were returned, prompts included, where it was asked for;
+            `routing.valid` is False for padding and behind the end of a row.
     """
 
     depth: int
@@ -47,6 +49,7 @@ class SpeculationReport:
     accepted: list[int] = field(default_factory=list)
     step_seconds: float = 0.0
     plain_seconds: float = 0.0
+    routing: RoutingRecord | None = None
 
     @property
     def acceptance(self) -> list[float | None]:
@@ -234,9 +237,8 @@ class Drafter:
         positions = ends[:, None] - width + torch.arange(width, device=ends.device)  # [B, W]
         valid = positions >= torch.tensor(cache.lengths, device=ends.device)[:, None]
         ids = self.history.gather(1, (positions + layer + 1).clamp(0, self.history.shape[1] - 1))
-        before = cache.lengths
         with cache.append(width, valid) as slots:
-            mask = key_mask_for_slots(slots, before, width, valid)
+            mask = cache.spans(slots, valid)
             rope = self.model.model.rope(slots)
             return self.model.mtp_states(hidden, ids, layer, rope=rope, mask=mask, cache=cache)
 

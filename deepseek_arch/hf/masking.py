@@ -75,12 +75,22 @@ def attention_mask_for(
         starts: [B, T] of `document_starts`.
 
     Returns:
-        None for plain causal attention; else bool or additive float [B, 1, T, S].
+        None for plain causal attention; else one of the masks of `deepseek_kernels.spans`: spans where every row's real
+        keys are neighbours, otherwise bool or additive float [B, 1, T, S].
     """
     if attention_mask is None or attention_mask.ndim == 2:
-        packed = _packed_mask(inputs_embeds, attention_mask, position_ids, cache, starts)
-        if packed is not None:
-            return packed
+        first, real, index = _first_keys(inputs_embeds, attention_mask, position_ids, cache, starts)
+        packed = position_ids is not None or starts is not None
+        if is_tracing(inputs_embeds):
+            if packed:
+                return _dense(first, real, index)
+        else:
+            packed = packed and bool((first > 0).any())
+            padded = not bool(real[:, : int(index[-1]) + 1].all())
+            if (packed or padded) and not _interrupted(real):
+                return _spans(first, real, index).expand(inputs_embeds.shape[0], -1, -1)
+            if packed:
+                return _dense(first, real, index)
     # Positions stay out: what they say about packing has been looked at.
     return create_causal_mask(
         config=config,
@@ -91,40 +101,58 @@ def attention_mask_for(
     )
 
 
-def _packed_mask(
+def _first_keys(
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: Cache | None,
     starts: Tensor | None,
-) -> Tensor | None:
-    """bool [B, 1, T, S] for packed rows, or None if every row is one sequence."""
-    if position_ids is None and starts is None:
-        return None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each query must not see.
+
+    Returns:
+        int64 [B or 1, T or 1], how many real keys at the beginning no longer count, 0 for padding; bool [B or 1, S],
+        which keys are real; and int64 [T], where the queries are among the keys.
+    """
     batch, tokens = inputs_embeds.shape[:2]
     device = inputs_embeds.device
     past = cache.get_seq_length() if cache is not None else 0
     keys = cache.get_mask_sizes(tokens, 0)[0] if cache is not None else tokens
-    index = torch.arange(tokens, device=device) + past  # [T], where the queries are among the keys
+    index = torch.arange(tokens, device=device) + past
     if attention_mask is None:
-        real = torch.ones(1, keys, dtype=torch.bool, device=device)
+        real = (torch.arange(keys, device=device) < past + tokens)[None]
     else:
         real = attention_mask.to(device=device, dtype=torch.bool)[:, :keys]
         real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
     before = real.cumsum(-1) - real.long()  # [B, S], how many real keys stand before each key
-    key_index = torch.arange(keys, device=device)
     first = torch.zeros(1, 1, dtype=torch.long, device=device)
     if position_ids is not None:
         # After a prompt padded on the right, generate's positions start again without meaning anything by it.
-        gaps = (~real & (key_index < past)).any(-1, keepdim=True)
+        gaps = (~real & (torch.arange(keys, device=device) < past)).any(-1, keepdim=True)
         first = (before[:, index] - position_ids.to(device)).masked_fill(gaps, 0)
     if starts is not None:
         first = torch.maximum(first, before.expand(batch, -1).gather(1, starts.to(device)))
-    # first: [B, T], the number of real keys that a query must not see.
-    if not is_tracing(inputs_embeds) and not bool(((first > 0) & real[:, index]).any()):
-        return None
-    allowed = (key_index <= index[:, None]) & real[:, None] & (before[:, None] >= first[:, :, None])
-    return allowed[:, None].expand(batch, 1, tokens, keys)
+    return first.clamp(min=0).masked_fill(~real[:, index], 0), real, index
+
+
+def _interrupted(real: Tensor) -> bool:
+    """Whether some row has padding between its real keys."""
+    begins = real.long().diff(dim=-1, prepend=torch.zeros_like(real[:, :1], dtype=torch.long)) > 0
+    return bool((begins.sum(-1) > 1).any())
+
+
+def _spans(first: Tensor, real: Tensor, index: Tensor) -> Tensor:
+    """What `_dense` gives, as int32 [B, T, 2] (`deepseek_kernels.spans`): for rows whose real keys are neighbours."""
+    begin = real.long().argmax(-1, keepdim=True)
+    end = torch.minimum(index + 1, begin + real.sum(-1, keepdim=True))  # [B, T]
+    return torch.stack(((begin + first).expand_as(end), end), dim=-1).int()
+
+
+def _dense(first: Tensor, real: Tensor, index: Tensor) -> Tensor:
+    """bool [B, 1, T, S]."""
+    before = real.cumsum(-1) - real.long()
+    allowed = torch.arange(real.shape[1], device=real.device) <= index[:, None]
+    return (allowed & real[:, None] & (before[:, None] >= first[:, :, None]))[:, None]
 
 
 class FirstTokens:

@@ -7,6 +7,8 @@ behind a router, which computes in float32, it would be once in 1e4 times.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -152,12 +154,15 @@ def test_attention_reads_what_is_stored(form, lengths, monkeypatch):
     slots = torch.tensor(lengths)[:, None] + torch.arange(3)
     rope = RotaryEmbedding.from_config(cfg)(slots)
     mask = (torch.arange(9)[: max(lengths) + 3] <= slots[:, :, None])[:, None]
-    update = plain.update_states
+    write = plain.write
 
-    def of_stored(states: Tensor, layer: int) -> Tensor:
-        return update(torch.cat(unpack(pack(states, sizes[2]), sizes[2], torch.float64), -1), layer)
+    def of_stored(*arguments: Any) -> Tensor:
+        held = write(*arguments)
+        new = held[torch.arange(2)[:, None], slots]
+        held[torch.arange(2)[:, None], slots] = torch.cat(unpack(pack(new, sizes[2]), sizes[2], torch.float64), -1)
+        return held
 
-    monkeypatch.setattr(plain, "update_states", of_stored)
+    monkeypatch.setattr(plain, "write", of_stored)
     assert error(attention(x, rope, mask, ours), attention(x, rope, mask, plain)) < TOLERANCE
 
 

@@ -365,7 +365,7 @@ def test_absorbed_attention_with_an_fp8_kv_b_proj(dtype, monkeypatch):
     attention = MultiHeadLatentAttention.from_config(cfg, dtype=torch.float32)
     attention.kv_b_proj = FP8Linear.quantize(attention.kv_b_proj, (16, 12))
     attention.to(dtype).eval()
-    rope = [t.to(dtype) for t in RotaryEmbedding.from_config(cfg)(torch.arange(9)[None])]
+    rope = RotaryEmbedding.from_config(cfg)(torch.arange(9)[None])
     x, outputs = torch.randn(1, 9, cfg.hidden_size).to(dtype), {}
     monkeypatch.setattr(attention.kv_b_proj, "forward", lambda *_: pytest.fail("a product of unit vectors"))
     assert attention.kv_b_weight(x).dtype == dtype

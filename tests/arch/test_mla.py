@@ -5,8 +5,9 @@ import torch
 
 from deepseek_arch.config import DeepseekConfig
 from deepseek_arch.linear import Linear
-from deepseek_arch.mla import MultiHeadLatentAttention, causal_mask
+from deepseek_arch.mla import MultiHeadLatentAttention
 from deepseek_arch.rope import RotaryEmbedding
+from deepseek_kernels.spans import causal_mask
 from oracle import _norm as oracle_norm
 from oracle import attention as oracle_attention
 from oracle import rotate as oracle_rotate

@@ -1,0 +1,108 @@
+"""Decoding with a cache of fixed shape: the same numbers as with one that grows, and nothing compiled twice."""
+
+import pytest
+import torch
+
+from deepseek_arch import DeepseekLM, generate
+from deepseek_arch.decoding import FixedStep
+from deepseek_arch.static_cache import StaticLatentCache
+from small_models import config, error
+
+# Sums run over more (masked) terms, in another order: a few roundings in each of three layers' products of at most 44.
+TOLERANCE = 512 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def model():
+    return DeepseekLM(config("v3")).eval()
+
+
+def _prompts(model):
+    """Two rows, the first shorter by its padding on the left."""
+    ids = torch.randint(0, model.config.vocab_size, (2, 6))
+    return ids, torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+
+
+@torch.no_grad()
+def _caches(model, ids, mask, capacity, format=None):
+    caches = [model.new_cache(len(ids), format=format) for _ in range(2)]
+    for cache in caches:
+        model(ids, mask, cache=cache)
+    return caches[0], StaticLatentCache(caches[1], capacity)
+
+
+@pytest.mark.parametrize("format", [None, "fp8"])
+@torch.no_grad()
+def test_steps_equal_those_of_a_growing_cache(model, format):
+    growing, static = _caches(model, *_prompts(model), capacity=64, format=format)
+    assert static.lengths == growing.lengths == (4, 6)
+    for tokens in (1, 3, 1):
+        ids = torch.randint(0, model.config.vocab_size, (2, tokens))
+        assert error(model(ids, cache=static).logits, model(ids, cache=growing).logits) < TOLERANCE
+    assert static.lengths == growing.lengths == (9, 11)
+
+
+@torch.no_grad()
+def test_rewinding_and_reordering(model):
+    growing, static = _caches(model, *_prompts(model), capacity=64)
+    for cache in (growing, static):
+        cache.rewind(torch.tensor([3, 5]))
+        cache.reorder(torch.tensor([1, 0, 1]))
+    assert static.lengths == growing.lengths == (5, 3, 5)
+    ids = torch.randint(0, model.config.vocab_size, (3, 2))
+    assert error(model(ids, cache=static).logits, model(ids, cache=growing).logits) < TOLERANCE
+    static.rewind(2)
+    assert static.lengths == (2, 2, 2)
+
+
+@pytest.mark.parametrize("format", [None, "fp8"])
+def test_a_step_compiles_once_whatever_the_lengths(model, format, monkeypatch):
+    """Graph capture with eager kernels, for two caches one after the other; a second compilation would raise."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", **options))
+    for seed in range(2):
+        growing, static = _caches(model, *_prompts(model), capacity=40, format=format)
+        step, ids = FixedStep(model, static), torch.tensor([seed, 7])
+        for _ in range(4):
+            with torch.no_grad():
+                expected = model(ids[:, None], cache=growing).logits[:, -1]
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                assert error(step(ids), expected) < TOLERANCE
+            ids = expected.argmax(-1)
+
+
+def test_compiled_generation_gives_the_tokens_of_plain_decoding(model, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", **options))
+    ids, mask = _prompts(model)
+    settings = {"attention_mask": mask, "max_new_tokens": 5}
+    assert torch.equal(generate(model, ids, compiled=True, **settings), generate(model, ids, **settings))
+
+
+def test_what_does_not_fit_is_refused(model):
+    ids, mask = _prompts(model)
+    cache = model.new_cache(2)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="expected a capacity of at least the 6 tokens held, got 5"):
+        StaticLatentCache(cache, 5)
+    static = StaticLatentCache(cache, 8)
+    assert cache.lengths == (0, 0)
+    with torch.no_grad(), pytest.raises(ValueError, match="expected at most 8 tokens a row, got 6 and 3 more"):
+        model(ids[:, :3], cache=static)
+    assert static.lengths == (6, 6)
+    with pytest.raises(ValueError, match="expected tokens without padding for a static cache"):
+        model(ids, mask, cache=static)
+    with pytest.raises(ValueError, match="expected no gradient through a static cache"):
+        model(ids[:, :1], cache=static)
+    with pytest.raises(ValueError, match="expected a call within `append` for a static cache"):
+        static.update(torch.zeros(2, 1, 1, static.kv_lora_rank), torch.zeros(2, 1, 1, static.qk_rope_head_dim), 0)
+    assert static.lengths == (6, 6)
+    with pytest.raises(ValueError, match="expected mtp_depth 0 with compiled=True, got 1"):
+        generate(DeepseekLM(config("v3", num_nextn_predict_layers=1)), ids, mtp_depth=1, compiled=True)
