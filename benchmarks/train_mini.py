@@ -1,8 +1,9 @@
 """A small DeepSeek model trained from nothing, in minutes: an example to start from.
 
 What it shows, in order: a model from a config; the training loop with multi-token prediction and with experts balanced
-by biases (no auxiliary loss beyond V3's tiny one); what that does to expert use, as a picture; how many drafted tokens
-are accepted while the prediction layer learns; and decoding with and without drafts, side by side. The text is this
+by biases (no auxiliary loss beyond V3's tiny one); what that does to expert use, as a picture, and beside it a task on
+which experts collapse without; how many drafted tokens are accepted while the prediction layer learns, on given
+held-out text and on what the model writes; and decoding with and without drafts, side by side. The text is this
 repository's own, as bytes.
 
     python -m benchmarks train-mini --steps 400
@@ -22,14 +23,17 @@ from torch import Tensor
 import deepseek_arch as da
 from deepseek_arch.balance import LoadBalancer
 from deepseek_arch.mtp import mtp_weight
-from deepseek_arch.telemetry import LoadHistory
+from deepseek_arch.telemetry import LoadHistory, draw_max_violation
 
+from .acceptance import GivenText, held_out_rows, on_given_text
 from .bench_fp8_training import corpus
 from .harness import OURS, Report, Row, Samples, interleave, load_average
+from .skewed import train_skewed
 
 __all__ = ["Settings", "mini_config", "run", "train"]
 
 PLAIN = "plain decoding"
+NO_BALANCING = "no balancing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +44,13 @@ class Settings:
         steps: optimizer steps.
         accumulate: batches of each step.
         evaluations: how many times acceptance is measured, evenly spread.
+        held_out_rows: pieces of held-out text on which drafts are compared with the trunk's guesses.
         drafts: tokens drafted in a step, at most.
         prompts, new_tokens: held-out prompts to continue, and by how much.
         balance: rate of the bias updates; 0 leaves the experts to themselves.
+        skewed_steps: steps of the skewed task, with and without balancing; 0 leaves it out.
         picture: where the heat map goes; empty for none.
+        skewed_picture: where the skewed task's loads go; empty for nowhere.
         checkpoint: where the model goes, in the published layout; empty for nowhere.
     """
 
@@ -54,18 +61,21 @@ class Settings:
     rate: float = 2e-3
     warmup: int = 20
     evaluations: int = 4
+    held_out_rows: int = 16
     drafts: int = 2
     prompts: int = 4
     new_tokens: int = 96
     balance: float = 1e-3
+    skewed_steps: int = 100
     seed: int = 0
     threads: int = 2
     picture: str = "benchmarks/results/train-mini-experts.png"
+    skewed_picture: str = "benchmarks/results/train-mini-skewed.png"
     checkpoint: str = ""
 
     def __post_init__(self) -> None:
         sizes = (self.steps, self.batch, self.sequence, self.accumulate, self.warmup, self.evaluations, self.drafts)
-        if min(*sizes, self.prompts, self.new_tokens, self.threads) < 1:
+        if min(*sizes, self.prompts, self.new_tokens, self.threads, self.held_out_rows) < 1 or self.skewed_steps < 0:
             raise ValueError(f"expected positive sizes, got {self}")
 
 
@@ -159,6 +169,7 @@ def run(
     cut = len(text) - held_out
     places = torch.linspace(cut, len(text) - length, settings.prompts).long().tolist()
     prompts = torch.stack([text[p : p + length] for p in places]).long()
+    given = held_out_rows(text[cut:], settings.held_out_rows, min(settings.sequence, held_out))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = da.DeepseekLM(config, device=device, dtype=torch.float32)
     history, looks = LoadHistory(), []
@@ -170,7 +181,7 @@ def run(
                 model, prompts.to(device), max_new_tokens=settings.new_tokens, mtp_depth=settings.drafts,
                 adaptive=False, return_report=True,
             )  # fmt: skip
-            looks.append((step, report))
+            looks.append((step, report, on_given_text(model, given.to(device))[0]))
 
     started = time.perf_counter()
     losses = train(model, text[:cut], settings, history, look)
@@ -185,7 +196,9 @@ def run(
     rows = [
         Row("next-token loss, last tenth of the steps", "nats", "lower", {OURS: Samples(tuple(end))}),
         *_balance_rows(history),
-        *(_acceptance_row(step, report) for step, report in looks),
+        *(row for step, _, found in looks for row in _given_text_rows(step, found)),
+        *(_acceptance_row(step, report) for step, report, _ in looks),
+        *_skewed_rows(settings),
     ]
     rows += _decoding_rows(model, prompts.to(device), settings)
     for row in rows:
@@ -194,6 +207,7 @@ def run(
     facts = asdict(settings) | {"parameters": parameters.total + parameters.mtp, "training_seconds": round(seconds)}
     notes = (
         f"{len(text):,} bytes of the repository's own text, the last {held_out:,} held out",
+        f"held-out text: {len(given)} pieces of {given.shape[1]} bytes, every byte before the guessed one given",
         "decoding: greedy, float32, the same tokens with and without drafts; draft lengths adapt",
         f"load average {load_average()} at the end",
     )
@@ -225,11 +239,60 @@ def _balance_rows(history: LoadHistory) -> list[Row]:
     ]
 
 
+def _skewed_rows(settings: Settings) -> list[Row]:
+    """The skewed task with and without balancing: max violation of each layer, and the picture."""
+    if not settings.skewed_steps:
+        return []
+    runs = {
+        OURS: train_skewed(1e-2, settings.skewed_steps)[0],
+        NO_BALANCING: train_skewed(0.0, settings.skewed_steps)[0],
+    }
+    if settings.skewed_picture and _can_draw():
+        Path(settings.skewed_picture).parent.mkdir(parents=True, exist_ok=True)
+        named = {"without balancing": runs[NO_BALANCING], "biases follow the load": runs[OURS]}
+        draw_max_violation(named, settings.skewed_picture, "Expert loads of a skewed task")
+    last = max(1, settings.skewed_steps * 2 // 5)
+    worst = {
+        who: Samples(tuple(float(load.max() - 1) for load in history.mean(last).values()))
+        for who, history in runs.items()
+    }
+    return [
+        Row(
+            f"max violation on a skewed task, last {last} of {settings.skewed_steps} steps",
+            "of the mean load",
+            "lower",
+            worst,
+            baseline=NO_BALANCING,
+            note="one sample for each layer",
+        )
+    ]
+
+
+def _given_text_rows(step: int, found: GivenText) -> list[Row]:
+    """What the first prediction depth guesses on held-out text, after so many steps."""
+    return [
+        Row(
+            f"held-out text, draft is the trunk's guess, after {step} steps",
+            "share",
+            "higher",
+            {OURS: Samples((found.accepted,))},
+            note=f"{found.both_right:.1%} of all positions are kept and right",
+        ),
+        Row(
+            f"held-out text, draft is right, after {step} steps",
+            "share",
+            "higher",
+            {OURS: Samples((found.right,))},
+            note=f"the trunk, one step later: {found.trunk_right:.1%}",
+        ),
+    ]
+
+
 def _acceptance_row(step: int, report: da.SpeculationReport) -> Row:
     shares = ", ".join("-" if share is None else f"{share:.0%}" for share in report.acceptance)
     first = report.acceptance[0] if report.acceptance else None
     return Row(
-        f"first draft accepted, after {step} steps",
+        f"own text, first draft accepted, after {step} steps",
         "share",
         "higher",
         {OURS: Samples((first or 0.0,))},

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .model import DeepseekLM
+from .decoding import FixedStep
+from .model import CausalLMOutput, DeepseekLM
+from .rollout import check_recording, rollout_record
+from .routing import RoutingRecord
 from .sampling import sample, sampling_probabilities
 from .speculative import Drafter, DraftLength, SpeculationReport, accept
+from .static_cache import StaticLatentCache
 
 __all__ = ["generate", "sample", "sampling_probabilities"]
 
@@ -32,6 +36,8 @@ class _Job:
     callback: Callable[[Tensor], None] | None
     chunk: int
     cache_format: str | None
+    compiled: bool = False
+    record: bool = False
 
 
 @torch.no_grad()
@@ -52,7 +58,9 @@ def generate(
     prefill_chunk: int | None = None,
     cache_format: str | None = None,
     adaptive: bool | None = None,
+    compiled: bool = False,
     return_report: bool = False,
+    record_routing: bool = False,
 ) -> Tensor | tuple[Tensor, SpeculationReport]:
     """Continues prompts.
 
@@ -75,21 +83,34 @@ def generate(
         adaptive: whether the length of drafts follows the measured acceptance and times, up to `mtp_depth`, or is
             `mtp_depth`, but for a step in 64 without drafts, whose time the report needs. Default: it follows, except
             when sampling with a seed, since the tokens that are drawn depend on it.
+        compiled: whether to fix all work of a decoding step beforehand: as a CUDA graph on a GPU, with `torch.compile`
+            elsewhere, which takes a minute or more the first time. For plain decoding.
         return_report: also return a `SpeculationReport`.
+        record_routing: also return a `SpeculationReport`, with every routing decision as its `routing`: for all tokens
+            that are returned, the last ones too, which are run for that. `model(tokens, routing.valid,
+            replay_routing=routing)` takes the same decisions. For plain decoding.
 
     Returns:
         int64 [B, T + new] token ids, prompt included. Shorter than T + max_new_tokens when every row has ended.
 
     Raises:
-        ValueError: an argument is out of range, or `mtp_depth` is not 0 and the model has no prediction layers.
+        ValueError: an argument is out of range, `mtp_depth` is not 0 and the model has no prediction layers, or routing
+            is to be recorded of a model without experts.
     """
     _check(model, input_ids, attention_mask, max_new_tokens, mtp_depth, temperature, top_k, top_p, prefill_chunk)
+    if compiled and mtp_depth:
+        raise ValueError(f"expected mtp_depth 0 with compiled=True, got {mtp_depth}")
+    if record_routing:
+        check_recording(model, max_new_tokens, mtp_depth, compiled)
     ends = _end_tokens(model, eos_token_id, input_ids.device)
     pad = pad_token_id if pad_token_id is not None else model.config.pad_token_id
     pad = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
     generator = None if seed is None else torch.Generator(device=input_ids.device).manual_seed(seed)
     chunk = prefill_chunk or input_ids.shape[1]
-    job = _Job(max_new_tokens, temperature, top_k, top_p, ends, pad, generator, callback, chunk, cache_format)
+    job = _Job(
+        max_new_tokens, temperature, top_k, top_p, ends, pad, generator, callback, chunk, cache_format, compiled,
+        record_routing,
+    )  # fmt: skip
     report = SpeculationReport(mtp_depth)
     with _evaluating(model):
         if max_new_tokens == 0:
@@ -99,7 +120,7 @@ def generate(
             tokens = _speculate(model, input_ids, attention_mask, job, DraftLength(mtp_depth, adapt), report)
         else:
             tokens = _decode(model, input_ids, attention_mask, job, report)
-    return (tokens, report) if return_report else tokens
+    return (tokens, report) if return_report or record_routing else tokens
 
 
 @contextmanager
@@ -122,24 +143,41 @@ def _decode(
     tokens = torch.full((batch, prompt + job.new), job.pad, dtype=torch.int64, device=input_ids.device)
     tokens[:, :prompt] = input_ids
     cache = model.new_cache(batch, prompt + job.new, format=job.cache_format)
-    logits = _prefill(model, input_ids, attention_mask, cache, job.chunk)
+    records: list[RoutingRecord] | None = [] if job.record else None
+    logits = _prefill(model, input_ids, attention_mask, cache, job.chunk, records)
+    step = FixedStep(model, StaticLatentCache(cache, prompt + job.new)) if job.compiled and job.new > 1 else None
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    last = prompt + job.new - 1
+    lengths = torch.full_like(tokens[:, 0], prompt + job.new)  # up to each row's end token
     for position in range(prompt, prompt + job.new):
         new = sample(logits, job.temperature, job.top_k, job.top_p, job.generator)
         tokens[:, position] = new.masked_fill(done, job.pad)
         if job.callback is not None:
             job.callback(tokens[:, position])
-        done = done | torch.isin(new, job.ends)
+        ending = torch.isin(new, job.ends) & ~done
+        lengths, done = lengths.masked_fill(ending, position + 1), done | ending
         if len(job.ends) and bool(done.all()):
-            return tokens[:, : position + 1]
-        if position + 1 < prompt + job.new:
+            last = position
+        if position < last or records is not None:
             # A finished row goes on with what it sampled: `pad` need not be in the vocabulary.
-            logits = model(new[:, None], cache=cache).logits[:, -1]
-            running = batch - int(done.sum()) if len(job.ends) else batch
-            report.steps += 1
-            report.row_steps += running
-            report.tokens += running
-    return tokens
+            logits = _run(model, new[:, None], cache, records).logits[:, -1] if step is None else step(new)
+        if position == last:
+            break
+        running = batch - int(done.sum()) if len(job.ends) else batch
+        report.steps += 1
+        report.row_steps += running
+        report.tokens += running
+    if records is not None:
+        report.routing = rollout_record(records, attention_mask, prompt, lengths)
+    return tokens[:, : last + 1]
+
+
+def _run(model: DeepseekLM, ids: Tensor, cache, records: list[RoutingRecord] | None, **arguments) -> CausalLMOutput:
+    """One pass with a cache; `records` takes its routing decisions."""
+    out = model(ids, cache=cache, record_routing=records is not None, **arguments)
+    if records is not None:
+        records.append(out.routing)
+    return out
 
 
 def _speculate(
@@ -267,7 +305,14 @@ def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tens
     return input_ids.long().gather(1, order), None if bool(valid.all()) else valid
 
 
-def _prefill(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor | None, cache, chunk: int) -> Tensor:
+def _prefill(
+    model: DeepseekLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache,
+    chunk: int,
+    records: list[RoutingRecord] | None,
+) -> Tensor:
     """Runs the prompts into the cache -> logits [B, vocab_size] of each row's last prompt token."""
     batch, prompt = input_ids.shape
     last = torch.full((batch,), prompt - 1, device=input_ids.device)
@@ -278,7 +323,7 @@ def _prefill(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor | None
         ids = input_ids[:, start : start + chunk]
         mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
         here = (last - start).clamp(0, ids.shape[1] - 1)[:, None]
-        chosen = model(ids, mask, cache=cache, logits_to_keep=here).logits[:, 0]
+        chosen = _run(model, ids, cache, records, attention_mask=mask, logits_to_keep=here).logits[:, 0]
         logits = chosen if start == 0 else torch.where((last >= start)[:, None], chosen, logits)
     return logits
 

@@ -19,9 +19,9 @@ from .config import DeepseekConfig, UnsupportedModelError
 from .layer import DecoderLayer
 from .linear import Embedding, Linear
 from .losses import cross_entropy, head_losses, ignore
-from .masking import attention_mask_for_documents, document_numbers, key_mask_for_slots, positions_from_mask
+from .masking import attention_mask_for_documents, document_numbers, positions_from_mask
 from .moe import Experts, MoE, Router
-from .mtp import MTPLayer, shift_labels, shift_left
+from .mtp import MTPLayer, mtp_losses, shift_labels
 from .norm import RMSNorm
 from .rope import RotaryEmbedding
 from .routing import Routing, RoutingRecord
@@ -54,7 +54,9 @@ class CausalLMOutput:
     Attributes:
         logits: [B, kept, vocab_size], or None with `return_logits=False`.
         loss: mean cross-entropy of the next token, float32 scalar, when labels were given; in training mode plus
-            `aux_loss`.
+            `aux_loss`. Losses are means over this call: accumulated over calls they are those of one call with all rows
+            where every call has as many targets; else weigh each by its own number (targets for `loss` and, by depth,
+            for `mtp_losses`; rows for `aux_loss`).
         aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
             when labels and input_ids were given, no cache was, and the model has multi-token-prediction layers. Train
@@ -117,10 +119,10 @@ class DeepseekModel(nn.Module):
             raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
         with cache.append(tokens, valid) if cache is not None else nullcontext() as slots:
             if slots is not None:
-                mask = key_mask_for_slots(slots, cache.lengths, tokens, valid)
+                mask = cache.spans(slots, valid)
                 positions = slots if position_ids is None else position_ids
             else:
-                mask = attention_mask_for_documents(documents, valid)
+                mask = attention_mask_for_documents(documents, valid, batch)
                 positions = (
                     positions_from_mask(valid, batch, tokens, x.device) if position_ids is None else position_ids
                 )
@@ -430,23 +432,23 @@ class DeepseekLM(nn.Module):
     def _mtp_losses(
         self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor, routing: Routing | None
     ) -> tuple[Tensor, Tensor]:
-        """By depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses; [D] each.
+        """`mtp.mtp_losses` on this model's layers."""
 
-        Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
-        document count nothing; being last, they are seen by no position that does (TRAPS F8).
-        """
-        hidden, states, targets = self.mtp_hidden(trunk), [], []
-        hidden = hidden.detach() if self.mtp_detached else hidden
-        real = torch.ones_like(input_ids) if padding is None else (~padding).long()
-        for depth in range(len(self.mtp)):
-            next_ids = shift_left(input_ids, depth + 1)
-            # The last positions read the embedding of no token of theirs: their routing counts nothing (TRAPS D3).
-            meant = shift_labels(real, depth + 1, trunk.documents, ignore=0) != 0
-            part = None if routing is None else routing.among(meant)
-            hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=part)
-            states.append(normed)
-            targets.append(ignore(shift_labels(labels, depth + 2, trunk.documents), padding))
-        return head_losses(self.lm_head, states, targets, detached=self.mtp_detached)
+        def run(hidden: Tensor, next_ids: Tensor, depth: int, part: Routing | None) -> tuple[Tensor, Tensor]:
+            return self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=part)
+
+        return mtp_losses(
+            run,
+            len(self.mtp),
+            self.lm_head,
+            self.mtp_hidden(trunk),
+            input_ids,
+            labels,
+            padding=padding,
+            documents=trunk.documents,
+            routing=routing,
+            detached=self.mtp_detached,
+        )
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:

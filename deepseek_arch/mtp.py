@@ -6,6 +6,7 @@ h'_i = eh_proj([enorm(Emb(t_{i+k})); hnorm(h_i)])        (equation 21, but with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from .config import DeepseekConfig
 from .layer import DecoderLayer
 from .linear import Linear
+from .losses import head_losses, ignore
 from .norm import RMSNorm
 from .routing import Routing
 
-__all__ = ["MTPLayer", "mtp_weight", "shift_labels", "shift_left"]
+__all__ = ["MTPLayer", "mtp_losses", "mtp_weight", "shift_labels", "shift_left"]
 
 
 class SharedHead(nn.Module):
@@ -65,6 +67,48 @@ class MTPLayer(DecoderLayer):
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
         hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing)
         return hidden, self.shared_head.norm(hidden)
+
+
+def mtp_losses(
+    run: Callable[[Tensor, Tensor, int, Routing | None], tuple[Tensor, Tensor]],
+    depths: int,
+    head: nn.Module,
+    hidden: Tensor,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    padding: Tensor | None = None,
+    documents: Tensor | None = None,
+    routing: Routing | None = None,
+    detached: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """By depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses; [D] each.
+
+    Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
+    document count nothing; being last, they are seen by no position that does (TRAPS F8).
+
+    Args:
+        run: hidden [B, T, H], the ids [B, T] of the tokens `depth + 1` ahead, the depth, what its router is told -> the
+            hidden state for the next depth, and the head's input.
+        depths: D.
+        head: the trunk's.
+        hidden: [B, T, H], what the first depth reads.
+        input_ids, labels: int [B, T], the tokens themselves; labels are -100 where ignored.
+        padding: bool [B, T], or None where nothing is.
+        documents: [B, T] document numbers, or None where every row is one document.
+        detached: whether the trunk and the head are constants.
+    """
+    hidden, states, targets = hidden.detach() if detached else hidden, [], []
+    real = torch.ones_like(input_ids) if padding is None else (~padding).long()
+    for depth in range(depths):
+        next_ids = shift_left(input_ids, depth + 1)
+        # The last positions read the embedding of no token of theirs: their routing counts nothing (TRAPS D3).
+        meant = shift_labels(real, depth + 1, documents, ignore=0) != 0
+        part = None if routing is None else routing.among(meant)
+        hidden, normed = run(hidden, next_ids, depth, part)
+        states.append(normed)
+        targets.append(ignore(shift_labels(labels, depth + 2, documents), padding))
+    return head_losses(head, states, targets, detached=detached)
 
 
 def mtp_weight(tokens: float, first: float = 0.3, later: float = 0.1, change: float = 10e12) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LoadHistory", "LoadReport", "Placement", "plan_placement"]
+__all__ = ["LoadHistory", "LoadReport", "Placement", "draw_max_violation", "plan_placement", "read_loads"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class LoadReport:
             nats = -(share * share.clamp(min=1e-300).log()).sum()
             out[name] = float(nats / torch.tensor(float(max(len(load), 2))).log())
         return out
+
+    def save(self, path: str | Path) -> None:
+        """Writes the loads as JSON, for `read_loads` and `deepseek-arch place`."""
+        _write(path, {"loads": {name: load.tolist() for name, load in self.loads.items()}, "rate": self.rate})
 
     def __str__(self) -> str:
         width = max(map(len, self.loads), default=0)
@@ -69,6 +76,33 @@ class LoadHistory:
         """Step by step, of one router."""
         return [float(share.max() - 1) for share in self.shares[name]]
 
+    def mean(self, last: int | None = None) -> dict[str, Tensor]:
+        """By router, the mean share of each expert over the last steps (default all), float32 [E]; 1 is perfect.
+
+        Raises:
+            ValueError: `last` is not positive.
+        """
+        if last is not None and last < 1:
+            raise ValueError(f"expected at least 1 step, got {last}")
+        return {name: torch.stack(shares[-(last or 0) :]).mean(0) for name, shares in self.shares.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes all steps as JSON, for `LoadHistory.load`, `read_loads` and `deepseek-arch place`."""
+        shares = {name: [[round(float(v), 6) for v in step] for step in steps] for name, steps in self.shares.items()}
+        _write(path, {"shares": shares})
+
+    @classmethod
+    def load(cls, path: str | Path) -> LoadHistory:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        found = _read(path)
+        if "shares" not in found:
+            raise ValueError(f"expected a saved LoadHistory in {str(path)!r}, got one step's loads")
+        return cls({name: [torch.tensor(step) for step in steps] for name, steps in found["shares"].items()})
+
     def heat_map(self, path: str | Path, title: str = "") -> Path:
         """Draws expert use over steps, one panel for each router, white where an expert has its share -> the PNG.
 
@@ -92,6 +126,79 @@ class LoadHistory:
         figure.suptitle(title or "Expert use")
         figure.savefig(path, dpi=150, format="png")
         return Path(path)
+
+
+def draw_max_violation(runs: Mapping[str, LoadHistory], path: str | Path, title: str = "") -> Path:
+    """Draws max violation over steps, a line for each run: the worst router, and a band down to the best -> the PNG.
+
+    Args:
+        runs: by what the legend calls them, such as {"without balancing": history, "with": another}.
+
+    Raises:
+        ImportError: matplotlib is not installed (`pip install 'deepseek-arch[plot]'`).
+        ValueError: there is nothing to draw.
+    """
+    if not runs or not all(history.shares for history in runs.values()):
+        raise ValueError("expected runs of at least one step, got none or an empty one")
+    figures, _ = _matplotlib()
+    figure = figures.Figure(figsize=(8, 4), layout="constrained")
+    panel = figure.subplots()
+    for label, history in runs.items():
+        curves = torch.tensor([history.max_violation(name) for name in history.shares])  # [routers, steps]
+        worst, best = curves.amax(0).numpy(), curves.amin(0).numpy()
+        (line,) = panel.plot(worst, label=label)
+        panel.fill_between(range(len(worst)), best, worst, color=line.get_color(), alpha=0.2, linewidth=0)
+    panel.set_xlabel("step")
+    panel.set_ylabel("max violation (largest load / mean - 1)")
+    panel.set_ylim(bottom=0)
+    panel.legend()
+    panel.set_title(title or "Expert loads: the worst layer, and the range over layers")
+    figure.savefig(path, dpi=150, format="png")
+    return Path(path)
+
+
+def read_loads(path: str | Path, last: int | None = None) -> dict[str, Tensor]:
+    """Loads by router name, float32 [E], from what a `LoadReport` or a `LoadHistory` saved.
+
+    Args:
+        last: of a history, how many of the last steps to average over; default all.
+
+    Raises:
+        ValueError: the file is something else, or `last` is not positive.
+        OSError: it cannot be read.
+    """
+    found = _read(path)
+    if "shares" in found:
+        return LoadHistory.load(path).mean(last)
+    return {name: torch.tensor(load, dtype=torch.float32) for name, load in found["loads"].items()}
+
+
+def _write(path: str | Path, value: Mapping[str, object]) -> None:
+    Path(path).write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """Saved loads, checked: {"loads": {router: [E numbers]}} or {"shares": {router: [steps of E numbers]}}."""
+    wrong = f"expected loads that LoadReport.save or LoadHistory.save wrote in {str(path)!r}, got "
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(wrong + "no JSON") from None
+    kinds = [kind for kind in ("loads", "shares") if isinstance(found, dict) and isinstance(found.get(kind), dict)]
+    if not kinds or not found[kinds[0]]:
+        raise ValueError(wrong + "neither loads nor shares of any router")
+    for name, values in found[kinds[0]].items():
+        steps = values if kinds[0] == "shares" else [values]
+        if not isinstance(steps, list) or not steps or not all(map(_is_load, steps)) or len(set(map(len, steps))) > 1:
+            raise ValueError(wrong + f"something else than numbers of at least 0 for {name!r}")
+    return found
+
+
+def _is_load(values: object) -> bool:
+    def is_number(v: object) -> bool:
+        return isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < math.inf
+
+    return isinstance(values, list) and bool(values) and all(map(is_number, values))
 
 
 def _matplotlib():
@@ -142,7 +249,7 @@ def _imbalance(loads: Sequence[float]) -> float:
     return max(loads) / mean if mean else 1.0
 
 
-def plan_placement(loads: Tensor | Sequence[float], devices: int, redundant: int = 0) -> Placement:
+def plan_placement(loads: Tensor | Sequence[float], devices: int, redundant: int = 0, nodes: int = 1) -> Placement:
     """Places experts, and copies of the busiest, so that devices have about the same work (V3 report, section 3.4.1).
 
     The busiest expert, by load per copy, gets the next of the `redundant` copies; then the copies are dealt out from
@@ -154,11 +261,15 @@ def plan_placement(loads: Tensor | Sequence[float], devices: int, redundant: int
         loads: [E] of one layer, from a `LoadReport` or a `LoadHistory`.
         devices: D.
         redundant: copies beyond one of each; E + redundant must be a multiple of D.
+        nodes: devices come in so many nodes, and E / nodes consecutive experts stay on each, as V3 has it: a token that
+            is sent to few nodes is sent to as few after the plan. Experts, copies and devices must be multiples of it.
 
     Raises:
         ValueError: the numbers do not fit, or a load is negative.
     """
     work = [float(load) for load in loads]
+    if nodes != 1:
+        return _by_node(work, devices, redundant, nodes)
     total = len(work) + redundant
     if not work or min(work) < 0 or devices < 1 or redundant < 0 or total % devices:
         raise ValueError(
@@ -194,3 +305,18 @@ def plan_placement(loads: Tensor | Sequence[float], devices: int, redundant: int
     size = -(-len(work) // devices)
     contiguous = tuple(sum(work[start : start + size]) for start in range(0, size * devices, size))
     return Placement(tuple(tuple(sorted(experts)) for experts in held), tuple(filled), contiguous)
+
+
+def _by_node(work: list[float], devices: int, redundant: int, nodes: int) -> Placement:
+    """A placement of consecutive experts on each node, all of them together."""
+    if nodes < 1 or len(work) % nodes or devices % nodes or redundant % nodes:
+        raise ValueError(
+            f"expected nodes that divide {len(work)} experts, {devices} devices and {redundant} copies, got {nodes}"
+        )
+    size = len(work) // nodes
+    parts = [
+        plan_placement(work[start : start + size], devices // nodes, redundant // nodes)
+        for start in range(0, len(work), size)
+    ]
+    held = (tuple(e + node * size for e in experts) for node, part in enumerate(parts) for experts in part.devices)
+    return Placement(tuple(held), sum((part.loads for part in parts), ()), sum((part.contiguous for part in parts), ()))

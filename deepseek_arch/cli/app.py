@@ -273,6 +273,30 @@ def probe(
 
 
 @app.command()
+def place(
+    loads: Annotated[
+        Path, typer.Argument(help="JSON that LoadReport.save or LoadHistory.save wrote.", show_default=False)
+    ],
+    devices: Annotated[int, typer.Option(min=1, help="Devices to place experts on.", show_default=False)],
+    redundant: Annotated[int, typer.Option(min=0, help="Copies of busy experts beyond one of each.")] = 0,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes, each of which keeps its consecutive experts.")] = 1,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="Average over so many last steps of a history.", show_default="all")
+    ] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Router to plan for; repeatable.", show_default="all")] = None,
+    as_json: Json = False,
+) -> None:
+    """Place experts, and copies of the busiest, by recorded loads; print the imbalance before and after."""
+    from .placing import placements, print_placements, to_json
+
+    plans = placements(loads, devices, redundant, nodes, last, layer or ())
+    if as_json:
+        _print_json(to_json(plans))
+    else:
+        print_placements(plans)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, devices, and which implementation each operator will use here and why."""
     from .doctor import examine

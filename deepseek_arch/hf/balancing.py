@@ -17,8 +17,9 @@ class LoadBalancingCallback(TrainerCallback):
     """`Trainer(..., callbacks=[LoadBalancingCallback()])`: router biases follow the load after each optimizer step.
 
     The update comes once per optimizer step, whatever `gradient_accumulation_steps` is, with counts summed over all
-    processes. Logs get `max_violation`, the worst layer's. The biases are part of the checkpoints that Trainer saves;
-    a resumed run goes on with them, and with the step that a rate schedule needs.
+    processes. What is printed and `state.log_history` get `max_violation`, the worst layer's; reporters that Trainer
+    runs before its users' callbacks do not. The biases are part of the checkpoints that Trainer saves; a resumed run
+    goes on with them, and with the step that a rate schedule needs.
 
     Args:
         rate, form: see `LoadBalancer`.
@@ -45,3 +46,5 @@ class LoadBalancingCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is not None and self.report is not None and self.report.loads:
             logs["max_violation"] = max(self.report.max_violation.values())
+            if state.log_history:  # holds a copy, made before callbacks are asked
+                state.log_history[-1]["max_violation"] = logs["max_violation"]

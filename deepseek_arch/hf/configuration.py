@@ -47,6 +47,12 @@ class _ArchConfig(PreTrainedConfig):
     published_prefix: ClassVar[str]
     """What the published class names of the family start with."""
 
+    mtp_loss_weight: ClassVar[float] = 0.0
+    """Of the prediction layers' loss in training; 0 leaves them out. An instance's own is saved with it."""
+
+    # What evaluation is not to take for logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "mtp_loss", "mtp_losses", "mtp_accuracy"]
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         names = self.architectures

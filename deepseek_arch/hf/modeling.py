@@ -22,11 +22,12 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from deepseek_kernels.spans import as_dense, causal_mask
 
 from ..balance import BalanceLoss
 from ..config import DeepseekConfig
@@ -34,9 +35,10 @@ from ..fp8_layer import FP8Layer
 from ..fp8_linear import FP8Experts, fp8_layers
 from ..layer import DecoderLayer
 from ..linear import Linear
-from ..mla import MultiHeadLatentAttention, causal_mask
+from ..masking import document_numbers
+from ..mla import MultiHeadLatentAttention
+from ..model import TrunkOutput
 from ..moe import Experts, MoE, Router
-from ..mtp import MTPLayer
 from ..norm import RMSNorm
 from ..rope import RotaryEmbedding
 from ..routing import Routing
@@ -45,6 +47,14 @@ from .conversion import register_conversions, saving_conversions
 from .drafting import generate_with_drafts
 from .loading import StrictLoading
 from .masking import FirstTokens, attention_mask_for, document_starts, real_tokens
+from .prediction import (
+    DeepseekCausalLMOutput,
+    DeepseekModelOutput,
+    DeepseekMTPLayer,
+    loss_weight,
+    prediction_losses,
+    share_of_items,
+)
 from .resuming import accept_published_names
 
 __all__ = [
@@ -76,10 +86,12 @@ class DeepseekAttention(MultiHeadLatentAttention):
         """As the base class."""
         if self.config is None or self.config._attn_implementation != "eager":
             return super().forward(x, rope, mask, cache)
-        q_nope, q_rope, latent, key = self.project(x, rope)
-        latents, keys, _ = self.remember(latent, key, cache)
-        queries, key_states, values = self.expand(q_nope, q_rope, latents, keys)
-        scores = queries @ key_states.transpose(-1, -2) * self.softmax_scale  # [B, N, T, S]
+        q = self.queries(x, rope).transpose(1, 2)
+        latents, keys, _ = self.remember(x, rope, cache)
+        k_nope, values = self.expand(latents).transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key_states = torch.cat((k_nope, keys[:, None].expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        scores = q @ key_states.transpose(-1, -2) * self.softmax_scale  # [B, N, T, S]
+        mask = as_dense(mask, scores.shape[-1])
         if mask is None:
             mask = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
         least = torch.finfo(scores.dtype).min
@@ -121,7 +133,7 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
     config_class = ArchDeepseekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekDecoderLayer", "MTPLayer"]  # noqa: RUF012  transformers reads a list
+    _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]  # noqa: RUF012  transformers reads a list
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -219,8 +231,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        return_trunk: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> DeepseekModelOutput:
         """One forward pass.
 
         Args:
@@ -230,6 +243,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 other, with a mask and with a cache too.
             past_key_values: any cache of transformers; it holds latents and rotated keys.
             inputs_embeds: [B, T, H] instead of input_ids.
+            return_trunk: whether to return what prediction layers read as well.
             kwargs: `cu_seq_lens_q` and `seq_idx` mark packed sequences as well; `output_hidden_states`,
                 `output_router_logits`, and `output_attentions` (with `attn_implementation="eager"`).
 
@@ -252,6 +266,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         starts = document_starts(batch, tokens, past, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         mask = attention_mask_for(self.config, x, attention_mask, position_ids, past_key_values, starts)
+        valid = real_tokens(attention_mask, tokens)
+        documents = None
+        if return_trunk:
+            documents = document_numbers(position_ids, valid) if starts is None else starts
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=x.device) + past)[None]
             if starts is not None:
@@ -261,21 +279,28 @@ class DeepseekModel(DeepseekPreTrainedModel):
             cache = FirstTokens(cache, tokens)
         rope = self.rotary_emb(position_ids)
         # Counts for `LoadBalancer`: padding is left out where the mask says what is padding.
-        routing = Routing((batch, tokens), real_tokens(attention_mask, tokens)) if self.training else None
+        routing = Routing((batch, tokens), valid) if self.training else None
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
         if routing is not None:
             routing.commit()
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        hidden = self.norm(x)
+        trunk = TrunkOutput(hidden, x, rope, mask, documents) if return_trunk else None
+        return DeepseekModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, trunk=trunk)
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     """The language model: trunk, head, and the multi-token-prediction layers of the checkpoint.
 
-    The prediction layers take no part in `forward`; they are kept so that nothing of the checkpoint is lost.
+    The prediction layers are kept so that nothing of the checkpoint is lost; `forward` trains them where
+    `config.mtp_loss_weight` asks for it (0.3 to 0.1 in V3's report; default 0, and then they do not run).
 
     Args:
         config: one of our configs, transformers' own for the same family, or a `DeepseekConfig`.
+
+    Attributes:
+        mtp_detached: whether their loss trains them alone, and neither the trunk nor the embedding and the head that
+            they share with it (TRAPS F12).
 
     Raises:
         UnsupportedModelError: a model that cannot be built (sparse attention).
@@ -286,6 +311,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
 
     reads_prediction_layers = True
+    mtp_detached = False
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
         super().__init__(config)
@@ -293,7 +319,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         self.model = DeepseekModel(self.config)
         self.vocab_size = core.vocab_size
         self.lm_head = Linear(core.hidden_size, core.vocab_size, bias=False)
-        self.mtp = nn.ModuleList(MTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(DeepseekMTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
         self.post_init()
 
     def _core_for_saving(self) -> DeepseekConfig | None:
@@ -311,7 +337,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> DeepseekCausalLMOutput:
         """One forward pass; see `DeepseekModel.forward` for the arguments that are not named here.
 
         Args:
@@ -320,28 +346,48 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             kwargs: also `num_items_in_batch` for the loss. With `output_router_logits`, `aux_loss` is the sum
                 over layers of the sequence-wise balance loss without its factor, so that perfect balance gives 1 for
                 each layer; it is added to the loss with the factor `router_aux_loss_coef`.
+
+        With `config.mtp_loss_weight` above 0, labels and input_ids, and no cache given, the output has `mtp_loss`: in
+        both modes the number that `DeepseekLM` gives, which training adds to the loss with that weight; in evaluation
+        the loss is the next token's, to be compared with any other model's. With `num_items_in_batch`, both added
+        losses, means over this call, count by its share of the targets.
+
+        Raises:
+            ValueError: as the trunk's, or a weight that is negative or has nothing to weigh.
         """
-        outputs: MoeModelOutputWithPast = self.model(
+        weight = 0.0
+        if labels is not None and input_ids is not None and past_key_values is None:
+            weight = loss_weight(self)
+        outputs: DeepseekModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_trunk=weight > 0,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        loss, aux_loss = None, None
+        valid = real_tokens(attention_mask, hidden.shape[1])
+        loss = aux_loss = mtp_loss = mtp_losses = mtp_accuracy = None
+        if outputs.router_logits:
+            aux_loss = self.balance_loss(outputs.router_logits, hidden.shape[:2], valid)
+        if outputs.trunk is not None:
+            balanced = aux_loss is not None
+            mtp_losses, mtp_accuracy, more = prediction_losses(self, outputs.trunk, input_ids, labels, valid, balanced)
+            mtp_loss = mtp_losses.mean()
+            aux_loss = aux_loss if more is None else aux_loss + more.to(aux_loss.device)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if outputs.router_logits:
-            valid = real_tokens(attention_mask, hidden.shape[1])
-            aux_loss = self.balance_loss(outputs.router_logits, hidden.shape[:2], valid)
-            if loss is not None:
-                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
+            share = share_of_items(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
+            if aux_loss is not None:
+                loss = loss + (self.router_aux_loss_coef * share * aux_loss).to(loss.device)
+            if mtp_loss is not None and self.training:
+                loss = loss + (weight * share * mtp_loss).to(loss.device)
+        return DeepseekCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -349,6 +395,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            mtp_loss=mtp_loss,
+            mtp_losses=mtp_losses,
+            mtp_accuracy=mtp_accuracy,
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

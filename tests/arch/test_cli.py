@@ -21,7 +21,7 @@ from deepseek_arch.config import DeepseekConfig, presets
 from deepseek_arch.synthetic import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("plan", "inspect", "slice", "convert", "generate", "probe-mtp", "doctor")
+COMMANDS = ("plan", "inspect", "slice", "convert", "generate", "probe-mtp", "place", "doctor")
 
 
 @pytest.fixture
