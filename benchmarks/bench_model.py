@@ -27,6 +27,8 @@ from .contestants import (
     random_model,
     training_step,
 )
+from .deepseek_inference import CHECKED, DeepseekInference
+from .deepseek_inference import NAME as DEEPSEEK
 from .harness import NATIVE, OURS, Report, Row, Samples, interleave, load_average
 from .hot_spots import hot_spots
 from .isolated import run_isolated
@@ -35,6 +37,7 @@ __all__ = ["PARTS", "Settings", "run"]
 
 READ = "plain read"
 GIGA = 1e9
+MOST_STEPS = 22  # that a decode takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,9 @@ class Settings:
         sequence: tokens of the training step.
         loads: times that each contestant loads the checkpoint.
         budget_s: seconds after which a contestant of one row is not run again.
-        limit_s: seconds that a single run of transformers may take; longer ones are left out, and the row says so.
+        limit_s: seconds that a single run of transformers may take; longer ones are left out, and the row says so. For
+            DeepSeek's code, in its own process, it is the limit of all runs of a row.
+        deepseek_inference: folder of DeepSeek's inference code, to decode and prefill with it as well.
     """
 
     preset: str = "deepseek-v2-lite"
@@ -60,6 +65,7 @@ class Settings:
     loads: int = 3
     budget_s: float = 45.0
     limit_s: float = 180.0
+    deepseek_inference: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -96,6 +102,11 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
         self.settings, self.config = settings, settings.config()
+        self.deepseek: DeepseekInference | None = None
+        if settings.deepseek_inference:
+            room = max(*settings.prompts, *settings.contexts, CHECKED) + MOST_STEPS
+            about = (settings.deepseek_inference, self.config, settings.dtype, settings.threads, room)
+            self.deepseek = DeepseekInference(*about)
         self.ours = random_model(self.config, DTYPES[settings.dtype])
         self.native = native_twin(self.ours)
         self.native_class = type(self.native).__name__
@@ -111,10 +122,11 @@ class Bench:
     def decode(self) -> Iterator[Row]:
         """Milliseconds a token, batch 1, on a cache of random latents."""
         for context in self.settings.contexts:
-            steps = 20 if context < 4096 else 8
+            steps = MOST_STEPS - 2 if context < 4096 else 8
             actions = decode_actions(self.ours, self.native, context, steps + 2)
             seconds = interleave(actions, rounds=steps, warmup=2, budget_s=self.settings.budget_s)
-            note = _fewer(seconds, steps, "steps")
+            why = self.add_deepseek(seconds, lambda one, n=context, k=steps, **limits: one.decode(n, k, 2, **limits))
+            note = "; ".join(filter(None, (_fewer(seconds, steps, "steps"), why)))
             results = {name: s.map(lambda t: 1e3 * t) for name, s in seconds.items()}
             yield self.row(f"decode at {context}", "ms/token", "lower", results, note)
 
@@ -124,9 +136,20 @@ class Bench:
             actions = prefill_actions(self.ours, self.native, prompt)
             note = self.drop_slow(actions, prompt)
             seconds = interleave(actions, rounds=3, budget_s=self.settings.budget_s)
+            why = self.add_deepseek(seconds, lambda one, n=prompt, **limits: one.prefill(n, 3, **limits))
             results = {name: s.map(lambda t, n=prompt: n / t) for name, s in seconds.items()}
-            note = note or _fewer(seconds, 3, "runs")
+            note = "; ".join(filter(None, (note or _fewer(seconds, 3, "runs"), why)))
             yield self.row(f"prefill {prompt}", "tokens/s", "higher", results, note)
+
+    def add_deepseek(self, seconds: dict[str, Samples], time_it: Callable[..., Samples | str]) -> str:
+        """Adds what DeepSeek's code takes, where it was brought along; or says why it could not."""
+        if self.deepseek is None:
+            return ""
+        found = time_it(self.deepseek, budget_s=self.settings.budget_s, limit_s=self.settings.limit_s)
+        if isinstance(found, str):
+            return found
+        seconds[DEEPSEEK] = found
+        return ""
 
     def drop_slow(self, actions: dict[str, Action], prompt: int) -> str:
         """Takes transformers out where an eighth of the prompt says that all of it needs more than the limit."""
@@ -203,6 +226,8 @@ class Bench:
     def free(self) -> None:
         """Drops the models, before other processes need the memory."""
         del self.ours, self.native
+        if self.deepseek is not None:
+            self.deepseek.close()
 
 
 def _fewer(seconds: dict[str, Samples], rounds: int, what: str) -> str:
@@ -245,6 +270,7 @@ def run(
         if part in parts:
             take(getattr(bench, part)())
     notes = [f"logits of both models agree to {bench.difference:.2g} (relative, {settings.dtype})"]
+    notes += () if bench.deepseek is None else bench.deepseek.notes
     if profiled:
         notes += bench.profile(parts)
     with tempfile.TemporaryDirectory(prefix="deepseek-arch-benchmark-") as folder:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .harness import Report, Row, compare
+from .comparison import show_changes
+from .harness import Report, Row
 from .tables import refresh_document, show, to_markdown
 
 __all__ = ["app", "include"]
@@ -48,6 +49,9 @@ def model(
     loads: Annotated[int, typer.Option(min=1, help="Times that each contestant loads the checkpoint.")] = 3,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which a slow contestant is not run again.")] = 45,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that one run of transformers may take.")] = 180,
+    deepseek_inference: Annotated[
+        str, typer.Option(help="The folder `inference` of DeepSeek-V3's repository: decode and prefill with it too.")
+    ] = "",
     profile: Annotated[bool, typer.Option(help="Also show which operators take our model's time.")] = False,
     out: Annotated[Path | None, typer.Option(help="Report file (default: in benchmarks/results).")] = None,
 ) -> None:
@@ -65,6 +69,7 @@ def model(
         loads=loads,
         budget_s=budget,
         limit_s=limit,
+        deepseek_inference=deepseek_inference,
     )
     parts = tuple(only.split(",")) if only else bench_model.PARTS
     report = bench_model.run(settings, parts, profiled=profile, on_row=_progress)
@@ -79,20 +84,23 @@ def compare_reports(
     old: Path,
     new: Path,
     tolerance: Annotated[float, typer.Option(min=0, help="How much worse a row may be.")] = 0.1,
-    by: Annotated[str, typer.Option(help="median, or ratio (to transformers) for reports of two machines.")] = "median",
+    by: Annotated[
+        str, typer.Option(help="median, or ratio (to the baseline); default: median if both ran on one machine.")
+    ] = "",
 ) -> None:
-    """Compares two reports; the exit status is 1 if a row got worse by more than the tolerance."""
-    before, after = Report.load(old), Report.load(new)
-    for what in ("cpu", "gpu", "threads", "torch"):
-        if before.machine.get(what) != after.machine.get(what):
-            typer.echo(f"different {what}: {before.machine.get(what)} and {after.machine.get(what)}", err=True)
-    changes = compare(before, after, tolerance=tolerance, by=by)
-    for change in changes:
-        typer.echo(f"{change.gain:6.2f}x  {change.name}{'  REGRESSION' if change.regressed else ''}")
-    names = [{row.name for row in report.rows} for report in (before, after)]
-    for name in sorted(names[0] ^ names[1]):
-        typer.echo(f"     -   {name}: only in the {'old' if name in names[0] else 'new'} report")
-    raise typer.Exit(any(change.regressed for change in changes))
+    """Compares two reports; the exit status is 1 if a row got worse by more than the tolerance, or one is gone."""
+    raise typer.Exit(
+        show_changes(Report.load(old), Report.load(new), tolerance=tolerance, by=by or None, echo=typer.echo)
+    )
+
+
+@app.command()
+def plot(report: Path, folder: Path) -> None:
+    """Draws a report of `kernels`: roofline, bandwidth and sweeps, as PNG files."""
+    from .plots import draw
+
+    for path in draw(Report.load(report), folder):
+        typer.echo(f"saved {path}")
 
 
 @app.command()

@@ -19,12 +19,15 @@ __all__ = [
     "DTYPES",
     "PARITY",
     "Action",
+    "allowed_difference",
     "check_same_logits",
     "comparable",
     "decode_actions",
+    "logit_differences",
     "native_config",
     "native_twin",
     "prefill_actions",
+    "random_ids",
     "random_model",
     "training_step",
 ]
@@ -107,10 +110,8 @@ def native_twin(model: da.DeepseekLM) -> PreTrainedModel:
 def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int = 48) -> float:
     """Runs one prompt through both, then a few tokens one by one through their caches, and compares.
 
-    In 16 bits, every layer rounds about fourteen times (products, norms, residuals), each time by half an epsilon at
-    most; independent roundings add up as the square root of their number. In float32, whose products accumulate in the
-    same precision, the bound is the package's policy. The median over positions counts, because a router that rounds
-    to the other side of a near tie moves single positions by more.
+    The median over positions counts, because a router that rounds to the other side of a near tie moves single
+    positions by more.
 
     Returns:
         the relative difference of the logits.
@@ -118,7 +119,7 @@ def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int =
     Raises:
         ValueError: it is larger than rounding explains, so that timing would compare different computations.
     """
-    ids = _ids(model, tokens, seed=1)
+    ids = random_ids(model.config.vocab_size, tokens, seed=1)
     prompt = tokens - STEPS
     cache = model.new_cache(1)
     ours = [model(ids[:, :prompt], cache=cache).logits]
@@ -127,10 +128,9 @@ def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int =
         token = ids[:, position : position + 1]
         ours.append(model(token, cache=cache).logits)
         theirs.append(twin(token, past_key_values=theirs[0].past_key_values))
-    differences = _difference(torch.cat(ours, dim=1), torch.cat([one.logits for one in theirs], dim=1))
+    differences = logit_differences(torch.cat(ours, dim=1), torch.cat([one.logits for one in theirs], dim=1))
     found = max(float(differences[:prompt].median()), float(differences[prompt:].median()))
-    roundings = 14 * model.config.num_hidden_layers + 2
-    allowed = PARITY if model.dtype == torch.float32 else torch.finfo(model.dtype).eps / 2 * roundings**0.5
+    allowed = allowed_difference(model)
     if not found <= allowed:
         raise ValueError(
             f"expected the logits of both models to agree to {allowed:.2g} ({model.dtype}), got {found:.2g}: refusing "
@@ -139,7 +139,18 @@ def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int =
     return found
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
+def allowed_difference(model: da.DeepseekLM) -> float:
+    """The relative difference of logits that rounding explains.
+
+    In 16 bits, every layer rounds about fourteen times (products, norms, residuals), each time by half an epsilon at
+    most; independent roundings add up as the square root of their number. In float32, whose products accumulate in the
+    same precision, the bound is the package's policy.
+    """
+    roundings = 14 * model.config.num_hidden_layers + 2
+    return PARITY if model.dtype == torch.float32 else torch.finfo(model.dtype).eps / 2 * roundings**0.5
+
+
+def logit_differences(a: Tensor, b: Tensor) -> Tensor:
     """Per position, relative to its vector of logits."""
     a, b = a.double(), b.double()
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten()
@@ -176,7 +187,7 @@ def decode_actions(model: da.DeepseekLM, twin: PreTrainedModel, context: int, st
 
 def prefill_actions(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int) -> dict[str, Action]:
     """A prompt into an empty cache, logits of its last token."""
-    ids = _ids(model, tokens, seed=3)
+    ids = random_ids(model.config.vocab_size, tokens, seed=3)
 
     @torch.inference_mode()
     def ours() -> None:
@@ -198,5 +209,6 @@ def training_step(model: Any, ids: Tensor) -> Tensor:
     return loss.detach()
 
 
-def _ids(model: da.DeepseekLM, tokens: int, seed: int) -> Tensor:
-    return torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+def random_ids(vocab_size: int, tokens: int, seed: int) -> Tensor:
+    """[1, tokens]."""
+    return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek_arch import DeepseekConfig, DeepseekLM
+from deepseek_arch.decoding import FixedStep
+from deepseek_arch.static_cache import StaticLatentCache
 from deepseek_kernels import (
     dequantize_blocks,
     fp8_gemm,
     fp8_grouped_gemm,
     fp8_grouped_wgrad,
     grouped_gemm,
+    mla_decode,
     permute,
     quantize_blocks,
     quantize_both,
@@ -103,13 +107,21 @@ def _repeats_of(operator: Operator, shape: Shape) -> Check:
 
 
 def repeats(operator: Operator, shape: Shape, device: torch.device, times: int = REPEATS) -> None:
-    """The same bits every time: a race shows as a difference, memory that nobody wrote as NaN."""
-    inputs = operator.inputs(shape, Random(device, key=f"{operator.name} {shape.name}"))
-    first = _tensors(operator.ours(*inputs))
+    """The same bits every time: a race shows as a difference, memory that nobody wrote as NaN.
+
+    Each turn has the same inputs, also where the operator writes to them.
+    """
+
+    def inputs() -> tuple[Any, ...]:
+        return operator.inputs(shape, Random(device, key=f"{operator.name} {shape.name}"))
+
+    same = inputs()
+    first = tuple(result.clone() for result in _tensors(operator.ours(*same)))
     for turn in range(1, times):
         for result in first:  # the allocator hands this memory to the next call
             _poison(torch.empty_like(result))
-        for mine, expected in zip(_tensors(operator.ours(*inputs)), first, strict=True):
+        same = inputs() if operator.in_place else same
+        for mine, expected in zip(_tensors(operator.ours(*same)), first, strict=True):
             require_equal(mine, expected, f"repetition {turn} of {times - 1}")
 
 
@@ -302,6 +314,39 @@ def large_experts(device: torch.device, sizes: Sizes) -> None:
     require_equal(got[-1], right.float(), "last expert of fp8_grouped_wgrad")
 
 
+def large_attention(device: torch.device, sizes: Sizes) -> None:
+    """The last row of a cache of more than 2^31 elements, and the last token of queries as many."""
+    config = scale(sizes.scale).config
+    latent, width = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
+    tokens = sizes.rows * sizes.width // width // 2
+    _needs(device, 2 * 2 * tokens * width + 4 * tokens * width)
+    random = Random(device, key="large attention")
+    states, q = random.normal(2, tokens, width), random.normal(2, 1, 16, width)
+    spans = torch.tensor([[[0, 1]], [[tokens - 300, tokens]]], dtype=torch.int32, device=device)
+    got = mla_decode(q, states, latent, width**-0.5, spans)[1:]
+    with use_backend("reference"):
+        right = mla_decode(q[1:], states[1:, -min(300, tokens) :], latent, width**-0.5)
+    require_close(got, right, 4 * BF16_ROUNDING, "last row of mla_decode")
+
+
+def captured_decoding(device: torch.device, sizes: Sizes) -> None:
+    """A decoding step replayed as a CUDA graph (on a CPU, just called) gives the logits of one that is not."""
+    config = DeepseekConfig.from_pretrained("tiny")
+    model = DeepseekLM(config, device=device, dtype=torch.bfloat16).eval()
+    ids = Random(device, key="captured").integers(0, config.vocab_size, 3, 40)
+    with torch.no_grad():
+        caches = [model.new_cache(3), model.new_cache(3)]
+        for cache in caches:
+            model(ids, cache=cache)
+        static = StaticLatentCache(caches[1], 128)
+        graph = FixedStep(model, static) if device.type == "cuda" else None
+        for turn in range(8):
+            right = model(ids[:, turn : turn + 1], cache=caches[0]).logits[:, -1]
+            # The splits of the keys differ, and with them the order of sums in each layer.
+            got = graph(ids[:, turn]) if graph else model(ids[:, turn : turn + 1], cache=static).logits[:, -1]
+            require_close(got, right, 2**-5, f"captured step {turn}")
+
+
 def large_permutation(device: torch.device, sizes: Sizes) -> None:
     """The last rows of permuted tokens of more than 2^31 elements, and the last tokens on the way back."""
     _needs(device, 6 * sizes.tokens * sizes.topk * sizes.width)
@@ -321,10 +366,12 @@ _CHECKS: Mapping[str, Check] = {
     "integers: grouped products": exact_grouped_products,
     "integers: grouped gradients": exact_grouped_gradients,
     "promotion: fp8_gemm": promotion,
+    "decoding as a CUDA graph": captured_decoding,
 }
 _LARGE: dict[str, Check] = {
     "beyond 2^31: quantization": large_quantization,
     "beyond 2^31: fp8_gemm": large_product,
     "beyond 2^31: experts": large_experts,
     "beyond 2^31: permutation": large_permutation,
+    "beyond 2^31: mla_decode": large_attention,
 }

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, quantiles, the machine it ran on, the JSON file, comparison.
+"""What every benchmark shares: interleaved timing, quantiles, the machine it ran on, the JSON file.
 
 A result is a `Report`: settings, machine, and rows. A row holds the samples of each contestant under one name and unit.
 """
@@ -27,11 +27,10 @@ __all__ = [
     "NATIVE",
     "OURS",
     "PACKAGES",
-    "Change",
     "Report",
     "Row",
     "Samples",
-    "compare",
+    "gain",
     "interleave",
     "load_average",
     "machine",
@@ -222,7 +221,7 @@ class Row:
         """How many times better the median of "ours" is than the baseline's; None without either."""
         if self.baseline is None or not {OURS, self.baseline} <= set(self.results):
             return None
-        return _gain(self.results[self.baseline].median, self.results[OURS].median, self.better)
+        return gain(self.results[self.baseline].median, self.results[OURS].median, self.better)
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(dataclasses.replace(self, results={}))
@@ -236,7 +235,7 @@ class Row:
         return cls(results={name: Samples.from_dict(s) for name, s in data["results"].items()}, **fields)
 
 
-def _gain(old: float, new: float, better: str) -> float:
+def gain(old: float, new: float, better: str) -> float:
     """How many times better `new` is than `old`."""
     return old / new if better == "lower" else new / old
 
@@ -287,53 +286,3 @@ def command_line() -> str:
     name = Path(sys.argv[0])
     module = "benchmarks" if name.name == "__main__.py" else f"benchmarks.{name.stem}"
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
-
-
-# ------------------------------------------------------------------ comparison
-
-
-@dataclass(frozen=True)
-class Change:
-    """One row in two reports: how many times better the new one is, and whether that is a regression."""
-
-    name: str
-    gain: float
-    regressed: bool
-
-
-def compare(old: Report, new: Report, *, tolerance: float = 0.1, by: str = "median") -> list[Change]:
-    """Compares "ours" in the rows that both reports have. What failed in the new one only is a regression, gain 0.
-
-    Args:
-        tolerance: a row regresses when it is worse than the old one by more than this fraction.
-        by: "median" compares medians, for two runs on one machine; "ratio" compares the ratios to the baseline, for
-            two machines, or two states of one.
-
-    Raises:
-        ValueError: no row in common, or an argument out of range.
-    """
-    if tolerance < 0 or by not in ("median", "ratio"):
-        raise ValueError(f"expected tolerance >= 0 and by median or ratio, got {tolerance} and {by!r}")
-    before = {(row.name, row.unit): row for row in old.rows}
-    changes = []
-    for row in new.rows:
-        other = before.get((row.name, row.unit))
-        if other is None:
-            continue
-        gain = _change(other, row, by)
-        if gain is not None:
-            changes.append(Change(row.name, gain, gain < 1 / (1 + tolerance)))
-    if not changes:
-        raise ValueError(f"expected reports with rows in common, got {list(before)} and {[r.name for r in new.rows]}")
-    return changes
-
-
-def _change(old: Row, new: Row, by: str) -> float | None:
-    if OURS in old.results and "error" in new.details:
-        return 0.0
-    if by == "ratio":
-        first, second = old.ratio(), new.ratio()
-        return None if first is None or second is None else second / first
-    if not (OURS in old.results and OURS in new.results):
-        return None
-    return _gain(old.results[OURS].median, new.results[OURS].median, new.better)

@@ -11,8 +11,21 @@ from .rooflines import Ceilings
 
 __all__ = ["LEGEND", "is_of_kernels", "lines", "remarks", "to_text"]
 
-HEAD = ("operator", "shape", "provider", "ms (p10 - p90)", "TFLOP/s", "GB/s", "% of roofline", "x built-in", "goal")
+HEAD = (
+    "operator",
+    "shape",
+    "provider",
+    "ms (p10 - p90)",
+    "first call s",
+    "TFLOP/s",
+    "GB/s",
+    "% of roofline",
+    "x built-in",
+    "goal",
+)
 LEGEND = (
+    "first call: all of a contestant's first call at this shape, nothing subtracted: imports, compiling what neither "
+    "this process nor a cache on disk has, warming up; the ms are of later calls; "
     "% of roofline: the least time that bytes and FLOPs allow at the measured ceilings, over the time; "
     "x built-in: the fastest torch built-in's time over ours; goals are for an H200"
 )
@@ -41,9 +54,11 @@ def _cells(row: Row, name: str, samples: Samples, ceilings: Ceilings | None) -> 
     ratio = row.ratio() if ours else None
     # Our call on a GPU may have run the reference: a slow surprise that the table is not to hide.
     label = f"{name} ({row.details['runs']})" if ours else name
+    first = row.details.get("first_call_s", {}).get(name)
     return (
         label,
         f"{samples.median:.4g} ({samples.p10:.4g} - {samples.p90:.4g})",
+        "" if first is None else f"{first:.3g}",
         f"{flops / seconds / 1e12:.4g}" if flops else "",
         f"{moved / seconds / 1e9:.4g}",
         share,
@@ -57,8 +72,7 @@ def _goal(row: Row, seconds: float) -> str:
         return ""
     goal = Goal(**row.details["goal"])
     reached = goal.reached(seconds, row.details["flops"], row.details["bytes"])
-    wanted = goal.must + (f", stretch {goal.stretch}" if goal.stretch else "")
-    return f"{reached.upper() if reached else 'MISSED'} ({wanted})"
+    return f"{reached.upper() if reached else 'MISSED'} ({goal.describe()})"
 
 
 def remarks(report: Report) -> list[str]:

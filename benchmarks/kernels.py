@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ import torch
 
 from deepseek_kernels import dispatch
 
+from .comparison import show_changes
 from .environment import describe_machine, gpu_state
 from .harness import OURS, Report, Row, Samples, load_average
 from .kernel_tables import to_text
-from .operators import Operator, Provider, Random, Shape, operators, select
+from .operators import Operator, Provider, Random, Shape, fits, select
+from .plots import draw, require_matplotlib
 from .rooflines import Ceilings, measure_ceilings
 from .scales import SCALES, scale
 from .timing import COLD, copies, time_calls
 
-__all__ = ["Options", "failed", "main", "measure", "plan", "run"]
+__all__ = ["Options", "catalogue", "failed", "main", "measure", "plan", "run"]
 
 RESULTS = Path("benchmarks") / "results"
 TORCH = "torch"  # on the command line: every provider that is not ours
@@ -54,13 +56,17 @@ class Options:
         return device.type in provider.devices and (self.providers is None or TORCH in self.providers)
 
 
-def plan(chosen: Sequence[Operator], scales: Sequence[str]) -> list[tuple[Operator, Shape]]:
-    """Every operator at every shape, the most important first, then scale by scale."""
+def plan(chosen: Sequence[Operator], scales: Sequence[str], sweep: bool = False) -> list[tuple[Operator, Shape]]:
+    """Every operator at every shape, the most important first, then scale by scale.
+
+    Args:
+        sweep: also the shapes of the operators' sweeps, after the others of their scale.
+    """
     found = [
         (rank, shape.priority, place, operator, shape)
         for rank, name in enumerate(scales)
         for operator in chosen
-        for place, shape in enumerate(operator.shapes(scale(name)))
+        for place, shape in enumerate([*operator.shapes(scale(name)), *(operator.sweeps(scale(name)) if sweep else ())])
     ]
     found.sort(key=lambda one: one[:3])
     return [(operator, shape) for *_, operator, shape in found]
@@ -73,6 +79,8 @@ def measure(operator: Operator, shape: Shape, device: torch.device, options: Opt
     """Checks and times one operator; a row without results, and with the error, if ours is not right."""
     details: dict[str, Any] = {"op": operator.name, "shape": shape.name, "flops": operator.flops(shape)}
     details |= {"bytes": operator.bytes(shape), "product": operator.product, "runs": _implementation(operator.op)}
+    if shape.sweep:
+        details |= {"sweep": shape.sweep, "size": shape[shape.sweep]}
     if shape.goal and device.type == "cuda":
         details["goal"] = {"must": shape.goal.must, "stretch": shape.goal.stretch}
     name = f"{operator.name} {shape.name}"
@@ -131,7 +139,7 @@ def _check(operator: Operator, inputs: tuple[Any, ...], wanted: dict[str, Provid
             start = time.perf_counter()
             got = provider.call(*inputs)
             _synchronize()
-            seconds[name] = round(time.perf_counter() - start, 3)
+            seconds[name] = float(f"{time.perf_counter() - start:.3g}")
             if provider.checked:
                 operator.verify(got, expected, ours=name == OURS)
         except Exception as error:
@@ -193,37 +201,105 @@ def failed(report: Report) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 if an operator failed. argparse, so that it runs where nothing but torch is installed.
+    """The command; 1 if an operator failed or, with `--compare`, got slower.
+
+    argparse, so that it runs where nothing but torch is installed.
 
     Raises:
-        ValueError: an unknown operator or shape.
+        ValueError: an unknown operator, shape or provider; no such report; figures without matplotlib.
     """
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
-    parser.add_argument("--op", nargs="+", default=[], metavar="NAME", help="operators, or groups of them (see --list)")
-    default = "v3" if gpu else "cpu"
-    parser.add_argument("--shape", default=default, help=f"among {', '.join(SCALES)}; several with commas [{default}]")
-    parser.add_argument("--provider", help="ours, torch (all the others) or names, with commas")
-    parser.add_argument("--rounds", type=int, default=20, help="samples of each [20]")
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds for each [3]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--out", type=Path, help=f"report file (default: in {RESULTS.as_posix()})")
-    parser.add_argument("--list", action="store_true", help="name the operators and stop")
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    chosen, scales = select(_parts(args.op)), _parts(args.shape)
     if args.list:
-        print("\n".join(operator.name for operator in operators()))
+        print(catalogue(chosen, scales or list(SCALES)))
         return 0
-    device = torch.device(args.device)
-    providers = tuple(args.provider.split(",")) if args.provider else None
-    work = plan(select(args.op), args.shape.split(","))
+    scales = scales or ["v3" if args.device == "cuda" else "cpu"]
+    work = plan(chosen, scales, args.sweep)
+    providers = _check_providers(_parts([args.provider]), work) if args.provider else None
+    # What can go wrong with files goes wrong before the minutes of measuring.
+    old = Report.load(args.compare) if args.compare else None
+    if old is not None and providers is not None and OURS not in providers:
+        raise ValueError(f"expected {OURS} among the providers to compare, got {', '.join(providers)}")
+    if args.plot:
+        require_matplotlib()
     options = Options(providers, args.rounds, args.budget)
-    report = run(work, device, options, on_row=lambda row, _: print(row.name, _progress(row), file=sys.stderr))
+    report = run(
+        work, torch.device(args.device), options, on_row=lambda row, _: print(row.name, _progress(row), file=sys.stderr)
+    )
     print(to_text(report))
-    what = "" if not args.op else "-" + "-".join(args.op)
-    path = args.out or RESULTS / f"kernels-{args.shape.replace(',', '-')}{what}-{slug(report)}.json"
+    what = "-".join([*scales, *_parts(args.op), *(["sweep"] if args.sweep else [])])
+    path = args.out or RESULTS / f"kernels-{what}-{slug(report)}.json"
     report.save(path)
     print(f"saved {path}")
-    return 1 if failed(report) else 0
+    for figure in draw(report, args.plot) if args.plot else ():
+        print(f"saved {figure}")
+    slower = 0
+    if old is not None:
+        asked = replace(
+            old, rows=tuple(row for row in old.rows if _was_asked(row, _parts(args.op), scales, args.sweep))
+        )
+        slower = show_changes(asked, report, tolerance=args.tolerance, by=args.by)
+    return 1 if failed(report) or slower else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__)
+    add = parser.add_argument
+    add("--op", nargs="+", default=[], metavar="NAME", help="operators, or groups of them (see --list)")
+    add("--shape", nargs="+", default=[], metavar="MODEL", help=f"among {', '.join(SCALES)} [v3 on a GPU, else cpu]")
+    add("--sweep", action="store_true", help="also the operators' sweeps over one size")
+    add("--provider", help="ours, torch (all the others) or names, with commas")
+    add("--rounds", type=int, default=20, help="samples of each [20]")
+    add("--budget", type=float, default=3.0, help="seconds for each [3]")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    add("--out", type=Path, help=f"report file (default: in {RESULTS.as_posix()})")
+    add("--plot", type=Path, metavar="FOLDER", help="draw the figures there (needs matplotlib)")
+    add("--compare", type=Path, metavar="REPORT", help="an older report; exit with 1 if anything regressed")
+    add("--tolerance", type=float, default=0.1, help="how much worse a row may be [0.1]")
+    add("--by", choices=("median", "ratio"), help="compare medians, or ratios to the best built-in [by the machines]")
+    add("--list", action="store_true", help="show the operators, their shapes, others and goals, and stop")
+    return parser
+
+
+def _parts(texts: Sequence[str]) -> list[str]:
+    """Words separated by commas or by spaces."""
+    return [part for text in texts for part in text.split(",") if part]
+
+
+def _check_providers(names: Sequence[str], work: Sequence[tuple[Operator, Shape]]) -> tuple[str, ...]:
+    known = {OURS, TORCH}.union(*(operator.providers(shape) for operator, shape in work))
+    if not set(names) <= known:
+        raise ValueError(f"expected providers among {', '.join(sorted(known))}, got {', '.join(names)}")
+    return tuple(names)
+
+
+def _was_asked(row: Row, names: Sequence[str], scales: Sequence[str], sweep: bool) -> bool:
+    """Whether a row of an older report is among what this run measures, if it still exists."""
+    op, shape = row.details.get("op", ""), row.details.get("shape", "")
+    wanted = not names or any(fits(op, name) for name in names)
+    return wanted and shape.partition(" ")[0] in scales and (sweep or "sweep" not in row.details)
+
+
+def catalogue(chosen: Sequence[Operator], scales: Sequence[str]) -> str:
+    """What can be timed: each operator with its contestants, then its shapes and goals, one a line."""
+    text = []
+    for operator in chosen:
+        shapes = [shape for name in scales for shape in operator.shapes(scale(name))]
+        others = list(dict.fromkeys(other for shape in shapes for other in operator.providers(shape)))
+        text.append(f"{operator.name}  (others: {', '.join(others) or 'none'})")
+        width = max((len(shape.name) for shape in shapes), default=0)
+        for shape in shapes:
+            goal = "" if shape.goal is None else f"  goal {shape.goal.describe()}"
+            text.append(f"  {shape.name:{width}}{goal}".rstrip())
+        for name in scales:
+            curves: dict[str, list[Shape]] = {}
+            for shape in operator.sweeps(scale(name)):
+                curves.setdefault(shape.curve, []).append(shape)
+            for curve, points in curves.items():
+                over = points[0].sweep
+                text.append(f"  {curve}, sweep {over} = {points[0][over]} ... {points[-1][over]}")
+    return "\n".join(text)
 
 
 def _progress(row: Row) -> str:

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,10 +28,12 @@ __all__ = [
     "Random",
     "Shape",
     "compiled",
+    "fits",
     "operators",
     "require_close",
     "require_equal",
     "select",
+    "swept",
 ]
 
 
@@ -56,6 +58,9 @@ class Goal:
     def __post_init__(self) -> None:
         for text in filter(None, (self.must, self.stretch)):
             _parse(text)
+
+    def describe(self) -> str:
+        return self.must + (f", stretch {self.stretch}" if self.stretch else "")
 
     def reached(self, seconds: float, flops: float, moved: float) -> str:
         """ "stretch", "must" or "" for a run of `seconds` that computes `flops` and moves `moved` bytes."""
@@ -91,12 +96,14 @@ class Shape:
     Attributes:
         name: begins with the name of its scale: "v3 o_proj 4096x7168x16384".
         priority: shapes with smaller ones come first, in case the time runs out.
+        sweep: the size that differs from shape to shape, where this is one of several that `swept` made.
     """
 
     name: str
     sizes: Mapping[str, int]
     goal: Goal | None = None
     priority: int = 5
+    sweep: str | None = None
 
     def __getitem__(self, name: str) -> int:
         return self.sizes[name]
@@ -104,6 +111,23 @@ class Shape:
     @property
     def scale(self) -> str:
         return self.name.partition(" ")[0]
+
+    @property
+    def curve(self) -> str:
+        """The name without the size that a sweep varies."""
+        return self.name.rpartition(", ")[0]
+
+
+def swept(name: str, sizes: Mapping[str, int], over: str, low: int, high: int) -> Iterator[Shape]:
+    """The shapes of one curve: the size `over` at every power of two from `low` to `high`, the others fixed.
+
+    Args:
+        name: as a shape's, without the size: "v3 o_proj 7168x16384".
+    """
+    for power in range(max(low, 1).bit_length() - 1, max(high, 1).bit_length()):
+        value = 2**power
+        if low <= value <= high:
+            yield Shape(f"{name}, {over}={value}", {**sizes, over: value}, priority=9, sweep=over)
 
 
 @dataclass(frozen=True)
@@ -144,15 +168,21 @@ class Operator:
         name: as on the command line and in reports; "fp8_quantize.rows" is also found as "fp8_quantize".
         op: the name it is registered under in `deepseek_kernels.dispatch`.
         product: the matrix product whose measured speed bounds it: "fp8", "bf16" or "fp32".
+        in_place: whether it writes to its inputs.
     """
 
     name: ClassVar[str] = ""
     op: ClassVar[str] = ""
     product: ClassVar[str] = "bf16"
+    in_place: ClassVar[bool] = False
 
     def shapes(self, scale: Scale) -> Iterable[Shape]:
         """What to time for a model of this scale."""
         raise NotImplementedError
+
+    def sweeps(self, scale: Scale) -> Iterable[Shape]:
+        """More shapes, made with `swept`, for a curve over one size: timed with `--sweep` only."""
+        return ()
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
         """Operands, normally distributed: zeros would raise the clocks."""
@@ -278,10 +308,11 @@ def select(names: Iterable[str]) -> list[Operator]:
     """
     wanted, everything = list(names), operators()
     for name in wanted:
-        if not any(_fits(operator, name) for operator in everything):
+        if not any(fits(operator.name, name) for operator in everything):
             raise ValueError(f"expected operators among {', '.join(o.name for o in everything)}, got {name!r}")
-    return [o for o in everything if not wanted or any(_fits(o, name) for name in wanted)]
+    return [o for o in everything if not wanted or any(fits(o.name, name) for name in wanted)]
 
 
-def _fits(operator: Operator, name: str) -> bool:
-    return operator.name == name or operator.name.startswith(name + ".")
+def fits(operator: str, name: str) -> bool:
+    """Whether `name` names this operator or its group."""
+    return operator == name or operator.startswith(name + ".")

@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 
 from benchmarks import bench_model, contestants, demo, harness, isolated
 from benchmarks.__main__ import main
-from benchmarks.harness import Report, Row, Samples, compare, interleave, quantile
+from benchmarks.comparison import compare, machines_differ, show_changes
+from benchmarks.harness import Report, Row, Samples, interleave, quantile
 from benchmarks.hot_spots import hot_spots
 from benchmarks.isolated import run_isolated
 from benchmarks.tables import to_markdown
@@ -155,6 +156,38 @@ def test_reports_that_cannot_be_compared_exit_with_2(tmp_path, monkeypatch, caps
     status, text = compared(tmp_path, monkeypatch, capsys, new, *options)
     assert status == 2
     assert "error: expected" in text
+
+
+def test_what_failed_or_is_gone_with_its_goal_is_a_regression_and_what_is_new_is_not():
+    free = Row("no goal", "ms", "lower", {"ours": Samples((1.0,))})
+    broken = Row("broken", "ms", "lower", {}, details={"error": "Mismatch: no"})
+    others_only = Row("others only", "ms", "lower", {"transformers": Samples((1.0,))})
+    old = report(row(), row("gone"), free, row("broken"), row("others only"), row("absent before", theirs=None))
+    new = report(row(), broken, others_only, row("new"))
+    found = {change.name: (change.gain, change.regressed) for change in compare(old, new)}
+    assert found == {
+        "decode at 512": (1.0, False),
+        "broken": (0.0, True),
+        "others only": (None, True),
+        "new": (None, False),
+        "gone": (None, True),
+        "no goal": (None, False),
+        "absent before": (None, True),
+    }
+
+
+def test_two_machines_are_compared_by_ratios_and_one_by_medians(capsys):
+    slow, other = report(row(ours=20, theirs=40)), {"cpu": "another", "gpu": None, "threads": 1, "torch": "1.0"}
+    assert show_changes(report(row()), slow) == 1
+    assert show_changes(report(row(), machine=other), slow) == 0
+    text = capsys.readouterr().out
+    assert "different cpu: another and " in text
+    assert "different torch: 1.0 and " in text
+    assert "  1.00x  decode at 512\n1 compared, 0 regressed" in text
+    # A GPU decides alone, and a median may still be asked for.
+    gpu = {"cpu": "another", "gpu": "a GPU", "threads": 1}
+    assert machines_differ(report(machine=gpu), report(machine=gpu | {"cpu": "a third", "threads": 2})) == []
+    assert show_changes(report(row(), machine=other), slow, by="median") == 1
 
 
 def test_throughput_regresses_downwards():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernels, operators
-from benchmarks.harness import Report, Row, Samples, compare
+from benchmarks.comparison import compare
+from benchmarks.harness import Report, Row, Samples
 from benchmarks.kernel_tables import lines, remarks, to_text
 from benchmarks.operators import Goal, Mismatch, Operator, Provider, Shape, require_close, require_equal
 from benchmarks.rooflines import Ceilings
@@ -194,21 +195,22 @@ def row(ours: float = 2.0, **details) -> Row:
 
 
 def test_a_table_says_what_the_numbers_mean():
-    head, ours, other = lines(report(row(goal={"must": "0.4 TF", "stretch": "0.6 GB/s"})))
-    assert head[3:] == ("ms (p10 - p90)", "TFLOP/s", "GB/s", "% of roofline", "x built-in", "goal")
+    head, ours, other = lines(report(row(goal={"must": "0.4 TF", "stretch": "0.6 GB/s"}, first_call_s={"ours": 1.2})))
+    assert head[3:] == ("ms (p10 - p90)", "first call s", "TFLOP/s", "GB/s", "% of roofline", "x built-in", "goal")
     # A gigaFLOP and a megabyte in 2 ms; both ceilings allow it in 1 ms.
     assert ours == (
         "doubling",
         "v3 eight",
         "ours (triton)",
         "2 (1.2 - 2.8)",
+        "1.2",
         "0.5",
         "0.5",
         "50.0%",
         "1.50x",
         "MUST (0.4 TF, stretch 0.6 GB/s)",
     )
-    assert other == ("", "", "mm", "3 (3 - 3)", "0.3333", "0.3333", "33.3%", "", "")
+    assert other == ("", "", "mm", "3 (3 - 3)", "", "0.3333", "0.3333", "33.3%", "", "")
 
 
 def test_a_report_of_kernels_survives_its_file_and_has_its_own_markdown(tmp_path):
@@ -246,8 +248,94 @@ def test_the_command_checks_times_and_saves(tmp_path, capsys, monkeypatch):
     assert kernels.main([*arguments, "--out", str(tmp_path / "out.json")]) == 1
 
 
+def test_the_command_compares_with_what_it_was_asked_for_only(tmp_path, capsys, monkeypatch):
+    arguments = ["--op", "moe_permute.permute", "--shape", "tiny", "--rounds", "1", "--budget", "0", "--device", "cpu"]
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
+    found = {"ms": 0.0}
+    monkeypatch.setattr(kernels, "measure", lambda operator, shape, *_: timed(operator.name, shape.name, **found))
+    goal = {"must": "1 us", "stretch": ""}
+    old = [timed("moe_permute.permute", "tiny 24x192, top-4", 2.0, goal=goal)]
+    old += [timed("moe_permute.unpermute", "tiny 24x192, top-4", 2.0, goal=goal)]  # another operator
+    old += [timed("moe_permute.permute", "v3 8192x7168, top-8", 2.0, goal=goal)]  # another scale
+    Report("kernels", {"device": "cpu"}, tuple(old)).save(tmp_path / "old.json")
+    arguments += ["--compare", str(tmp_path / "old.json"), "--out", str(tmp_path / "new.json")]
+    for found["ms"], tolerance, status in ((2.1, "0.1", 0), (2.3, "0.1", 1), (2.3, "0.2", 0)):
+        assert kernels.main([*arguments, "--tolerance", tolerance]) == status
+        text = capsys.readouterr().out
+        assert ("REGRESSION" in text) == bool(status)
+        assert "1 compared" in text
+    old.append(timed("moe_permute.permute", "tiny 9x9, top-4", 2.0, goal=goal))
+    Report("kernels", {"device": "cpu"}, tuple(old)).save(tmp_path / "old.json")
+    found["ms"] = 2.0
+    assert kernels.main(arguments) == 1
+    assert "moe_permute.permute tiny 9x9, top-4: ERROR, a row with a goal is only in the old" in capsys.readouterr().out
+
+
+def timed(op: str, shape: str, ms: float, **details) -> Row:
+    every = {"op": op, "shape": shape, "flops": 0, "bytes": 1000, "product": "bf16", "runs": "reference"}
+    return Row(f"{op} {shape}", "ms", "lower", {"ours": Samples((ms,))}, details=every | details)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "run", fail)
+    arguments = ["--op", "moe_permute", "--shape", "tiny", "--device", "cpu"]
+    with pytest.raises(ValueError, match=r"expected providers among .*index_select.*, got cublas"):
+        kernels.main([*arguments, "--provider", "cublas"])
+    with pytest.raises(ValueError, match=r"old\.json"):
+        kernels.main([*arguments, "--compare", str(tmp_path / "old.json")])
+    report(row()).save(tmp_path / "old.json")
+    with pytest.raises(ValueError, match="expected ours among the providers to compare, got torch"):
+        kernels.main([*arguments, "--provider", "torch", "--compare", str(tmp_path / "old.json")])
+    monkeypatch.setattr("benchmarks.plots.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="expected matplotlib"):
+        kernels.main([*arguments, "--plot", str(tmp_path)])
+
+
 def test_the_command_lists_operators_and_refuses_what_it_does_not_know(capsys):
-    assert kernels.main(["--list"]) == 0
-    assert capsys.readouterr().out.split() == [operator.name for operator in operators.operators()]
+    assert kernels.main(["--list", "--op", "fp8_gemm.blocks,moe_permute", "--shape", "v3,v2-lite", "tiny"]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[0] == "fp8_gemm.blocks  (others: scaled_mm, bf16 mm, tensor-wise)"
+    assert ["v3", "o_proj", "4096x7168x16384", "goal", "850", "TF,", "stretch", "1100", "TF"] in map(str.split, text)
+    assert "  v2-lite o_proj 4096x2048x2048" in text
+    assert "  v3 o_proj 7168x16384, sweep M = 1 ... 8192" in text
+    assert not any("kimi" in line for line in text)
+    assert [line.split()[0] for line in text if not line.startswith(" ")] == [
+        "fp8_gemm.blocks",
+        "moe_permute.permute",
+        "moe_permute.unpermute",
+    ]
     with pytest.raises(ValueError, match="got 'nothing'"):
         kernels.main(["--op", "nothing"])
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def test_a_sweep_is_every_power_of_two_between_its_ends():
+    shapes = list(operators.swept("v3 head 8", {"H": 8}, "T", 3, 40))
+    assert [shape["T"] for shape in shapes] == [4, 8, 16, 32]
+    assert shapes[0] == Shape("v3 head 8, T=4", {"H": 8, "T": 4}, None, 9, "T")
+    assert {shape.curve for shape in shapes} == {"v3 head 8"}
+    assert [shape["T"] for shape in operators.swept("v3 x", {}, "T", 1, 2)] == [1, 2]
+    assert list(operators.swept("v3 x", {}, "T", 5, 7)) == []
+
+
+def test_sweeps_are_timed_when_asked_for_and_after_everything_else():
+    chosen = operators.select(["fp8_gemm.blocks"])
+    without, sweeping = kernels.plan(chosen, ["tiny"]), kernels.plan(chosen, ["tiny"], sweep=True)
+    assert not any(shape.sweep for _, shape in without)
+    assert [shape["M"] for _, shape in sweeping[len(without) :]] == [1, 2, 4, 8, 16]
+    operator, shape = sweeping[-1]
+    found = kernels.measure(operator, shape, CPU, QUICK)
+    assert (found.details["sweep"], found.details["size"]) == ("M", 16)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_sweeps_have_names_and_sizes_of_their_scale(name):
+    for operator in operators.operators():
+        shapes = list(operator.sweeps(scale(name)))
+        assert len({shape.name for shape in shapes}) == len(shapes)
+        for shape in shapes:
+            assert shape.scale == name
+            assert shape.name == f"{shape.curve}, {shape.sweep}={shape[shape.sweep]}"
+            assert operator.bytes(shape) > 0

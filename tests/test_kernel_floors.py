@@ -56,6 +56,16 @@ KERNELS = [
     ("4c", "fp8_grouped_gemm.wgrad", "7168x2048x32768, 8 experts", 0.61e-3, "450 TF", "650 TF"),
     ("4d, permute", "moe_permute.permute", "8192x7168, top-8", 246e-6, "290 us", ""),
     ("4d, unpermute", "moe_permute.unpermute", "8192x7168, top-8", 246e-6, "290 us", ""),
+    ("5, batch", "topk_gate", "8192x256, top-8, 4 of 8 groups", 2.134e-6, "16 us", "12 us"),  # the table: 2 us
+    ("5, decode", "topk_gate", "64x256, top-8, 4 of 8 groups", 1.69e-8, "3.5 us", "2.5 us"),
+    ("6a", "mla_decode.plain", "b=128 h=128 s=4096", 185e-6, "400 TF", "480 TF"),
+    ("6b", "mla_decode.plain", "b=128 h=16 s=8192", 281e-6, "3.2 TB/s", "3.7 TB/s"),
+    ("6c", "mla_decode.fp8", "b=128 h=16 s=8192", 160e-6, "2.2 TB/s", "2.8 TB/s"),
+    ("7a", "mla_attention.forward", "16 heads, 8192 tokens", 435e-6, "450 TF", "520 TF"),
+    ("7b", "mla_attention.backward", "16 heads, 8192 tokens", 1.13e-3, "300 TF", "380 TF"),
+    ("8a", "rms_norm.forward", "8192x7168", 55e-6, "62 us", "59 us"),
+    ("8b", "rms_norm.add_quantize", "8192x7168", 96e-6, "110 us", "104 us"),
+    ("8c", "rope.in_place", "8192x128x64 of 192 columns", 62e-6, "72 us", ""),
     ("10", "linear_cross_entropy.training", "8192x7168x129280", 57.7e-3, "620 TF", "680 TF"),
 ]
 
