@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_kernels import dispatch
-from deepseek_kernels.mla_attention import mla_attention
-from deepseek_kernels.mla_decode import mla_decode
-from deepseek_kernels.rope import rope as rotate_last
-from deepseek_kernels.rope import rope_
+from deepseek_kernels import dispatch, mla_attention, mla_decode, rope_
+from deepseek_kernels import rope as rotate
 
 from .cache import LatentCache
 from .config import DeepseekConfig
@@ -146,7 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
         q = q.unflatten(-1, (-1, self.qk_head_dim))  # -1: under tensor parallelism a rank holds a share of the heads
         # In place where nobody else has seen it: a hook may have kept it.
         own = not (torch.is_grad_enabled() and q.requires_grad) and not hooked(projection)
-        return rope_(q, *rope) if own else rotate_last(q, *rope)
+        return rope_(q, *rope) if own else rotate(q, *rope)
 
     def remember(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
@@ -166,7 +163,7 @@ class MultiHeadLatentAttention(nn.Module):
             states = cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
             return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
         latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent, key = norm(latent), rotate_last(key, *rope)
+        latent, key = norm(latent), rotate(key, *rope)
         if cache is None:
             return latent, key, None
         if ours:

@@ -1,4 +1,4 @@
-"""Rotary position embeddings with YaRN, on interleaved pairs.
+"""The angles of rotary position embeddings, with YaRN; `deepseek_kernels.rope` turns interleaved pairs by them.
 
 DeepSeek's weights hold each rotary pair side by side: (x0, x1), (x2, x3), ... (TRAPS A1). The rotation keeps that
 order, as DeepSeek's own code does; transformers stores the rotated key de-interleaved, which gives the same scores but
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import DeepseekConfig
 from .yarn import Yarn
 
-__all__ = ["RotaryEmbedding", "inverse_frequencies", "rotate"]
+__all__ = ["RotaryEmbedding", "inverse_frequencies"]
 
 
 def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None, device=None) -> Tensor:
@@ -71,14 +71,3 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, theta={self.theta}, yarn={self.yarn}"
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the interleaved pairs of the last dimension, in float32, rounded once to `x.dtype`.
-
-    Args:
-        x: [..., R].
-        cos, sin: broadcastable to [..., R / 2].
-    """
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [..., R / 2] each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deepseek_arch.config import ConfigError, DeepseekConfig
-from deepseek_arch.rope import RotaryEmbedding, inverse_frequencies, rotate
+from deepseek_arch.rope import RotaryEmbedding, inverse_frequencies
+from deepseek_kernels import rope
 from oracle import rotary_frequencies
 from oracle import rotate as oracle_rotate
 from oracle import softmax_scale as oracle_scale
@@ -22,7 +23,7 @@ def _frequencies(cfg: DeepseekConfig) -> torch.Tensor:
 
 def _rotated(cfg: DeepseekConfig, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     cos, sin = RotaryEmbedding.from_config(cfg)(positions[None])
-    return rotate(x, cos[0], sin[0])
+    return rope(x[None], cos, sin)[0]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -153,7 +154,7 @@ def test_pairs_are_interleaved_not_halves():
     def permuted(x):  # de-interleave first, then rotate halves: the published remote code
         return halves(torch.cat((x[..., 0::2], x[..., 1::2]), -1))
 
-    ours = rotate(q, cos[0], sin[0]) @ rotate(k, cos[0], sin[0]).T
+    ours = rope(q[None], cos, sin)[0] @ rope(k[None], cos, sin)[0].T
     assert error(ours, permuted(q) @ permuted(k).T) < 16 * EPS32
     wrong = halves(q) @ halves(k).T
     assert torch.allclose(ours.diag(), wrong.diag(), atol=1e-5)  # why a one-token test hides it
@@ -175,12 +176,11 @@ def test_scores_depend_on_the_distance_only():
 
 
 def test_cosines_stay_float32_and_inputs_keep_their_dtype():
-    rope = RotaryEmbedding.from_config(config("v3")).to(torch.bfloat16)
-    cos, sin = rope(torch.tensor([[1000]]))
+    cos, sin = RotaryEmbedding.from_config(config("v3")).to(torch.bfloat16)(torch.tensor([[1000]]))
     assert cos.dtype == sin.dtype == torch.float32
     assert float(cos[0, 0, 0]) == pytest.approx(math.cos(1000), abs=1e-6)
     x = torch.randn(1, 1, 8).to(torch.bfloat16)
     exact = oracle_rotate(config("v3"), x[0].double(), torch.tensor([1000]))
     # Computed in float32 and rounded once: half a unit in the last place of bfloat16.
-    assert rotate(x, cos, sin).dtype == torch.bfloat16
-    assert error(rotate(x, cos, sin)[0], exact) < 0.51 * torch.finfo(torch.bfloat16).eps
+    assert rope(x, cos, sin).dtype == torch.bfloat16
+    assert error(rope(x, cos, sin)[0], exact) < 0.51 * torch.finfo(torch.bfloat16).eps

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..mla_decode.packing import pack
 from ..rms_norm.reference import rms_norm
+from ..rope.reference import rope
 
 
 def write(
@@ -16,7 +17,7 @@ def write(
     if not kv.numel() or not buffer.numel():
         return
     latent, key = kv.split([len(weight), width - len(weight)], dim=-1)
-    states = torch.cat((rms_norm(latent, weight, eps).to(kv.dtype), rotate(key, cos, sin)), dim=-1)
+    states = torch.cat((rms_norm(latent, weight, eps).to(kv.dtype), rope(key, cos, sin)), dim=-1)
     stored = pack(states, len(weight)) if buffer.dtype == torch.uint8 else states.to(buffer.dtype)
     slots = slots.expand(batch, tokens)
     limit = buffer.shape[1] * (buffer.shape[0] if paged else 1)
@@ -29,12 +30,6 @@ def write(
         buffer[first, second] = stored
         return
     _store_valid(buffer, first.flatten(), second.flatten(), valid.flatten(), stored.flatten(0, 1))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the interleaved pairs of the last dimension, in float32, rounded once to `x.dtype`."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [..., R / 2] each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _store_valid(buffer: Tensor, first: Tensor, second: Tensor, valid: Tensor, stored: Tensor) -> None:
