@@ -338,13 +338,13 @@ def captured_decoding(device: torch.device, sizes: Sizes) -> None:
         caches = [model.new_cache(3), model.new_cache(3)]
         for cache in caches:
             model(ids, cache=cache)
-        static = StaticLatentCache(caches[1], 128)
-        graph = FixedStep(model, static) if device.type == "cuda" else None
+        static, captured = (StaticLatentCache(cache, 128) for cache in caches)
+        graph = FixedStep(model, captured) if device.type == "cuda" else None
         for turn in range(8):
-            right = model(ids[:, turn : turn + 1], cache=caches[0]).logits[:, -1]
-            # The splits of the keys differ, and with them the order of sums in each layer.
-            got = graph(ids[:, turn]) if graph else model(ids[:, turn : turn + 1], cache=static).logits[:, -1]
-            require_close(got, right, 2**-5, f"captured step {turn}")
+            right = model(ids[:, turn : turn + 1], cache=static).logits[:, -1]
+            got = graph(ids[:, turn]) if graph else model(ids[:, turn : turn + 1], cache=captured).logits[:, -1]
+            # The same kernels; products may take other algorithms under capture, each rounding apart.
+            require_close(got, right, 4 * BF16_ROUNDING, f"captured step {turn}")
 
 
 def large_permutation(device: torch.device, sizes: Sizes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,9 +11,15 @@ from torch import Tensor
 from .model import DeepseekLM
 from .static_cache import StaticLatentCache
 
-__all__ = ["FixedStep"]
+__all__ = ["FixedStep", "fixed_capacity"]
 
+_SLOTS = 256
 _WARM_UP = 2  # calls before a graph is captured: kernels are compiled and workspaces allocated in them
+
+
+def fixed_capacity(tokens: int) -> int:
+    """Slots for so many tokens, rounded up so that most lengths of prompts share a compiled step."""
+    return -(-tokens // _SLOTS) * _SLOTS
 
 
 class FixedStep:
@@ -36,7 +43,14 @@ class FixedStep:
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         step = torch.compile(_step, fullgraph=True, dynamic=False)
-        return lambda tokens: step(self.model, self.cache, tokens)
+        # One compilation for each shape, of which there may be more than the compiler expects of one function.
+        first = [torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16)]
+
+        def run(tokens: Tensor) -> Tensor:
+            with first.pop() if first else nullcontext():
+                return step(self.model, self.cache, tokens)
+
+        return run
 
     @torch.no_grad()
     def _captured(self) -> Callable[[Tensor], Tensor]:

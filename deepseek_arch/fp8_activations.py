@@ -12,8 +12,9 @@ from deepseek_kernels.rms_norm import add_rms_norm_quantize, rms_norm_quantize
 from .fp8_layer import QuantizedRows
 from .fp8_linear import FP8Linear
 from .norm import RMSNorm
+from .untouched import untouched
 
-__all__ = ["add_norm_for", "hooked", "norm_for"]
+__all__ = ["add_norm_for", "norm_for"]
 
 
 def norm_for(layers: Sequence[nn.Module], norm: nn.Module, x: Tensor) -> Tensor | QuantizedRows:
@@ -30,7 +31,10 @@ def norm_for(layers: Sequence[nn.Module], norm: nn.Module, x: Tensor) -> Tensor 
 def add_norm_for(
     layers: Sequence[nn.Module], norm: nn.Module, x: Tensor, residual: Tensor
 ) -> tuple[Tensor | QuantizedRows, Tensor]:
-    """`norm(x, residual)`, the first result likewise."""
+    """The norm of `residual + x`, likewise, and the sum."""
+    if not untouched(norm, RMSNorm):  # called as any norm is, with what it always got
+        total = residual + x
+        return norm(total), total
     if not _quantized(layers, norm, x) or residual.dtype != x.dtype:
         return norm(x, residual)
     codes, scale, total = add_rms_norm_quantize(x, residual, norm.weight, norm.eps, layers[0].scale_format)
@@ -38,16 +42,11 @@ def add_norm_for(
 
 
 def _quantized(layers: Sequence[nn.Module], norm: nn.Module, x: Tensor) -> bool:
-    if torch.is_grad_enabled() or type(norm) is not RMSNorm or norm.weight.dtype != x.dtype or hooked(norm):
+    if not layers or torch.is_grad_enabled() or not untouched(norm, RMSNorm) or norm.weight.dtype != x.dtype:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
         return False
     return (
-        bool(layers)
-        and not torch.is_autocast_enabled(x.device.type)
-        and all(isinstance(one, FP8Linear) and one.reads_fp8(x.device) and not hooked(one) for one in layers)
+        all(untouched(one, FP8Linear) and one.reads_fp8(x.device) for one in layers)
         and len({one.scale_format for one in layers}) == 1
     )
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody else hears of a module's calls, or is called instead of it."""
-    return bool(module._forward_pre_hooks or module._forward_hooks) or hasattr(module, "_hf_hook")

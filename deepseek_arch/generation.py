@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decoding import FixedStep
+from .decoding import FixedStep, fixed_capacity
 from .model import CausalLMOutput, DeepseekLM
 from .rollout import check_recording, rollout_record
 from .routing import RoutingRecord
@@ -88,7 +88,8 @@ def generate(
         return_report: also return a `SpeculationReport`.
         record_routing: also return a `SpeculationReport`, with every routing decision as its `routing`: for all tokens
             that are returned, the last ones too, which are run for that. `model(tokens, routing.valid,
-            replay_routing=routing)` takes the same decisions. For plain decoding.
+            replay_routing=routing)` takes the same decisions, if `pad_token_id` is in the vocabulary. For plain
+            decoding.
 
     Returns:
         int64 [B, T + new] token ids, prompt included. Shorter than T + max_new_tokens when every row has ended.
@@ -145,7 +146,11 @@ def _decode(
     cache = model.new_cache(batch, prompt + job.new, format=job.cache_format)
     records: list[RoutingRecord] | None = [] if job.record else None
     logits = _prefill(model, input_ids, attention_mask, cache, job.chunk, records)
-    step = FixedStep(model, StaticLatentCache(cache, prompt + job.new)) if job.compiled and job.new > 1 else None
+    step = (
+        FixedStep(model, StaticLatentCache(cache, fixed_capacity(prompt + job.new)))
+        if job.compiled and job.new > 1
+        else None
+    )
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
     last = prompt + job.new - 1
     lengths = torch.full_like(tokens[:, 0], prompt + job.new)  # up to each row's end token

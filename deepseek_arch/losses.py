@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from deepseek_kernels import linear_cross_entropy
 
 from .linear import Linear
+from .untouched import untouched
 
 __all__ = ["IGNORE", "cross_entropy", "head_losses", "ignore", "plain_weight"]
 
@@ -70,10 +71,7 @@ def plain_weight(head: nn.Module) -> Tensor | None:
 
     None for a bias, a hook, an adapter, a quantized layer or a sharded parameter: those have to be called.
     """
-    if type(head) not in (Linear, nn.Linear) or head.bias is not None or type(head.weight) is not nn.Parameter:
-        return None
-    hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
-    if any(hooks) or hasattr(head, "_hf_hook") or "forward" in vars(head):
+    if not untouched(head, Linear, nn.Linear) or head.bias is not None or type(head.weight) is not nn.Parameter:
         return None
     return head.weight
 

@@ -21,10 +21,11 @@ from deepseek_kernels import rope as rotate
 
 from .cache import LatentCache
 from .config import DeepseekConfig
-from .fp8_activations import hooked, norm_for
+from .fp8_activations import norm_for
 from .fp8_linear import FP8Linear
 from .linear import Linear
 from .norm import RMSNorm
+from .untouched import untouched
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -130,7 +131,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def input_projections(self) -> tuple[nn.Module, nn.Module]:
-        """The two layers that read the input."""
+        """The two layers that read the input, and nobody else does."""
         return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -142,7 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
             q = projection(norm_for((projection,), self.q_a_layernorm, self.q_a_proj(x)))
         q = q.unflatten(-1, (-1, self.qk_head_dim))  # -1: under tensor parallelism a rank holds a share of the heads
         # In place where nobody else has seen it: a hook may have kept it.
-        own = not (torch.is_grad_enabled() and q.requires_grad) and not hooked(projection)
+        own = untouched(projection, Linear, nn.Linear, FP8Linear) and not _differentiated(q)
         return rope_(q, *rope) if own else rotate(q, *rope)
 
     def remember(
@@ -158,8 +159,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
         ours = isinstance(cache, LatentCache)
-        graph = torch.is_grad_enabled() and (kv.requires_grad or norm.weight.requires_grad)
-        if ours and not graph and not hooked(norm):
+        if ours and untouched(norm, RMSNorm) and not _differentiated(kv, norm.weight):
             states = cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
             return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
         latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
@@ -216,13 +216,19 @@ class MultiHeadLatentAttention(nn.Module):
             like: activations, of whose dtype and device that answer is: parameters may be elsewhere.
         """
         module = self.kv_b_proj
-        plain = type(module) in (Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
-        if plain and not hooked(module):
+        plain = untouched(module, Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
+        if plain:
             return module.dequantize(like.dtype) if isinstance(module, FP8Linear) else module.weight
         return module(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether some derivative of these is wanted, backward or forward: then nothing may be written in place."""
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return backward or torch.autograd.forward_ad._current_level >= 0
 
 
 def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, **factory)
         self.down_proj = Linear(intermediate_size, hidden_size, **factory)
 
+    @property
+    def input_projections(self) -> tuple[nn.Module, nn.Module]:
+        """The two layers that read the input, and nobody else does."""
+        return self.gate_proj, self.up_proj
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

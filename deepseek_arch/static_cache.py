@@ -86,8 +86,8 @@ class StaticLatentCache(LatentCache):
         return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()
 
     def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
-        """Drops the tokens of each row beyond `lengths`, which is not checked where it is a tensor of the device."""
-        if isinstance(lengths, Tensor):
+        """Drops the tokens of each row beyond `lengths`. On a GPU a tensor is not checked: that would wait for it."""
+        if isinstance(lengths, Tensor) and self.device.type != "cpu":
             self._held.copy_(lengths)
             return
         super().rewind(lengths)
@@ -95,7 +95,8 @@ class StaticLatentCache(LatentCache):
     def reorder(self, index: Tensor) -> None:
         """As `LatentCache.reorder`; the memory is another one then."""
         super().reorder(index)
-        self._held = self._held.index_select(0, index.to(self.device))
+        with torch.inference_mode(False):  # as in `__init__`
+            self._held = self._held.index_select(0, index.to(self.device))
 
     def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
         """As `LatentCache.update_states`, but all slots come back; inside of `append` and without a gradient.
@@ -113,6 +114,12 @@ class StaticLatentCache(LatentCache):
         # What finds no room: see the class.
         buffer[rows, slots.clamp(max=self.capacity - 1)] = stored
         return buffer
+
+    def release(self, capacity: int) -> list[Tensor]:
+        """As `LatentCache.release`."""
+        buffers = super().release(capacity)
+        self._held.zero_()
+        return buffers
 
     def _place(self, index: int, tokens: int) -> _Append:
         if self._slots is None:

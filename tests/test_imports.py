@@ -27,6 +27,7 @@ ORDER = [
     "inventory",
     "selection",
     "state_dict",
+    "untouched",
     "norm",
     "rope",
     "linear",

@@ -80,14 +80,12 @@ def attention_mask_for(
     """
     if attention_mask is None or attention_mask.ndim == 2:
         first, real, index = _first_keys(inputs_embeds, attention_mask, position_ids, cache, starts)
-        packed = position_ids is not None or starts is not None
         if is_tracing(inputs_embeds):
-            if packed:
+            if position_ids is not None or starts is not None:
                 return _dense(first, real, index)
-        else:
-            packed = packed and bool((first > 0).any())
-            padded = not bool(real[:, : int(index[-1]) + 1].all())
-            if (packed or padded) and not _interrupted(real):
+        elif not (attention_mask is None and position_ids is None and starts is None):
+            packed, padded, interrupted = _kinds(first, real, index)
+            if (packed or padded) and not interrupted:
                 return _spans(first, real, index).expand(inputs_embeds.shape[0], -1, -1)
             if packed:
                 return _dense(first, real, index)
@@ -135,17 +133,21 @@ def _first_keys(
     return first.clamp(min=0).masked_fill(~real[:, index], 0), real, index
 
 
-def _interrupted(real: Tensor) -> bool:
-    """Whether some row has padding between its real keys."""
+def _kinds(first: Tensor, real: Tensor, index: Tensor) -> list[bool]:
+    """Whether some row is packed, some token so far is padding, some row has padding between its real keys.
+
+    One answer to wait for, and not three.
+    """
+    so_far = torch.arange(real.shape[1], device=real.device) <= index[-1]
     begins = real.long().diff(dim=-1, prepend=torch.zeros_like(real[:, :1], dtype=torch.long)) > 0
-    return bool((begins.sum(-1) > 1).any())
+    return torch.stack(((first > 0).any(), (so_far & ~real).any(), (begins.sum(-1) > 1).any())).tolist()
 
 
 def _spans(first: Tensor, real: Tensor, index: Tensor) -> Tensor:
     """What `_dense` gives, as int32 [B, T, 2] (`deepseek_kernels.spans`): for rows whose real keys are neighbours."""
     begin = real.long().argmax(-1, keepdim=True)
     end = torch.minimum(index + 1, begin + real.sum(-1, keepdim=True))  # [B, T]
-    return torch.stack(((begin + first).expand_as(end), end), dim=-1).int()
+    return torch.stack(torch.broadcast_tensors(begin + first, end), dim=-1).int()
 
 
 def _dense(first: Tensor, real: Tensor, index: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class DeepseekAttention(MultiHeadLatentAttention):
         self.attention_weights = AttentionWeights()
         self.config: PreTrainedConfig | None = None  # the model's, whose attention implementation may change
 
+    input_projections = MultiHeadLatentAttention.input_projections
+
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Any | None = None
     ) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_arch import DeepseekLM, generate
+from deepseek_arch import DeepseekLM, decoding, generate
 from deepseek_arch.decoding import FixedStep
 from deepseek_arch.static_cache import StaticLatentCache
 from small_models import config, error
@@ -78,12 +78,55 @@ def test_a_step_compiles_once_whatever_the_lengths(model, format, monkeypatch):
             ids = expected.argmax(-1)
 
 
-def test_compiled_generation_gives_the_tokens_of_plain_decoding(model, monkeypatch):
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", **options))
+@pytest.fixture
+def compilations(monkeypatch):
+    """Functions that `torch.compile` was given; it captures graphs, and runs them with eager kernels."""
+    made, real = [], torch.compile
+
+    def capture(function, **options):
+        made.append(function)
+        return real(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", capture)
+    return made
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.8, "seed": 3}])
+def test_compiled_generation_gives_the_tokens_of_plain_decoding(model, compilations, sampling):
     ids, mask = _prompts(model)
-    settings = {"attention_mask": mask, "max_new_tokens": 5}
-    assert torch.equal(generate(model, ids, compiled=True, **settings), generate(model, ids, **settings))
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "pad_token_id": 0, **sampling}
+    plain = generate(model, ids, **settings)
+    assert not compilations
+    assert torch.equal(generate(model, ids, compiled=True, **settings), plain)
+    assert compilations
+    end = int(plain[0, -3])  # the first row ends before the second
+    assert torch.equal(
+        generate(model, ids, compiled=True, eos_token_id=end, **settings),
+        generate(model, ids, eos_token_id=end, **settings),
+    )
+
+
+def test_as_many_shapes_as_there_are(model, compilations, monkeypatch):
+    """More than the compiler expects of one function (8); and prompts of some lengths share one."""
+    monkeypatch.setattr(decoding, "_SLOTS", 4)
+    for length in range(1, 42, 4):
+        ids = torch.randint(0, model.config.vocab_size, (1, length))
+        plain = generate(model, ids, max_new_tokens=2)
+        assert torch.equal(generate(model, ids, max_new_tokens=2, compiled=True), plain)
+    assert decoding.fixed_capacity(5) == decoding.fixed_capacity(8) == 8
+
+
+@torch.no_grad()
+def test_the_cache_that_was_taken_over_is_empty(model):
+    _, static = _caches(model, *_prompts(model), capacity=16)
+    again = StaticLatentCache(static, 20)
+    assert again.lengths == (4, 6) and static.lengths == (0, 0)
+    with pytest.raises(ValueError, match=r"lengths between 0 and those held \[4, 6\], got \[9, -3\]"):
+        again.rewind(torch.tensor([9, -3]))
+    with torch.inference_mode():
+        again.reorder(torch.tensor([1, 0]))
+    model(torch.tensor([[1], [2]]), cache=again)  # not in inference mode any more
+    assert again.lengths == (7, 5)
 
 
 def test_what_does_not_fit_is_refused(model):

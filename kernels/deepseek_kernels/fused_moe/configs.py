@@ -34,6 +34,7 @@ def swiglu_config(rows: int, experts: int, aligned: bool, gathered: bool, genera
     each = rows / max(experts, 1)
     if each <= FEW.rows:
         return FEW
-    if each <= MEDIUM.rows or generation == 8:  # there operands pass through registers, which MANY's sums fill
+    # 8: operands pass through registers, which MANY's sums fill; 12: too little shared memory for it.
+    if each <= MEDIUM.rows or generation in (8, 12):
         return MEDIUM
     return WIDE if generation == 9 and not gathered else MANY

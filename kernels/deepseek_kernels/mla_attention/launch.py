@@ -235,7 +235,8 @@ def _family(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
-    return "sm_80" if major == 8 else "sm_90" if major == 9 else "sm_100"
+    # 12: a Blackwell without tensor memory, and with less shared memory than any before it.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def _hopper(device: torch.device) -> bool:

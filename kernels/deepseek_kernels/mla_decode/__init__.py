@@ -116,6 +116,8 @@ def _check_mask(mask: Tensor | None, q: Tensor, keys: int) -> None:
         if mask.shape != (batch, queries, 2):
             raise ValueError(f"expected spans [{batch}, {queries}, 2], got {list(mask.shape)}")
         return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"expected a mask of int32 (spans), bool or floats, got {mask.dtype}")
     full = (batch, 1, queries, keys)
     fits = mask.ndim in (2, 4) and all(
         size in (1, wanted) for size, wanted in zip(mask.shape, full[-mask.ndim :], strict=True)
