@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepseek_arch.cache import LatentCache
     from deepseek_arch.checkpoint import CheckpointError, convert, inspect_checkpoint, load, save, slice_checkpoint
     from deepseek_arch.config import ConfigError, DeepseekConfig, UnsupportedModelError, presets
+    from deepseek_arch.decoding import FixedStep
     from deepseek_arch.fp8_linear import FP8Experts, FP8Linear, dequantize, keep_fp8
     from deepseek_arch.fp8_recipe import (
         V3_RECIPE,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from deepseek_arch.rope import RotaryEmbedding
     from deepseek_arch.routing import RoutingRecord, routing_agreement
     from deepseek_arch.speculative import SpeculationReport
+    from deepseek_arch.static_cache import StaticLatentCache
     from deepseek_arch.telemetry import LoadHistory, LoadReport, Placement, plan_placement
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "Experts",
     "FP8Experts",
     "FP8Linear",
+    "FixedStep",
     "LatentCache",
     "Linear",
     "LoadBalancer",
@@ -78,6 +81,7 @@ __all__ = [
     "RoutingRecord",
     "Rule",
     "SpeculationReport",
+    "StaticLatentCache",
     "UnsupportedModelError",
     "__version__",
     "convert",
@@ -146,6 +150,7 @@ _EXPORTS = {
         "fp8_training",
         "remove_fp8_training",
     ),
+    "decoding": ("FixedStep",),
     "generation": ("generate",),
     "linear": ("Linear",),
     "mla": ("MultiHeadLatentAttention",),
@@ -173,6 +178,7 @@ _EXPORTS = {
         "routing_agreement",
     ),
     "speculative": ("SpeculationReport",),
+    "static_cache": ("StaticLatentCache",),
     "telemetry": (
         "LoadHistory",
         "LoadReport",

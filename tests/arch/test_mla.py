@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deepseek_arch.cache import LatentCache
 from deepseek_arch.config import DeepseekConfig
 from deepseek_arch.linear import Linear
 from deepseek_arch.mla import MultiHeadLatentAttention
@@ -368,3 +370,18 @@ def test_a_mask_per_head_is_refused_by_the_absorbed_form(monkeypatch):
     _force(attention, "absorbed", monkeypatch)
     with pytest.raises(ValueError, match=r"mask for all heads, \[T, S\] or \[B, 1, T, S\], got \[1, 2, 12, 12\]"):
         attention(_inputs(cfg), _rope(cfg), mask=torch.ones(1, 2, 12, 12, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_forward_derivatives_pass_through_a_cache():
+    """What is written in place has none: then everything is computed as if a gradient were wanted."""
+    cfg = config("v3")
+    attention, _ = _attention(cfg, torch.float64)
+    x, tangent, rope = _inputs(cfg).double(), _inputs(cfg, seed=2).double(), _rope(cfg)
+
+    def cached(x):
+        return attention(x, rope, None, LatentCache(1, 1, cfg.kv_lora_rank, cfg.qk_rope_head_dim, dtype=x.dtype))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        (_, expected), (_, got) = (torch.func.jvp(f, (x,), (tangent,)) for f in (lambda x: attention(x, rope), cached))
+    assert error(got, expected) < 256 * torch.finfo(torch.float64).eps

@@ -357,7 +357,7 @@ def test_rule():
     assert rule(32768, 32) is rule(32768, 32, generation=10) is configs.MANY  # 4096 tokens, top-8
     assert rule(32768, 32, gathered=False) is configs.WIDE
     assert rule(32768, 32, gathered=False, generation=0) is configs.MANY
-    assert rule(32768, 32, generation=8) is configs.MEDIUM
+    assert rule(32768, 32, generation=8) is rule(32768, 32, generation=12) is configs.MEDIUM
     assert rule(2048, 32) is configs.MEDIUM
     assert rule(512, 32) is rule(8, 256) is rule(1, 1) is rule(0, 0) is configs.FEW  # decoding
     assert rule(32768, 32, aligned=False) is configs.UNALIGNED

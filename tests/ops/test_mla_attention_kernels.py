@@ -287,3 +287,20 @@ def test_custom_operator_is_registered_properly(launch, device):
     q, kv, key, _, spans = case(1, 3, 4, 1, (4, 2, 3), torch.float32, device, scattered(1, 3, 4))
     torch.library.opcheck(launch.attend, (q, kv, key, spans, 0.2))
     torch.library.opcheck(launch.attend, (q, kv, key, None, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
+)
+def test_every_gpu_gets_tiles_that_fit(monkeypatch, capability, family):
+    """A Blackwell of capability 12 has 99 KB of shared memory, which an Ampere's tiles fit into."""
+    from deepseek_kernels.mla_attention import launch
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    launch._family.cache_clear()
+    try:
+        assert launch._family(torch.device("cuda", 7)) == family
+    finally:
+        launch._family.cache_clear()

@@ -113,6 +113,8 @@ def test_mistakes_of_types_are_named():
         mla_decode(q, states.double(), 5, 1.0)
     with pytest.raises(ValueError, match=r"expected spans \[1, 2, 2\], got \[1, 3, 2\]"):
         mla_decode(q, states, 5, 1.0, torch.zeros(1, 3, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"spans\), bool or floats, got torch.int64"):  # it would be added
+        mla_decode(torch.ones(1, 2, 1, 8), torch.ones(1, 3, 8), 6, 1.0, torch.ones(2, 3, dtype=torch.int64))
     table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"block_table int32 \[1, 1\], got torch.int64"):
         mla_decode_paged(q, states, table.long(), lengths, 5, 1.0)
