@@ -367,7 +367,7 @@ def test_absorbed_attention_with_an_fp8_kv_b_proj(dtype, monkeypatch):
     attention.to(dtype).eval()
     rope = RotaryEmbedding.from_config(cfg)(torch.arange(9)[None])
     x, outputs = torch.randn(1, 9, cfg.hidden_size).to(dtype), {}
-    monkeypatch.setattr(attention.kv_b_proj, "forward", lambda *_: pytest.fail("a product of unit vectors"))
+    monkeypatch.setattr(FP8Linear, "forward", lambda *_: pytest.fail("a product of unit vectors"))
     assert attention.kv_b_weight(x).dtype == dtype
     assert torch.equal(attention.kv_b_weight(x), attention.kv_b_proj.dequantize(dtype))
     monkeypatch.undo()
