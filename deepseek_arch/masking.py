@@ -11,7 +11,13 @@ from torch import Tensor
 
 from deepseek_kernels.spans import causal_mask
 
-__all__ = ["attention_mask_for_documents", "document_numbers", "key_mask_for_slots", "positions_from_mask"]
+__all__ = [
+    "attention_mask_for_documents",
+    "document_numbers",
+    "key_mask_for_slots",
+    "positions_from_mask",
+    "spans_up_to",
+]
 
 
 def positions_from_mask(valid: Tensor | None, batch: int, tokens: int, device=None) -> Tensor:
@@ -113,4 +119,9 @@ def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], valid: Tensor | 
     """
     if len(set(lengths)) == 1 and (valid is None or bool(valid.all())):
         return None
+    return spans_up_to(slots)
+
+
+def spans_up_to(slots: Tensor) -> Tensor:
+    """Spans [B, T, 2] of all slots up to each query's own, int64 [B, T]."""
     return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()

@@ -161,16 +161,16 @@ class MultiHeadLatentAttention(nn.Module):
         ours = isinstance(cache, LatentCache)
         if ours and untouched(norm, RMSNorm) and not _differentiated(kv, norm.weight):
             states = cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
-            return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
-        latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent, key = norm(latent), rotate(key, *rope)
-        if cache is None:
-            return latent, key, None
-        if ours:
+        else:
+            latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            latent, key = norm(latent), rotate(key, *rope)
+            if cache is None:
+                return latent, key, None
+            if not ours:
+                latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
+                return latents[:, 0], keys[:, 0], None
             states = cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
-            return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
-        latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
-        return latents[:, 0], keys[:, 0], None
+        return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
 
     def prefers_absorbed(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form costs fewer multiplications for T queries on S keys.

@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek_kernels.mla_decode.packing import pack
 
 from .cache import LatentCache, _Append
+from .masking import spans_up_to
 
 __all__ = ["StaticLatentCache"]
 
@@ -83,7 +84,7 @@ class StaticLatentCache(LatentCache):
 
     def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor:
         """As `LatentCache.spans`, never None: the slots beyond a row's tokens are there too."""
-        return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()
+        return spans_up_to(slots)
 
     def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Drops the tokens of each row beyond `lengths`. On a GPU a tensor is not checked: that would wait for it."""
