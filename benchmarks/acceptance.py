@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import deepseek_arch as da
-from deepseek_arch.mtp import shift_left
+from deepseek_arch.models.mtp_loss import shift_left
 
 __all__ = ["GivenText", "held_out_rows", "on_given_text"]
 

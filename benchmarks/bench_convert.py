@@ -18,7 +18,7 @@ import torch
 
 import deepseek_arch as da
 from deepseek_arch.checkpoint import convert
-from deepseek_arch.synthetic import write_checkpoint
+from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
 from .harness import OURS, Report, Row, Samples, load_average
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import deepseek_arch as da
-from deepseek_arch.fp8_recipe import V3_RECIPE, Policy, fp8_training
+from deepseek_arch.quant.fp8_training import V3_RECIPE, FP8Policy, fp8_training
 
 from .harness import OURS, Report, Row, Samples, load_average
 from .tables import show
@@ -103,7 +103,7 @@ def corpus() -> Tensor:
 def run(
     settings: Settings | None = None,
     config: da.DeepseekConfig | None = None,
-    policy: Policy = V3_RECIPE,
+    policy: FP8Policy = V3_RECIPE,
     text: Tensor | None = None,
 ) -> Report:
     """Trains three times.

@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 import deepseek_arch as da
-from deepseek_arch.accounting import expanded_cache_bytes
-from deepseek_arch.cli.planning import make_plan
-from deepseek_arch.cli.report import print_plan
-from deepseek_arch.synthetic import write_checkpoint
+from deepseek_arch.checkpoint.synthetic import write_checkpoint
+from deepseek_arch.cli.memory_plan import plan_memory
+from deepseek_arch.cli.tables import print_plan
+from deepseek_arch.layout.accounting import expanded_cache_bytes
 
 from .contestants import PARITY, check_same_logits, comparable, decode_actions, native_twin, random_model
 from .harness import NATIVE, OURS, interleave
@@ -45,7 +45,7 @@ def main() -> int:
     cache_size(config)
     agreed &= decode_speed()
     title("6. What DeepSeek-V3 itself would take (`deepseek-arch plan deepseek-v3`)")
-    print_plan("deepseek-v3", make_plan(da.DeepseekConfig.from_pretrained("deepseek-v3")))
+    print_plan("deepseek-v3", plan_memory(da.DeepseekConfig.from_pretrained("deepseek-v3")))
     verdict = "[green]Everything agreed.[/green]" if agreed else "[red]The models do not agree: see above.[/red]"
     console.print(f"\n{verdict} {time.perf_counter() - started:.0f} s.")
     return 0 if agreed else 1

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from deepseek_arch import DeepseekConfig, DeepseekLM
-from deepseek_arch.decoding import FixedStep
-from deepseek_arch.static_cache import StaticLatentCache
+from deepseek_arch.cache.static_cache import StaticLatentCache
+from deepseek_arch.generation.compiled_step import CompiledDecodeStep
 from deepseek_kernels import (
     dequantize_blocks,
     fp8_gemm,
@@ -34,7 +34,7 @@ from deepseek_kernels import (
     unpermute,
     use_backend,
 )
-from deepseek_kernels.fp8_quantize.reference import empty_codes, empty_scales
+from deepseek_kernels.quant.fp8_quantize.reference import empty_codes, empty_scales
 
 from .fp8 import BF16_ROUNDING, CODES_OFF, PRODUCT_ERROR, ceil_div, wide
 from .operators import Mismatch, Operator, Random, Shape, operators, require_close, require_equal
@@ -339,7 +339,7 @@ def captured_decoding(device: torch.device, sizes: Sizes) -> None:
         for cache in caches:
             model(ids, cache=cache)
         static, captured = (StaticLatentCache(cache, 128) for cache in caches)
-        graph = FixedStep(model, captured) if device.type == "cuda" else None
+        graph = CompiledDecodeStep(model, captured) if device.type == "cuda" else None
         for turn in range(8):
             right = model(ids[:, turn : turn + 1], cache=static).logits[:, -1]
             got = graph(ids[:, turn]) if graph else model(ids[:, turn : turn + 1], cache=captured).logits[:, -1]

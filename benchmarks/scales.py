@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from deepseek_arch.config import DeepseekConfig
+from deepseek_arch.config.deepseek_config import DeepseekConfig
 
 __all__ = ["SCALES", "Scale", "scale"]
 

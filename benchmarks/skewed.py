@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import deepseek_arch as da
-from deepseek_arch.balance import BalanceLoss, LoadBalancer
-from deepseek_arch.telemetry import LoadHistory
+from deepseek_arch.moe.balance_loss import BalanceLoss
+from deepseek_arch.moe.expert_load import LoadHistory
+from deepseek_arch.moe.load_balancer import LoadBalancer
 
 __all__ = ["BATCH", "LENGTH", "chance_violation", "skewed_config", "train_skewed"]
 

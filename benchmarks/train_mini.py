@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import deepseek_arch as da
-from deepseek_arch.balance import LoadBalancer
-from deepseek_arch.mtp import mtp_weight
-from deepseek_arch.telemetry import LoadHistory, draw_max_violation
+from deepseek_arch.models.mtp_loss import mtp_weight
+from deepseek_arch.moe.expert_load import LoadHistory, draw_max_violation
+from deepseek_arch.moe.load_balancer import LoadBalancer
 
 from .acceptance import GivenText, held_out_rows, on_given_text
 from .bench_fp8_training import corpus

@@ -48,8 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """Seeds every generator with a hash of the test's name: a test gives the same numbers alone and in any order."""
-    value = zlib.crc32(request.node.nodeid.encode())
+    """Seeds every generator with a hash of the test's file and name.
+
+    A test gives the same numbers alone, in any order, and in any folder.
+    """
+    value = zlib.crc32(f"{request.node.path.name}::{request.node.name}".encode())
     random.seed(value)
     torch.manual_seed(value)
     with contextlib.suppress(ImportError):

@@ -19,7 +19,7 @@ TITLES = ["train", "checkpoints", "fp8", "experts", "operators", "transformers"]
 def folder(tmp_path_factory) -> Path:
     """Where the blocks run, with the checkpoint that the second one writes: each also runs alone."""
     import deepseek_arch as da
-    from deepseek_arch.synthetic import write_checkpoint
+    from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
     path = tmp_path_factory.mktemp("readme")
     write_checkpoint(path / "checkpoint", da.DeepseekConfig.from_pretrained("tiny"), "fp8", shards=4)
@@ -93,30 +93,12 @@ def test_shell_blocks_name_commands_that_exist(capsys):
     assert {name for start, name in seen if start == "deepseek-arch"} == set(known["deepseek-arch"])
 
 
-def test_the_map_names_files_that_exist():
-    section = TEXT.partition("## Map\n")[2].partition("\n## ")[0]
-    names = [
-        name for line in section.splitlines() if line.startswith("| `") for name in re.findall(r"`([^` ]+)`", line)
-    ]
-    assert len(names) > 20
-    for name in names:
-        homes = (
-            ROOT,
-            ROOT / "deepseek_arch",
-            ROOT / "kernels" / "deepseek_kernels",
-            ROOT / "tests",
-            ROOT / "benchmarks",
-        )
-        if name not in ("triton", "deepseek-arch") and not name.startswith("python "):
-            assert any(list(home.glob(name)) for home in homes), name
+def test_the_map_of_the_package_names_every_folder_in_the_order_of_imports():
+    from test_imports import ORDER
 
-
-def test_every_module_of_the_package_is_on_the_map():
-    section = TEXT.partition("## Map\n")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`(\S+?)/?`", section)) | {"__init__.py", "__pycache__", "py.typed"}
-    named |= {name.removeprefix("deepseek_arch/") for name in named}
-    missing = {path.name for path in (ROOT / "deepseek_arch").iterdir()} - named
-    assert not missing, "not on the map"
+    text = (ROOT / "deepseek_arch" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE) == ORDER
+    assert {path.parent.name for path in (ROOT / "deepseek_arch").glob("*/__init__.py")} == set(ORDER)
 
 
 def test_tables_are_those_of_the_committed_reports():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import fp8_gemm
-from deepseek_kernels.fp8_gemm import transposed
+from deepseek_kernels.gemm.fp8_gemm import transposed
 
 from ..fp8 import (
     BF16_ROUNDING,

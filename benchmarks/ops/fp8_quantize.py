@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deepseek_kernels import fp8_quantize, use_backend
+from deepseek_kernels import use_backend
+from deepseek_kernels.quant import fp8_quantize
 
 from ..fp8 import block_bytes, group_bytes, weights
 from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal, swept

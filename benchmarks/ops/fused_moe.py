@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.fused_moe import fused_moe, grouped_gemm_swiglu, reference
+from deepseek_kernels.moe.fused_moe import fused_moe, grouped_gemm_swiglu, reference
 
 from ..fp8 import BF16_ROUNDING
 from ..operators import Operator, Provider, Random, Shape, require_close

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.latent_write import latent_write
-from deepseek_kernels.mla_decode.packing import packed_bytes, unpack
+from deepseek_kernels.attention.latent_write import latent_write
+from deepseek_kernels.attention.mla_decode.packing import packed_bytes, unpack
 
 from ..fp8 import BF16_ROUNDING, CODES_OFF
 from ..operators import Operator, Provider, Random, Shape, require_close, require_equal

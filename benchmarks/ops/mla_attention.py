@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepseek_kernels import dispatch, use_backend
-from deepseek_kernels.mla_attention import mla_attention, reference
-from deepseek_kernels.spans import as_dense
+from deepseek_kernels.attention.mla_attention import mla_attention, reference
+from deepseek_kernels.common.masks import as_dense
 
 from ..fp8 import BF16_ROUNDING
 from ..operators import Goal, Operator, Provider, Random, Shape, require_close, swept
@@ -123,7 +123,7 @@ class Backward(Forward):
         if dispatch.pick("mla_attention", q.device) == "reference":
             return _differentiate(graphs, _reference, grad)
         out, log_sum = graphs.of(_kernels)
-        from deepseek_kernels.mla_attention import launch
+        from deepseek_kernels.attention.mla_attention import launch
 
         return launch.attend_backward(grad, q, kv, key, spans, out, log_sum, _scale(q), True, True)
 
@@ -168,7 +168,7 @@ def _reference(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> Tens
 
 
 def _kernels(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> tuple[Tensor, Tensor]:
-    from deepseek_kernels.mla_attention import launch
+    from deepseek_kernels.attention.mla_attention import launch
 
     with torch.no_grad():
         return launch.attend(q, kv, key, spans, _scale(q))

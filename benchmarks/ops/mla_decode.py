@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.mla_decode import mla_decode, mla_decode_paged
-from deepseek_kernels.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.attention.mla_decode import mla_decode, mla_decode_paged
+from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
 
 from ..fp8 import BF16_ROUNDING
 from ..operators import Goal, Operator, Provider, Random, Shape, require_close

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.rms_norm import add_rms_norm_quantize, rms_norm
+from deepseek_kernels.norm.rms_norm import add_rms_norm_quantize, rms_norm
 
 from ..fp8 import BF16_ROUNDING, CODES_OFF, group_bytes, wide
 from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal, swept

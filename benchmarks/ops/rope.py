@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.rope import rope, rope_
+from deepseek_kernels.attention.rope import rope, rope_
 
 from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_equal
 from ..scales import Scale

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.topk_gate import topk_gate
+from deepseek_kernels.moe.topk_gate import topk_gate
 
 from ..operators import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal
 from ..scales import Scale, scale

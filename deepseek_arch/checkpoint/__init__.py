@@ -5,11 +5,11 @@ in another format or layout, `inspect_checkpoint` says what is in one. All of th
 headers of the files with what the config implies.
 """
 
-from .conversion import ConversionPlan, plan_conversion
-from .converting import ConversionReport, convert
+from .conversion.converting import ConversionReport, convert
+from .conversion.plan import ConversionPlan, plan_conversion
 from .inspection import CheckpointReport, inspect_checkpoint
+from .load_plan import CheckpointError
 from .loading import LoadReport, load
-from .plan import CheckpointError
 from .saving import SaveReport, save, slice_checkpoint
 
 __all__ = [

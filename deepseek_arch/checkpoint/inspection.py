@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DeepseekConfig
-from .plan import Problems
-from .reader import TensorInfo
+from ..config.deepseek_config import DeepseekConfig
+from .files.reader import TensorInfo
+from .load_plan import Problems
 from .stacking import plan_of
 
 __all__ = ["CheckpointReport", "inspect_checkpoint"]

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..fp8 import decode_scale, dequantize_blocks, scale_format_of
-from ..fp8_linear import keep_fp8
-from ..model import DeepseekLM, allocate
-from ..state_dict import scale_name
-from .plan import CheckpointError, Plan, Read
-from .progress import progress
-from .reader import DTYPES, ShardError, TensorReader, memory_of
+from ..layout.parameter_map import scale_name
+from ..models.allocate import allocate
+from ..models.causal_lm import DeepseekLM
+from ..quant.fp8_blocks import decode_scale, dequantize_blocks, scale_format_of
+from ..quant.fp8_convert import keep_fp8
+from .files.progress import progress
+from .files.reader import DTYPES, ShardError, TensorReader, memory_of
+from .load_plan import CheckpointError, LoadPlan, Read
 from .stacking import plan_of
 
 __all__ = ["LoadReport", "load"]
@@ -149,7 +150,7 @@ def _check_device(device: torch.device | str) -> torch.device:
     return checked
 
 
-def _check_dtype(dtype: torch.dtype | str | None, plan: Plan) -> torch.dtype:
+def _check_dtype(dtype: torch.dtype | str | None, plan: LoadPlan) -> torch.dtype:
     if dtype is None:
         said = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
         if said.get("torch_dtype") or said.get("dtype"):
@@ -163,7 +164,7 @@ def _check_dtype(dtype: torch.dtype | str | None, plan: Plan) -> torch.dtype:
     return _FLOATS[name]
 
 
-def _build(plan: Plan, dtype: torch.dtype, kept: set[str]) -> DeepseekLM:
+def _build(plan: LoadPlan, dtype: torch.dtype, kept: set[str]) -> DeepseekLM:
     """The model without memory, its `kept` parameters in FP8."""
     quantization = plan.selection.source.quantization_config
     config = plan.selection.config.replace(dtype=str(dtype), quantization_config=quantization if kept else None)
@@ -176,7 +177,7 @@ def _build(plan: Plan, dtype: torch.dtype, kept: set[str]) -> DeepseekLM:
     return model
 
 
-def _read_scales(plan: Plan, reader: TensorReader) -> dict[str, Tensor]:
+def _read_scales(plan: LoadPlan, reader: TensorReader) -> dict[str, Tensor]:
     """The scales of all FP8 tensors, float32, by the name of the tensor they scale.
 
     Read first, since a tensor and its scales may lie in any two shards; they are 1/16384 of the elements.
@@ -204,7 +205,7 @@ def _bands(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, 
 
 def _fill(
     model: DeepseekLM,
-    plan: Plan,
+    plan: LoadPlan,
     kept: set[str],
     scales: dict[str, Tensor],
     reader: TensorReader,
@@ -256,7 +257,7 @@ def _fill_dequantized(
         dequantize_blocks(codes, part, block_size, out=target[first:last])
 
 
-def _compare_repeats(model: DeepseekLM, plan: Plan, reader: TensorReader, report: LoadReport, bar: tqdm) -> None:
+def _compare_repeats(model: DeepseekLM, plan: LoadPlan, reader: TensorReader, report: LoadReport, bar: tqdm) -> None:
     """Checks that second copies of the embedding and the head are what the trunk has (TRAPS F6)."""
     state, different = model.state_dict(), []
     for read in plan.repeats:

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import DeepseekConfig
-from ..fp8 import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks, scale_format_of
-from ..fp8_linear import fp8_layers
-from ..state_dict import Slot, layout, scale_name
-from .plan import INDEX_NAME, Read
-from .progress import progress
-from .reader import DTYPE_NAMES, DTYPES, TensorInfo, TensorReader
+from ..config.deepseek_config import DeepseekConfig
+from ..layout.parameter_map import TensorSlot, layout, scale_name
+from ..quant.fp8_blocks import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks, scale_format_of
+from ..quant.fp8_convert import fp8_layers
+from .files.progress import progress
+from .files.reader import DTYPE_NAMES, DTYPES, TensorInfo, TensorReader
+from .files.writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
+from .load_plan import INDEX_NAME, Read
 from .stacking import plan_of
-from .writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
 
 __all__ = ["FP8_QUANTIZATION", "SaveReport", "save", "slice_checkpoint"]
 
@@ -87,7 +87,7 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
     return SaveReport(Path(path), config, tuple(files), tensors, writer.nbytes, quantized)
 
 
-def _is_tied_head(slot: Slot, config: DeepseekConfig) -> bool:
+def _is_tied_head(slot: TensorSlot, config: DeepseekConfig) -> bool:
     return slot.name == "lm_head.weight" and config.tie_word_embeddings
 
 
@@ -154,7 +154,9 @@ def _saved_config(config: DeepseekConfig, state: dict[str, Tensor], held: _Held,
     return config.replace(dtype=str(widest), quantization_config=quantization)
 
 
-def _specs(slot: Slot, state: dict[str, Tensor], held: _Held, block_size: tuple[int, int] | None) -> list[TensorSpec]:
+def _specs(
+    slot: TensorSlot, state: dict[str, Tensor], held: _Held, block_size: tuple[int, int] | None
+) -> list[TensorSpec]:
     """What is written for one tensor: codes and scales, or values. Without a `block_size` nothing is FP8."""
     in_fp8 = slot.parameter in held.parameters if held.parameters else slot.fp8
     if in_fp8 and block_size is not None:
@@ -165,7 +167,7 @@ def _specs(slot: Slot, state: dict[str, Tensor], held: _Held, block_size: tuple[
 
 
 def _tensors(
-    slot: Slot, state: dict[str, Tensor], held: _Held, config: DeepseekConfig, specs: list[TensorSpec]
+    slot: TensorSlot, state: dict[str, Tensor], held: _Held, config: DeepseekConfig, specs: list[TensorSpec]
 ) -> tuple[Tensor, ...]:
     """The tensors of `_specs`."""
     tensor = slot.of(state)

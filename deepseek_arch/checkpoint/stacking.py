@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import DeepseekConfig
-from ..fp8 import block_grid
-from ..selection import Selection
-from ..state_dict import Slot, layout, scale_name
-from .plan import WEIGHT_DTYPES, Plan, Read, check_scale, make_plan
-from .reader import TensorInfo
+from ..config.deepseek_config import DeepseekConfig
+from ..layout.parameter_map import TensorSlot, layout, scale_name
+from ..layout.subset import Selection
+from ..quant.fp8_blocks import block_grid
+from .files.reader import TensorInfo
+from .load_plan import WEIGHT_DTYPES, LoadPlan, Read, check_scale, plan_load
 
 __all__ = ["Stack", "adopt_stacked", "plan_of", "stacks"]
 
@@ -36,7 +36,7 @@ class Stack:
     """
 
     name: str
-    members: tuple[Slot, ...]
+    members: tuple[TensorSlot, ...]
     parts: int
 
     @property
@@ -55,7 +55,7 @@ class Stack:
 
 def stacks(chosen: Selection | DeepseekConfig) -> Iterator[Stack]:
     """Every stacked tensor of a model, or of part of one, in the order of the layers."""
-    found: dict[str, dict[tuple[int, int], Slot]] = {}
+    found: dict[str, dict[tuple[int, int], TensorSlot]] = {}
     for slot in layout(chosen):
         if slot.index is not None:
             expert, first, _ = slot.index
@@ -73,21 +73,21 @@ def plan_of(
     experts: int | None = None,
     mtp: bool = True,
     open_all: bool = False,
-) -> Plan:
-    """`make_plan`, of a checkpoint whose experts may be stacked."""
+) -> LoadPlan:
+    """`plan_load`, of a checkpoint whose experts may be stacked."""
     layers = None if layers is None else list(layers)
-    plan = make_plan(path, layers, experts, mtp, open_all=open_all)
+    plan = plan_load(path, layers, experts, mtp, open_all=open_all)
     if plan.problems:
-        whole = plan if open_all else make_plan(path, layers, experts, mtp, open_all=True)
+        whole = plan if open_all else plan_load(path, layers, experts, mtp, open_all=True)
         if adopt_stacked(whole):
             return whole
     return plan
 
 
-def adopt_stacked(plan: Plan) -> int:
+def adopt_stacked(plan: LoadPlan) -> int:
     """Lets a plan take experts from stacked tensors, where the files have these instead of one tensor each.
 
-    `make_plan` knows the published names only: for it stacked tensors are unexpected, and their experts missing. Both
+    `plan_load` knows the published names only: for it stacked tensors are unexpected, and their experts missing. Both
     problems go, and what is wrong with the stacked tensors themselves comes. A layer that has experts in both ways
     stays a problem.
 
@@ -120,8 +120,10 @@ def adopt_stacked(plan: Plan) -> int:
     return found
 
 
-def _resolve(stack: Stack, wanted: dict[str, Slot], stored: dict[str, TensorInfo], named: set[str], plan: Plan) -> None:
-    """Checks a stacked tensor as `make_plan` checks a single one, and adds its experts to what is read."""
+def _resolve(
+    stack: Stack, wanted: dict[str, TensorSlot], stored: dict[str, TensorInfo], named: set[str], plan: LoadPlan
+) -> None:
+    """Checks a stacked tensor as `plan_load` checks a single one, and adds its experts to what is read."""
     problems, info, scale = plan.problems, stored.get(stack.name), None
     if info is None:
         if stack.name not in named:
@@ -148,7 +150,7 @@ def _resolve(stack: Stack, wanted: dict[str, Slot], stored: dict[str, TensorInfo
             plan.reads.append(Read(wanted[slot.name], _part(info, slot.name, place, stack), part))
 
 
-def _resolve_scale(stack: Stack, stored: dict[str, TensorInfo], plan: Plan) -> TensorInfo | None:
+def _resolve_scale(stack: Stack, stored: dict[str, TensorInfo], plan: LoadPlan) -> TensorInfo | None:
     info = stored.get(stack.scale_name)
     if info is not None:
         return check_scale(stack, info, stack.scale_shape, plan)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import report
+from . import tables as report
 
 if TYPE_CHECKING:
-    from .text import Tokenizer
+    from .tokenizer import Tokenizer
 
 __all__ = ["app", "main"]
 
@@ -82,10 +82,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Parameters, FLOPs, cache and weight memory of a model, from its config alone."""
-    from ..config import DeepseekConfig
-    from .planning import DEVICE_GIGABYTES, make_plan
+    from ..config.deepseek_config import DeepseekConfig
+    from .memory_plan import DEVICE_GIGABYTES, plan_memory
 
-    made = make_plan(DeepseekConfig.from_pretrained(model), context, batch, memory or DEVICE_GIGABYTES)
+    made = plan_memory(DeepseekConfig.from_pretrained(model), context, batch, memory or DEVICE_GIGABYTES)
     if as_json:
         _print_json({"model": model, **made.to_dict()})
     else:
@@ -164,7 +164,7 @@ def convert(
 
     arguments = (checkpoint, out, to, stacked, max_shard_size, "ue8m0" if ue8m0 else None)
     if dry_run:
-        from .converting import print_conversion
+        from .convert_output import print_conversion
 
         planned = plan_conversion(*arguments)
         if as_json:
@@ -200,7 +200,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, given as text or as token ids; new tokens are printed as they come."""
-    from .text import Tokenizer, TokenPrinter
+    from .tokenizer import Tokenizer, TokenPrinter
 
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
@@ -210,7 +210,7 @@ def generate(
     import torch
 
     from ..checkpoint import load
-    from ..generation import generate as continue_prompt
+    from ..generation.entry import generate as continue_prompt
 
     model = load(checkpoint, device=device, dtype=dtype, fp8=fp8, mtp=mtp_depth > 0)
     printer = TokenPrinter(tokenizer, None if as_json else partial(typer.echo, nl=False))
@@ -251,7 +251,7 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Measure which way the multi-token-prediction layers want to be fed, by what is accepted of their drafts."""
-    from .text import Tokenizer
+    from .tokenizer import Tokenizer
 
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
@@ -261,7 +261,7 @@ def probe(
     import torch
 
     from ..checkpoint import load
-    from ..probe import probe_mtp
+    from ..generation.mtp_probe import probe_mtp
 
     model = load(checkpoint, device=device, dtype=dtype)
     probes = probe_mtp(model, torch.tensor([tokens], device=device), None, max_new_tokens, mtp_depth)
@@ -287,7 +287,7 @@ def place(
     as_json: Json = False,
 ) -> None:
     """Place experts, and copies of the busiest, by recorded loads; print the imbalance before and after."""
-    from .placing import placements, print_placements, to_json
+    from .placement import placements, print_placements, to_json
 
     plans = placements(loads, devices, redundant, nodes, last, layer or ())
     if as_json:

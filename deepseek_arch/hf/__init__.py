@@ -10,7 +10,9 @@
 Importing this changes nothing for transformers' own classes.
 """
 
-from .balancing import LoadBalancingCallback
+from .base import DeepseekModel, DeepseekPreTrainedModel
+from .causal_lm import DeepseekForCausalLM
+from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification
 from .configuration import (
     ArchDeepseekV2Config,
     ArchDeepseekV3Config,
@@ -18,13 +20,7 @@ from .configuration import (
     ArchKimiK2Config,
     as_arch_config,
 )
-from .modeling import (
-    DeepseekForCausalLM,
-    DeepseekForSequenceClassification,
-    DeepseekForTokenClassification,
-    DeepseekModel,
-    DeepseekPreTrainedModel,
-)
+from .load_balancing_callback import LoadBalancingCallback
 from .quantizer import DeepseekFP8Config
 from .registration import register, registered, unregister
 

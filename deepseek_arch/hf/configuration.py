@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, PreTrainedConfig
 
-from ..config import DeepseekConfig, UnsupportedModelError
+from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
 from .quantizer import FP8_METHOD, PUBLISHED_METHOD
 
 __all__ = [

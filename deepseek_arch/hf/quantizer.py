@@ -19,11 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.reader import TensorInfo, read_header
-from ..fp8 import decode_scale, dequantize_blocks, scale_format_of
-from ..fp8_linear import dequantize, fp8_layers, keep_fp8
-from ..state_dict import layout, scale_name
-from .resuming import accept_published_experts
+from ..checkpoint.files.reader import TensorInfo, read_header
+from ..layout.parameter_map import layout, scale_name
+from ..quant.fp8_blocks import decode_scale, dequantize_blocks, scale_format_of
+from ..quant.fp8_convert import dequantize, fp8_layers, keep_fp8
+from .state_dict_hooks import accept_published_experts
 
 __all__ = ["FP8_METHOD", "PUBLISHED_METHOD", "DeepseekFP8Config", "DeepseekFP8Quantizer"]
 

@@ -14,13 +14,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .base import DeepseekModel
+from .causal_lm import DeepseekForCausalLM
+from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification
 from .configuration import CONFIG_CLASSES, config_class
-from .modeling import (
-    DeepseekForCausalLM,
-    DeepseekForSequenceClassification,
-    DeepseekForTokenClassification,
-    DeepseekModel,
-)
 
 __all__ = ["register", "registered", "unregister"]
 

@@ -3,11 +3,22 @@
 `deepseek_kernels.dispatch` decides which implementation runs; switching it changes speed, never semantics.
 """
 
-from .dense_gemm import dense_gemm
+from .attention.latent_write import latent_write, latent_write_paged
+from .attention.mla_attention import mla_attention
+from .attention.mla_decode import mla_decode, mla_decode_paged
+from .attention.rope import rope, rope_
 from .dispatch import BackendError, describe, use_backend
-from .fp8_gemm import fp8_gemm
-from .fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_wgrad
-from .fp8_quantize import (
+from .gemm.dense_gemm import dense_gemm
+from .gemm.fp8_gemm import fp8_gemm
+from .gemm.fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_wgrad
+from .gemm.fp8_weight_gemm import fp8_weight_gemm, fp8_weight_grouped_gemm
+from .loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from .moe.fused_moe import fused_moe, grouped_gemm_swiglu
+from .moe.grouped_gemm import grouped_gemm
+from .moe.moe_permute import permute, sort_by_expert, unpermute
+from .moe.topk_gate import topk_gate
+from .norm.rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
+from .quant.fp8_quantize import (
     dequantize_blocks,
     quantize_blocks,
     quantize_both,
@@ -15,18 +26,7 @@ from .fp8_quantize import (
     quantize_rows,
     quantize_transposed,
 )
-from .fp8_weight_gemm import fp8_weight_gemm, fp8_weight_grouped_gemm
-from .fused_moe import fused_moe, grouped_gemm_swiglu
-from .grouped_gemm import grouped_gemm
-from .latent_write import latent_write, latent_write_paged
-from .linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from .mla_attention import mla_attention
-from .mla_decode import mla_decode, mla_decode_paged
-from .moe_permute import permute, sort_by_expert, unpermute
-from .rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
-from .rope import rope, rope_
-from .swiglu_quantize import swiglu_quantize
-from .topk_gate import topk_gate
+from .quant.swiglu_quantize import swiglu_quantize
 
 __all__ = [
     "BackendError",

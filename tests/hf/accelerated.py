@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import deepseek_arch as da
-import small_models
-from deepseek_arch.balance import routers
-from deepseek_arch.telemetry import LoadReport
+from deepseek_arch.moe.expert_load import ExpertLoad
+from deepseek_arch.moe.load_balancer import routers
+from support import small_models
 
 CONFIG = small_models.config("v3", num_nextn_predict_layers=1)
 RATE = 0.25
@@ -22,7 +22,7 @@ def biases(model) -> dict[str, torch.Tensor]:
     return {name: router.e_score_correction_bias.clone() for name, router in routers(model).items()}
 
 
-def accelerated(rows: torch.Tensor, accumulation: int, batch: int) -> tuple[list[LoadReport], dict[str, torch.Tensor]]:
+def accelerated(rows: torch.Tensor, accumulation: int, batch: int) -> tuple[list[ExpertLoad], dict[str, torch.Tensor]]:
     """One optimizer step after `accumulation` batches -> the report of every step, and the biases at the end."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = small_models.model(CONFIG).train()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-import small_models
+from support import small_models
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The "tiny" preset in the published FP8 layout: several shards, partial blocks, a prediction layer."""
-    from deepseek_arch.synthetic import write_checkpoint
+    from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
     folder = tmp_path_factory.mktemp("fp8") / "checkpoint"
     write_checkpoint(folder, da.DeepseekConfig.from_pretrained("tiny"), "fp8")

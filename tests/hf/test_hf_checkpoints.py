@@ -12,8 +12,8 @@ from twins import NATIVE, load_silently, ours, same_tensors
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-import small_models
-from small_models import error, tokens
+from support import small_models
+from support.small_models import error, tokens
 
 
 def names(folder) -> set[str]:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, DeepseekV3Config
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-import small_models
+from support import small_models
 
 BUILDABLE = [name for name in da.presets() if not da.DeepseekConfig.from_pretrained(name).is_sparse_attention]
 # transformers has defaults of its own for these; none changes what is computed.

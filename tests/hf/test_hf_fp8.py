@@ -13,9 +13,10 @@ from twins import load_silently, same_tensors
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-from deepseek_arch.fp8_linear import FP8Experts, fp8_layers
-from deepseek_arch.linear import Linear
-from small_models import error, tokens
+from deepseek_arch.layers.linear import Linear
+from deepseek_arch.quant.fp8_convert import fp8_layers
+from deepseek_arch.quant.fp8_experts import FP8Experts
+from support.small_models import error, tokens
 
 E4M3 = torch.float8_e4m3fn
 ROUNDING = 2.0**-16  # float32 sums in another order, through three layers

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from twins import native, ours
 
-import small_models
-from small_models import tokens
+from support import small_models
+from support.small_models import tokens
 
 NEW = 10
 # Token 60 is not drawn into prompts, so that padding cannot be taken for text.
@@ -159,7 +159,7 @@ def test_drafting_drops_no_setting_in_silence(monkeypatch):
     own = GenerationConfig(use_mtp=True, max_new_tokens=3, num_assistant_tokens=3)
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr("deepseek_arch.hf.drafting.generate", lambda *args, **how: asked.append(how["mtp_depth"]))
+        patch.setattr("deepseek_arch.hf.mtp_generation.generate", lambda *args, **how: asked.append(how["mtp_depth"]))
         model.generate(ids, own)  # by position, and with the depth that it asks for
         model.generate(ids, use_mtp=True, max_new_tokens=3)
         model.generation_config.num_assistant_tokens = 2

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from twins import native, ours
 
-import small_models
-from small_models import error, tokens
+from support import small_models
+from support.small_models import error, tokens
 
 LENGTHS = (5, 1, 4)
 TOKENS = sum(LENGTHS)

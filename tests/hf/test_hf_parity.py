@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 from twins import native, ours
 
 import deepseek_arch.hf as dhf
-import small_models
-from small_models import error, tokens
+from support import small_models
+from support.small_models import error, tokens
 
 TOLERANCE = 1e-4
 

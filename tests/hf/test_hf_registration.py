@@ -21,7 +21,7 @@ from twins import NATIVE, load_silently
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-import small_models
+from support import small_models
 
 HEADS = {
     AutoModel: dhf.DeepseekModel,

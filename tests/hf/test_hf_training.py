@@ -13,10 +13,11 @@ from twins import native, ours, same_tensors
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-import small_models
-from deepseek_arch.balance import BalanceLoss, routers
 from deepseek_arch.hf import LoadBalancingCallback
-from small_models import error, tokens
+from deepseek_arch.moe.balance_loss import BalanceLoss
+from deepseek_arch.moe.load_balancer import routers
+from support import small_models
+from support.small_models import error, tokens
 
 TOLERANCE = 1e-4
 

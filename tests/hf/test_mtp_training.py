@@ -7,9 +7,9 @@ import torch
 from twins import ours, same_tensors
 
 import deepseek_arch.hf as dhf
-import small_models
-from deepseek_arch.balance import LoadBalancer, routers
-from small_models import error, tokens
+from deepseek_arch.moe.load_balancer import LoadBalancer, routers
+from support import small_models
+from support.small_models import error, tokens
 
 EPS32 = torch.finfo(torch.float32).eps
 # Both classes run the same modules on the same numbers, but for masks: sums of some hundred float32 products differ

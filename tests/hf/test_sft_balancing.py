@@ -10,8 +10,8 @@ import torch
 import torch.multiprocessing as mp
 
 import deepseek_arch.hf as dhf
-import small_models
-from small_models import tokens
+from support import small_models
+from support.small_models import tokens
 
 accelerate = pytest.importorskip("accelerate")
 from accelerated import CONFIG, RATE, accelerated, biases, on_rank  # noqa: E402

@@ -18,7 +18,7 @@ from transformers import (
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-import small_models
+from support import small_models
 
 NATIVE = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-import deepseek_kernels.fp8_quantize  # noqa: F401  (registers the operator)
+import deepseek_kernels.quant.fp8_quantize  # noqa: F401  (registers the operator)
 from deepseek_kernels import BackendError, dispatch, use_backend
 
 

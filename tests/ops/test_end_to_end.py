@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from deepseek_arch import DeepseekLM, generate, keep_fp8
-from deepseek_arch.fp8_linear import fp8_layers
-from deepseek_arch.static_cache import StaticLatentCache
+from deepseek_arch.cache.static_cache import StaticLatentCache
+from deepseek_arch.quant.fp8_convert import fp8_layers
 from deepseek_kernels import dispatch, use_backend
-from small_models import config, error
+from support.small_models import config, error
 
 EPS = torch.finfo(torch.float32).eps
 # Some twenty chained products and sums a layer of up to 64 terms, in another order; two layers and a prediction layer.

@@ -6,17 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_kernels import (
-    BackendError,
-    fp8_gemm,
-    quantize_blocks,
-    quantize_both,
-    quantize_rows,
-    use_backend,
-)
-from deepseek_kernels.fp8_gemm import reference, transposed
+from deepseek_kernels import BackendError, fp8_gemm, quantize_blocks, quantize_both, quantize_rows, use_backend
+from deepseek_kernels.gemm.fp8_gemm import reference, transposed
 from deepseek_kernels.testing.numeric import assert_bitwise
-from fp8_products import (
+from support.fp8_products import (
     assert_product,
     b_groups,
     cdiv,
@@ -193,7 +186,7 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.fp8_gemm import launch
+    from deepseek_kernels.gemm.fp8_gemm import launch
 
     operands = on(device, random_operands(5, 200, 130, False))
     for operator in (launch.multiply, reference.multiply):

@@ -8,15 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepseek_kernels import (
-    fp8_gemm,
-    use_backend,
-)
-from deepseek_kernels.fp8_gemm import configs
-from deepseek_kernels.fp8_gemm.configs import FEW, PLAIN, PLAIN_ROWS, SPECIALIZED, product_config
+from deepseek_kernels import fp8_gemm, use_backend
+from deepseek_kernels.gemm.fp8_gemm import configs
+from deepseek_kernels.gemm.fp8_gemm.configs import FEW, PLAIN, PLAIN_ROWS, SPECIALIZED, product_config
 from deepseek_kernels.testing.interpreter import interprets
 from deepseek_kernels.testing.numeric import assert_bitwise
-from fp8_products import (
+from support.fp8_products import (
     assert_product,
     dequantized,
     exact,
@@ -46,7 +43,7 @@ def ragged(config: configs.Config) -> tuple[int, int, int]:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, config: configs.Config, splits: int) -> None:
-    from deepseek_kernels.fp8_gemm import launch
+    from deepseek_kernels.gemm.fp8_gemm import launch
 
     if config.specialized and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("specialized kernels need Hopper")
@@ -218,7 +215,7 @@ def test_every_choice_can_be_launched(m, n, k, by_rows, processors):
 
 
 def test_the_gate_compiles_every_configuration(triton_backend):
-    from deepseek_kernels.fp8_gemm.cases import compile_cases
+    from deepseek_kernels.gemm.fp8_gemm.compile_cases import compile_cases
 
     cases = [case for case in compile_cases() if "ROWS" in case.constants]
     found = {(case.constants["ROWS"], case.constants["COLUMNS"], case.kernel.__name__) for case in cases}

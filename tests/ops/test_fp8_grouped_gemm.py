@@ -16,11 +16,11 @@ from deepseek_kernels import (
     quantize_rows,
     use_backend,
 )
-from deepseek_kernels.fp8_gemm.configs import FEW, PLAIN, PLAIN_ROWS, SPECIALIZED, Config
-from deepseek_kernels.fp8_grouped_gemm import reference
-from deepseek_kernels.fp8_grouped_gemm.configs import gradient_config, product_config
+from deepseek_kernels.gemm.fp8_gemm.configs import FEW, PLAIN, PLAIN_ROWS, SPECIALIZED, Config
+from deepseek_kernels.gemm.fp8_grouped_gemm import reference
+from deepseek_kernels.gemm.fp8_grouped_gemm.configs import gradient_config, product_config
 from deepseek_kernels.testing.numeric import assert_bitwise
-from fp8_products import (
+from support.fp8_products import (
     assert_product,
     cdiv,
     dequantized,
@@ -59,7 +59,7 @@ def assert_grouped(got: Tensor, x, x_scale, weight, weight_scale, ends, parts: i
 
 
 def force(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
-    from deepseek_kernels.fp8_grouped_gemm import launch
+    from deepseek_kernels.gemm.fp8_grouped_gemm import launch
 
     if config.specialized and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("specialized kernels need Hopper")
@@ -260,7 +260,7 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.fp8_grouped_gemm import launch
+    from deepseek_kernels.gemm.fp8_grouped_gemm import launch
 
     forward = on(device, grouped_operands([3, 2], 0, 130, 140))
     gradient = on(device, transposed_operands([3, 2], 5, 7))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.fp8_quantize import (
+from deepseek_kernels.quant.fp8_quantize import (
     dequantize_blocks,
     quantize_both,
     quantize_grouped_transposed,
@@ -19,7 +19,7 @@ from deepseek_kernels.fp8_quantize import (
     quantize_transposed,
 )
 from deepseek_kernels.testing.numeric import assert_bitwise
-from fp8_definition import (
+from support.fp8_definition import (
     FORMATS,
     INPUTS,
     assert_all_bitwise,
@@ -82,7 +82,7 @@ def test_what_comes_back_is_within_half_a_step(scale_format):
 @pytest.fixture(params=["few", "many"])
 def tile(request, triton_backend, monkeypatch):
     """Either tile of the row-wise kernel, whatever the size."""
-    from deepseek_kernels.fp8_quantize import launch
+    from deepseek_kernels.quant.fp8_quantize import launch
 
     monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 0 if request.param == "many" else math.inf)
 
@@ -106,7 +106,7 @@ def test_row_kernel_is_bitwise(tile, device, rows, columns, dtype, scale_format)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("quantize", [quantize_rows, quantize_transposed, quantize_both], ids=lambda f: f.__name__)
 def test_kernels_are_bitwise_on_hostile_values(triton_backend, monkeypatch, device, quantize, name, scale_format):
-    from deepseek_kernels.fp8_quantize import launch
+    from deepseek_kernels.quant.fp8_quantize import launch
 
     monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 0)  # fewer programs, which the interpreter takes one by one
     x = INPUTS[name]().to(device)
@@ -264,7 +264,7 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.fp8_quantize import launch
+    from deepseek_kernels.quant.fp8_quantize import launch
 
     x, ends = matrix(5, 200).to(device), torch.tensor([1, 5], device=device)
     for operator, arguments in (

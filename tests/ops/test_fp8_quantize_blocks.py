@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
-from deepseek_kernels.fp8_quantize import dequantize_blocks, quantize_blocks, quantize_rows
+from deepseek_kernels.quant.fp8_quantize import dequantize_blocks, quantize_blocks, quantize_rows
 from deepseek_kernels.testing.numeric import assert_bitwise
-from fp8_definition import (
+from support.fp8_definition import (
     E4M3,
     FORMATS,
     INPUTS,
@@ -208,7 +208,7 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.fp8_quantize import launch
+    from deepseek_kernels.quant.fp8_quantize import launch
 
     x = stack(2, 6, 200).to(device)
     codes, scale = launch.quantize_blocks(x, 64, 128, True, 2)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_kernels import dequantize_blocks, dispatch, fp8_weight_gemm, fp8_weight_grouped_gemm, quantize_blocks
-from deepseek_kernels.fp8_weight_gemm import expansion, reference
+from deepseek_kernels.gemm.fp8_weight_gemm import expansion, reference
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 FEW, MANY = 3, reference.FEW_ROWS + 5  # rows of activations: each way of applying the scales

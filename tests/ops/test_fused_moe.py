@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import BackendError, grouped_gemm, permute, sort_by_expert, unpermute, use_backend
-from deepseek_kernels.fused_moe import configs, fused_moe, grouped_gemm_swiglu
-from deepseek_kernels.grouped_gemm import configs as grouped_configs
+from deepseek_kernels.moe.fused_moe import configs, fused_moe, grouped_gemm_swiglu
+from deepseek_kernels.moe.grouped_gemm import configs as grouped_configs
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 NAN = float("nan")
@@ -110,7 +110,7 @@ def spread(tokens: int, experts: int, choices: int) -> Tensor:
 
 @pytest.fixture
 def launch(triton_backend):
-    from deepseek_kernels.fused_moe import launch
+    from deepseek_kernels.moe.fused_moe import launch
 
     with use_backend("triton"):
         yield launch

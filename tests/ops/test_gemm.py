@@ -124,7 +124,7 @@ class _Products(TorchDispatchMode):
 
 def test_expanded_products_stay_expanded_under_autocast():
     """Autocast reaches into custom operators: it would undo the expansion, and make it pay for nothing."""
-    from deepseek_kernels.dense_gemm import reference
+    from deepseek_kernels.gemm.dense_gemm import reference
 
     x, weight, grad = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((20, 16), (6, 16), (20, 6)))
     with torch.autocast("cpu", dtype=torch.bfloat16), _Products() as seen:
@@ -155,7 +155,7 @@ def test_grouped_gemm_names_what_does_not_fit(x, weight, ends, words):
     seed=st.integers(0, 2**16),
 )
 def test_dense_gemm_any_shape(rows, width, out, seed):
-    from deepseek_kernels.dense_gemm.reference import multiply
+    from deepseek_kernels.gemm.dense_gemm.reference import multiply
 
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=random).bfloat16()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_kernels import BackendError, dispatch, grouped_gemm, use_backend
-from deepseek_kernels.grouped_gemm import configs
+from deepseek_kernels.moe.grouped_gemm import configs
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -85,7 +85,7 @@ def operands(counts: list[int], n: int, k: int, dtype: torch.dtype, device, nobo
 
 @pytest.fixture
 def kernel(triton_backend):
-    from deepseek_kernels.grouped_gemm import kernel
+    from deepseek_kernels.moe.grouped_gemm import kernel
 
     with use_backend("triton"):
         yield kernel

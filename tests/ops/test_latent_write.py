@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
-from deepseek_kernels.latent_write import latent_write, latent_write_paged
-from deepseek_kernels.mla_decode.packing import pack, packed_bytes, unpack
-from deepseek_kernels.rms_norm import rms_norm
+from deepseek_kernels.attention.latent_write import latent_write, latent_write_paged
+from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.norm.rms_norm import rms_norm
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 # numpy's, in the interpreter
@@ -157,7 +157,7 @@ def test_pages(backend, device, cache_dtype):
 @pytest.mark.parametrize("enough", [0, 1000], ids=["many tokens to a program", "one token to a program"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
 def test_either_tile(triton_backend, device, monkeypatch, cache_dtype, enough, tokens):
-    from deepseek_kernels.latent_write import kernel
+    from deepseek_kernels.attention.latent_write import kernel
 
     monkeypatch.setattr(kernel, "ENOUGH_PROGRAMS", enough)
     arguments = operands(2, tokens, 132, 8, device)
@@ -239,7 +239,7 @@ def test_compiled_gives_the_same(backend, device, cache_dtype):
 
 
 def test_the_custom_operator_is_registered_properly(triton_backend, device):
-    from deepseek_kernels.latent_write import kernel
+    from deepseek_kernels.attention.latent_write import kernel
 
     slots = torch.tensor([[4, 0, 6], [1, 2, 3]], device=device)
     for cache_dtype in (torch.bfloat16, FP8):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import dispatch, linear_cross_entropy, use_backend
-from deepseek_kernels.linear_cross_entropy import reference
+from deepseek_kernels.loss.linear_cross_entropy import reference
 
 # numpy's, in the interpreter: an infinity less an infinity, an exponential that vanishes
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:All-NaN slice")
@@ -30,7 +30,7 @@ def backend(request):
 def narrow(backend, monkeypatch):
     """Rows of several blocks at small sizes."""
     if backend == "triton":
-        from deepseek_kernels.linear_cross_entropy import kernel
+        from deepseek_kernels.loss.linear_cross_entropy import kernel
 
         monkeypatch.setattr(kernel, "_COLUMNS", 32)
 
@@ -258,7 +258,7 @@ def test_only_what_is_needed_is_computed(backend, device, monkeypatch):
     asked = []
     module, name = reference, "linear_cross_entropy_reference"
     if backend == "triton":
-        from deepseek_kernels.linear_cross_entropy import kernel as module
+        from deepseek_kernels.loss.linear_cross_entropy import kernel as module
 
         name = "linear_cross_entropy_triton"
     operator = getattr(module, name)
@@ -335,7 +335,7 @@ def test_logits_never_exist_all_at_once():
     [(129280 * 4, 128 << 20, 256), (129280 * 2, 1 << 30, 4096), (129280 * 2, 1 << 28, 1024), (1 << 30, 1 << 28, 16)],
 )
 def test_the_rule_for_chunks(row_bytes, budget, rows):
-    from deepseek_kernels.linear_cross_entropy import _chunk
+    from deepseek_kernels.loss.linear_cross_entropy import _chunk
 
     assert _chunk(row_bytes, budget) == rows
 
@@ -369,7 +369,7 @@ def test_the_custom_operators_are_registered_properly(backend, device, needs):
     hidden, weight, targets = operands(5, 8, 17, device)
     operator = reference.linear_cross_entropy_reference
     if backend == "triton":
-        from deepseek_kernels.linear_cross_entropy import kernel
+        from deepseek_kernels.loss.linear_cross_entropy import kernel
 
         operator = kernel.linear_cross_entropy_triton
     arguments = (hidden, weight, targets, [2, 3], -100, 2, *needs)
@@ -378,7 +378,7 @@ def test_the_custom_operators_are_registered_properly(backend, device, needs):
 
 def test_a_target_out_of_range_spoils_the_kernels_loss(triton_backend, device):
     """On a GPU nobody looks at the targets first."""
-    from deepseek_kernels.linear_cross_entropy import kernel
+    from deepseek_kernels.loss.linear_cross_entropy import kernel
 
     hidden, weight, targets = operands(3, 8, 17, device)
     for wrong in (17, -1, 1 << 40):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_loop import assert_attention, attend, operands
 from torch import Tensor
 
 from deepseek_kernels import BackendError, dispatch, use_backend
-from deepseek_kernels.mla_attention import configs, mla_attention
+from deepseek_kernels.attention.mla_attention import configs, mla_attention
+from support.attention_loop import assert_attention, attend, operands
 
 SIZES = (6, 4, 5)  # P, R, V: nothing is a power of two or as wide as anything else
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_loop import assert_attention, operands, visible
 from torch import Tensor
 
 from deepseek_kernels import use_backend
-from deepseek_kernels.mla_attention import mla_attention
+from deepseek_kernels.attention.mla_attention import mla_attention
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.attention_loop import assert_attention, operands, visible
 
 TINY, PUBLISHED = (32, 16, 32), (128, 64, 128)  # P, R, V
 NAN = float("nan")
@@ -17,7 +17,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def launch(triton_backend):
-    from deepseek_kernels.mla_attention import launch
+    from deepseek_kernels.attention.mla_attention import launch
 
     with use_backend("triton"):
         yield launch
@@ -245,7 +245,7 @@ def test_only_the_gradient_that_is_needed(launch, device, needed):
 
 def test_ranges_of_queries(launch, device):
     """Which queries see each tile of keys, exactly; more queries than a program reads at a time."""
-    from deepseek_kernels.mla_attention.configs import Config
+    from deepseek_kernels.attention.mla_attention.configs import Config
 
     queries, keys, columns = 1100, 50, 16
     spans = scattered(2, queries, keys)
@@ -295,7 +295,7 @@ def test_custom_operator_is_registered_properly(launch, device):
 )
 def test_every_gpu_gets_tiles_that_fit(monkeypatch, capability, family):
     """A Blackwell of capability 12 has 99 KB of shared memory, which an Ampere's tiles fit into."""
-    from deepseek_kernels.mla_attention import launch
+    from deepseek_kernels.attention.mla_attention import launch
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_kernels.mla_decode import mla_decode, mla_decode_paged, reference
-from deepseek_kernels.mla_decode import packed as packed_reference
-from deepseek_kernels.mla_decode.packing import aligned, pack, packed_bytes, unpack, views
-from deepseek_kernels.spans import as_dense, causal_mask
-from fp8_definition import E4M3, hostile, matrix, quantize_group
+from deepseek_kernels.attention.mla_decode import mla_decode, mla_decode_paged, reference
+from deepseek_kernels.attention.mla_decode import packed as packed_reference
+from deepseek_kernels.attention.mla_decode.packing import aligned, pack, packed_bytes, unpack, views
+from deepseek_kernels.common.masks import as_dense, causal_mask
+from support.fp8_definition import E4M3, hostile, matrix, quantize_group
 
 WIDTH = 24  # C + R
 RANK = 20  # C

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
-from deepseek_kernels.mla_decode import configs, mla_decode, mla_decode_paged
-from deepseek_kernels.mla_decode.packing import pack, unpack
-from deepseek_kernels.spans import as_dense, causal_mask
+from deepseek_kernels.attention.mla_decode import configs, mla_decode, mla_decode_paged
+from deepseek_kernels.attention.mla_decode.packing import pack, unpack
+from deepseek_kernels.common.masks import as_dense, causal_mask
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 NAN = float("nan")
@@ -25,7 +25,7 @@ KINDS = ["plain", "packed"]
 
 @pytest.fixture
 def launch(triton_backend):
-    from deepseek_kernels.mla_decode import launch
+    from deepseek_kernels.attention.mla_decode import launch
 
     with use_backend("triton"):
         yield launch

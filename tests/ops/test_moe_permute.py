@@ -99,7 +99,7 @@ def test_repeats_are_bitwise_equal():
 
 @pytest.fixture
 def kernel(triton_backend):
-    from deepseek_kernels.moe_permute import kernel
+    from deepseek_kernels.moe.moe_permute import kernel
 
     with use_backend("triton"):
         yield kernel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
-from deepseek_kernels.rms_norm import add_rms_norm, rms_norm
+from deepseek_kernels.norm.rms_norm import add_rms_norm, rms_norm
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 # numpy's, in the interpreter
@@ -35,7 +35,7 @@ def backend(request):
 
 @pytest.fixture
 def launch(triton_backend):
-    from deepseek_kernels.rms_norm import launch
+    from deepseek_kernels.norm.rms_norm import launch
 
     with use_backend("triton"):
         yield launch
@@ -253,7 +253,7 @@ def test_x_and_residual_of_different_dtypes(backend, device):
 @pytest.mark.parametrize("width", [1, 130, 2100])
 def test_a_row_does_not_depend_on_its_company(launch, device, monkeypatch, width):
     """Nor on the tile, nor on what else the kernel does."""
-    from deepseek_kernels.rms_norm import kernel
+    from deepseek_kernels.norm.rms_norm import kernel
 
     x, _, weight = operands((19, width), torch.float32, torch.float32, device)
     results = []

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import BackendError, quantize_rows, use_backend
-from deepseek_kernels.rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
+from deepseek_kernels.norm.rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 from deepseek_kernels.testing.numeric import assert_bitwise
-from fp8_definition import FORMATS, assert_all_bitwise, matrix, on_reference, on_triton
+from support.fp8_definition import FORMATS, assert_all_bitwise, matrix, on_reference, on_triton
 
 # numpy's, in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:All-NaN slice")
@@ -59,7 +59,7 @@ def test_quantizes_the_norm_bit_by_bit(backend, device, rows, columns, dtype, we
 @pytest.mark.parametrize(("rows", "columns"), [(19, 130), (5, 1100), (2, 4100)])
 def test_either_tile_quantizes_the_norm_bit_by_bit(triton_backend, device, monkeypatch, enough, rows, columns):
     """The norm itself always with the tile that it would choose: no tile has a sum of its own."""
-    from deepseek_kernels.rms_norm import kernel
+    from deepseek_kernels.norm.rms_norm import kernel
 
     x, residual, weight = operands(rows, columns, torch.bfloat16, torch.bfloat16, device)
     expected, total = on_triton(add_rms_norm, x, residual, weight, EPS)
@@ -145,7 +145,7 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_the_custom_operator_is_registered_properly(triton_backend, device):
-    from deepseek_kernels.rms_norm import launch
+    from deepseek_kernels.norm.rms_norm import launch
 
     x, residual, weight = operands(5, 200, torch.float32, torch.float32, device)
     for added in (None, residual):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
-from deepseek_kernels.rope import rope, rope_
+from deepseek_kernels.attention.rope import rope, rope_
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 # Batch, tokens, heads (None: one key for all), width, rotary width.
@@ -196,7 +196,7 @@ def test_other_layouts_of_angles(triton_backend, device, layout):
 
 
 def test_many_tokens_take_large_tiles(triton_backend, device, monkeypatch):
-    from deepseek_kernels.rope import kernel
+    from deepseek_kernels.attention.rope import kernel
 
     assert kernel._tile(8192, 128, 32) == {"TOKENS": 1, "HEADS": 64, "PAIR_BLOCK": 32}
     assert kernel._tile(8192, 1, 32) == {"TOKENS": 16, "HEADS": 1, "PAIR_BLOCK": 32}
@@ -237,7 +237,7 @@ def test_compiled_gives_the_same(triton_backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.rope import kernel
+    from deepseek_kernels.attention.rope import kernel
 
     x, cos, sin = operands("queries", torch.float32, device)
     torch.library.opcheck(kernel._rope, (x.clone().requires_grad_(), cos, sin, False))

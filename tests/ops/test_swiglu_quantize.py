@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_kernels import quantize_rows, swiglu_quantize, use_backend
-from fp8_definition import FORMATS, INPUTS, assert_all_bitwise, few_examples, matrix, on_reference, on_triton
+from support.fp8_definition import FORMATS, INPUTS, assert_all_bitwise, few_examples, matrix, on_reference, on_triton
 
 # numpy's, in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:All-NaN slice")
@@ -77,7 +77,7 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tenso
 @pytest.fixture(params=["few", "many"])
 def tile(request, triton_backend, monkeypatch):
     """Either tile of the kernel, whatever the size."""
-    from deepseek_kernels.fp8_quantize import launch
+    from deepseek_kernels.quant.fp8_quantize import launch
 
     monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 0 if request.param == "many" else math.inf)
 
@@ -183,7 +183,7 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_the_custom_operator_is_registered_properly(triton_backend, device):
-    from deepseek_kernels.swiglu_quantize import kernel
+    from deepseek_kernels.quant.swiglu_quantize import kernel
 
     x = inputs(5, 200).to(device)
     torch.library.opcheck(kernel.swiglu_quantize, (x, False), test_utils="test_faketensor")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
+from deepseek_kernels.moe.topk_gate import topk_gate
 from deepseek_kernels.testing.numeric import assert_bitwise
-from deepseek_kernels.topk_gate import topk_gate
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def test_other_layouts_give_the_same(triton_backend, device, layout):
 
 @pytest.mark.parametrize("name", ["V3", "V2-Lite", "groups of two, summed", "most experts"])
 def test_several_tokens_in_a_program_give_the_same(triton_backend, device, monkeypatch, name):
-    from deepseek_kernels.topk_gate import kernel
+    from deepseek_kernels.moe.topk_gate import kernel
 
     routing = ROUTINGS[name]
     scores, bias, top_k = routing.operands(5, device)  # the last program's are not all there
@@ -323,7 +323,7 @@ def test_compiled_gives_the_same(triton_backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.topk_gate import kernel
+    from deepseek_kernels.moe.topk_gate import kernel
 
     scores, bias, top_k = ROUTINGS["groups of two, summed"].operands(4, device)
     numbers = (top_k, 3, 2, 2, True, 2.5)

@@ -117,8 +117,14 @@ def assert_clean(
 
 
 def operators() -> list[str]:
-    """The operators that have Triton kernels, without importing them."""
-    return sorted(path.parent.name for path in Path(__file__).parent.parent.glob("*/kernel.py"))
+    """Names of the operators that have Triton kernels; none is imported."""
+    return sorted(_modules())
+
+
+def _modules() -> dict[str, str]:
+    """Modules of kernels by operator: `family/operator/kernel.py`."""
+    paths = Path(__file__).parent.parent.glob("*/*/kernel.py")
+    return {path.parent.name: f"deepseek_kernels.{path.parent.parent.name}.{path.parent.name}.kernel" for path in paths}
 
 
 def compile_case(case: CompileCase, target: str, op: str = "", count: bool = False) -> Record:
@@ -221,7 +227,7 @@ def _bytes(instruction: str) -> int:
 def _compile(names: Iterable[str], targets: Iterable[str] | None, count: bool) -> list[Record]:
     records = []
     for name in names:
-        module = importlib.import_module(f"deepseek_kernels.{name}.kernel" if name in operators() else name)
+        module = importlib.import_module(_modules().get(name, name))
         for case in module.compile_cases():
             chosen = [target for target in case.targets if targets is None or target in targets]
             records += [compile_case(case, target, name, count) for target in chosen]

@@ -1,0 +1,70 @@
+"""Public names by group: the one list that `__init__.py` resolves names from and that type checkers read."""
+
+# Configuration, and the facts that follow from it
+from .config.deepseek_config import DeepseekConfig as DeepseekConfig
+from .config.deepseek_config import presets as presets
+from .config.json_format import ConfigError as ConfigError
+from .config.json_format import UnsupportedModelError as UnsupportedModelError
+from .layout.accounting import ParameterCount as ParameterCount
+from .layout.accounting import count_parameters as count_parameters
+from .layout.accounting import flops_per_token as flops_per_token
+from .layout.accounting import kv_cache_bytes as kv_cache_bytes
+from .layout.accounting import weight_bytes as weight_bytes
+
+# Models and their modules
+from .models.causal_lm import DeepseekLM as DeepseekLM
+from .models.decoder_layer import DecoderLayer as DecoderLayer
+from .models.main_model import DeepseekModel as DeepseekModel
+from .models.mtp_layer import MTPLayer as MTPLayer
+from .models.outputs import CausalLMOutput as CausalLMOutput
+from .attention.mla import MultiHeadLatentAttention as MultiHeadLatentAttention
+from .moe.moe import Experts as Experts
+from .moe.moe import MoE as MoE
+from .moe.moe import Router as Router
+from .layers.linear import Linear as Linear
+from .layers.mlp import MLP as MLP
+from .layers.norm import RMSNorm as RMSNorm
+from .layers.rope import RotaryEmbedding as RotaryEmbedding
+
+# Caches and decoding
+from .cache.latent_cache import LatentCache as LatentCache
+from .cache.static_cache import StaticLatentCache as StaticLatentCache
+from .generation.compiled_step import CompiledDecodeStep as CompiledDecodeStep
+from .generation.entry import generate as generate
+from .generation.mtp_probe import MTPProbe as MTPProbe
+from .generation.mtp_probe import probe_mtp as probe_mtp
+from .generation.report import SpeculationReport as SpeculationReport
+
+# Checkpoints
+from .checkpoint import CheckpointError as CheckpointError
+from .checkpoint import convert as convert
+from .checkpoint import inspect_checkpoint as inspect_checkpoint
+from .checkpoint import load as load
+from .checkpoint import save as save
+from .checkpoint import slice_checkpoint as slice_checkpoint
+
+# Routing, balancing and placement of experts
+from .moe.balance_loss import BalanceLoss as BalanceLoss
+from .moe.expert_load import ExpertLoad as ExpertLoad
+from .moe.expert_load import LoadHistory as LoadHistory
+from .moe.load_balancer import LoadBalancer as LoadBalancer
+from .moe.placement import ExpertPlacement as ExpertPlacement
+from .moe.placement import plan_placement as plan_placement
+from .moe.routing_record import RoutingRecord as RoutingRecord
+from .moe.routing_record import routing_agreement as routing_agreement
+from .moe.token_dropping import TokenDropping as TokenDropping
+
+# FP8
+from .quant.fp8_convert import dequantize as dequantize
+from .quant.fp8_convert import keep_fp8 as keep_fp8
+from .quant.fp8_experts import FP8Experts as FP8Experts
+from .quant.fp8_linear import FP8Linear as FP8Linear
+from .quant.fp8_training import FP8Policy as FP8Policy
+from .quant.fp8_training import FP8Precision as FP8Precision
+from .quant.fp8_training import FP8Rule as FP8Rule
+from .quant.fp8_training import V3_RECIPE as V3_RECIPE
+from .quant.fp8_training import fp8_sensitivity as fp8_sensitivity
+from .quant.fp8_training import fp8_training as fp8_training
+from .quant.fp8_training import remove_fp8_training as remove_fp8_training
+
+__version__: str

@@ -1,0 +1,100 @@
+"""Who may attend to whom: padding, packed documents, and rows of different length in a cache.
+
+Masks are what `deepseek_kernels.spans` describes: None for plain causal attention, or spans of keys. B batch, T
+queries, S keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek_kernels.common.masks import causal_mask
+
+__all__ = ["attention_mask_for_documents", "document_numbers", "positions_from_mask"]
+
+
+def positions_from_mask(valid: Tensor | None, batch: int, tokens: int, device=None) -> Tensor:
+    """Positions that count each row's real tokens from 0; padding repeats its neighbour's (TRAPS B9).
+
+    Args:
+        valid: bool [B, T], or None where nothing is padding.
+
+    Returns:
+        int64 [B, T].
+    """
+    if valid is None:
+        return torch.arange(tokens, device=device).expand(batch, -1)
+    return (valid.cumsum(-1) - 1).clamp(min=0)
+
+
+def document_numbers(position_ids: Tensor | None, valid: Tensor | None = None) -> Tensor | None:
+    """Numbers the documents that `position_ids` packs into each row: a document starts where positions do not go on.
+
+    Args:
+        position_ids: [B, T], or None.
+        valid: bool [B, T]; jumps within padding start no document.
+
+    Returns:
+        int64 [B, T], or None where every row is one document.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if valid is not None:
+        starts = starts & valid[:, 1:] & valid[:, :-1]
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
+        return None
+    return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))
+
+
+def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None, batch: int) -> Tensor | None:
+    """Causal attention within documents and among real tokens, without a cache; None where plain causal will do.
+
+    Padding on the right needs no mask: no real token comes after it. A query that may see nothing sees itself, so that
+    no row of the softmax is empty.
+
+    Args:
+        documents, valid: [B or 1, T].
+
+    Returns:
+        Spans [B, T, 2], or bool [B, 1, T, T] where padding interrupts a document (or could, for all that the compiler
+        knows).
+    """
+    if valid is not None and not torch.compiler.is_compiling() and bool((valid[:, :-1] >= valid[:, 1:]).all()):
+        valid = None
+    some = documents if documents is not None else valid
+    if some is None:
+        return None
+    tokens, device = some.shape[1], some.device
+    index = torch.arange(tokens, device=device)
+    starts = index.expand(batch, -1) == 0 if documents is None else _changes(documents).expand(batch, -1)
+    if valid is not None:
+        begins = valid & (starts | ~torch.nn.functional.pad(valid[:, :-1], (1, 0)))
+        if torch.compiler.is_compiling() or not _one_run_each(begins, starts):
+            return _dense(documents, valid)
+        starts = starts | _changes(valid)
+    first = torch.where(starts, index, 0).cummax(-1).values  # of the run of tokens that each is in
+    if valid is not None:
+        first = torch.where(valid, first, index)
+    return torch.stack((first, (index + 1).expand_as(first)), dim=-1).int()
+
+
+def _changes(x: Tensor) -> Tensor:
+    """bool [B, T], where a value differs from the one before it, and at 0."""
+    return torch.nn.functional.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
+
+
+def _one_run_each(begins: Tensor, starts: Tensor) -> bool:
+    """Whether no document has two runs of real tokens; from where such runs begin, and where documents start."""
+    runs = begins.long().cumsum(-1)
+    before = torch.where(starts, runs - begins.long(), 0).cummax(-1).values  # runs of the documents before
+    return bool((runs - before <= 1).all())
+
+
+def _dense(documents: Tensor | None, valid: Tensor) -> Tensor:
+    tokens = valid.shape[1]
+    allowed = causal_mask(tokens, tokens, valid.device) & valid[:, None, :]  # [B, T, T]
+    if documents is not None:
+        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+    return (allowed | torch.eye(tokens, dtype=torch.bool, device=valid.device))[:, None]

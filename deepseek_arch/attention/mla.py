@@ -1,0 +1,238 @@
+"""Multi-head latent attention (DeepSeek-V2 report, section 2.1; V3 report, equations 1 to 11), in its two forms.
+
+Expanded: latents become per-head keys and values; cheapest when many queries share the expansion (prefill, training).
+Absorbed: the expansion's weights move to the queries and outputs, so that attention runs on the latents themselves, as
+if all heads shared one key and value head of kv_lora_rank + qk_rope_head_dim; cheapest for few queries on a long cache.
+Both compute the same thing; a rule over (queries, keys) chooses.
+
+Notation: B batch, T queries, S keys, H hidden_size, N heads, C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim,
+V v_head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_kernels import dispatch, mla_attention, mla_decode, rope_
+from deepseek_kernels import rope as rotate
+
+from ..cache.latent_cache import LatentCache
+from ..config.deepseek_config import DeepseekConfig
+from ..layers.linear import Linear
+from ..layers.norm import RMSNorm
+from ..layers.plain_module import is_plain_module
+from ..quant.fp8_activations import norm_for
+from ..quant.fp8_linear import FP8Linear
+
+__all__ = ["MultiHeadLatentAttention"]
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention over a compressed key-value latent.
+
+    Args:
+        softmax_scale: default `(qk_nope_head_dim + qk_rope_head_dim) ** -0.5`, in both forms (TRAPS A13); YaRN
+            multiplies it (`DeepseekConfig.softmax_scale`).
+        q_lora_rank: None for a single `q_proj` without a query latent (V2-Lite, Moonlight).
+        norm_eps: epsilon of the latent norms; 1e-6 in every published model (TRAPS B1).
+        bias: biases on q_a_proj, kv_a_proj_with_mqa and o_proj.
+        layer_idx: which layer of a cache is this one's.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        softmax_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+        dropout: float = 0.0,
+        layer_idx: int = 0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.layer_idx, self.dropout = num_heads, layer_idx, dropout
+        self.kv_lora_rank, self.q_lora_rank = kv_lora_rank, q_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+        self.qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
+        self.softmax_scale = self.qk_head_dim**-0.5 if softmax_scale is None else softmax_scale
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if q_lora_rank is None:
+            self.q_proj = Linear(hidden_size, num_heads * self.qk_head_dim, bias=False, **factory)
+        else:
+            self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=bias, **factory)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, norm_eps, **factory)
+            self.q_b_proj = Linear(q_lora_rank, num_heads * self.qk_head_dim, bias=False, **factory)
+        self.kv_a_proj_with_mqa = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias, **factory)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps, **factory)
+        self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False, **factory)
+        self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias, **factory)
+
+    @classmethod
+    def from_config(
+        cls, config: DeepseekConfig, layer_idx: int = 0, *, device=None, dtype=None
+    ) -> MultiHeadLatentAttention:
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            q_lora_rank=config.q_lora_rank,
+            softmax_scale=config.softmax_scale,
+            norm_eps=config.latent_norm_eps,
+            bias=config.attention_bias,
+            dropout=config.attention_dropout,
+            layer_idx=layer_idx,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Any | None = None,
+    ) -> Tensor:
+        """Attends and projects back.
+
+        Args:
+            x: [B, T, H], normed hidden states.
+            rope: cosines and sines [B, T, R / 2] of the tokens' positions.
+            mask: None for causal attention, or as `deepseek_kernels.spans` describes.
+            cache: a `LatentCache`, or anything whose `update(latent [B, 1, T, C], rotated_key [B, 1, T, R],
+                layer_idx)` returns both for all S keys (transformers' caches do).
+
+        Returns:
+            [B, T, H].
+        """
+        q = self.queries(x, rope)
+        latents, keys, states = self.remember(x, rope, cache)
+        if self.prefers_absorbed(x.shape[1], (latents if states is None else states).shape[1]):
+            states = torch.cat((latents, keys), dim=-1) if states is None else states
+            out = self.attend_absorbed(q, states, mask)
+        else:
+            if latents is None:
+                latents, keys = cache.split(states)
+            out = self.attend_expanded(q, latents, keys, mask)
+        return self.o_proj(out.flatten(-2))
+
+    @property
+    def input_projections(self) -> tuple[nn.Module, nn.Module]:
+        """The two layers that read the input, and nobody else does."""
+        return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, T, H] -> [B, T, N, P + R], the last R of each head rotated."""
+        if self.q_lora_rank is None:
+            projection, q = self.q_proj, self.q_proj(x)
+        else:
+            projection = self.q_b_proj
+            q = projection(norm_for((projection,), self.q_a_layernorm, self.q_a_proj(x)))
+        q = q.unflatten(-1, (-1, self.qk_head_dim))  # -1: under tensor parallelism a rank holds a share of the heads
+        # In place where nobody else has seen it: a hook may have kept it.
+        own = is_plain_module(projection, Linear, nn.Linear, FP8Linear) and not _differentiated(q)
+        return rope_(q, *rope) if own else rotate(q, *rope)
+
+    def remember(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The tokens' latents, after their norm, and rotated keys, behind those that the cache has.
+
+        The key is shared by all heads and not normed (TRAPS A4).
+
+        Returns:
+            latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one. An FP8 cache gives its bytes
+            [B, S, bytes] and nothing else, since the absorbed form needs no more.
+        """
+        kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
+        ours = isinstance(cache, LatentCache)
+        if ours and is_plain_module(norm, RMSNorm) and not _differentiated(kv, norm.weight):
+            states = cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
+        else:
+            latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            latent, key = norm(latent), rotate(key, *rope)
+            if cache is None:
+                return latent, key, None
+            if not ours:
+                latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
+                return latents[:, 0], keys[:, 0], None
+            states = cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
+        return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
+
+    def prefers_absorbed(self, queries: int, keys: int) -> bool:
+        """Whether the absorbed form costs fewer multiplications for T queries on S keys.
+
+        Per head, expanding costs (P + V) C a key, absorbing the same a query; attending costs 2 max(P + R, V) a pair
+        expanded and 2 (C + R) absorbed (both after padding keys and values to one width). V3: absorbed up to about 170
+        queries on a long cache, never without one.
+        """
+        if self.training and self.dropout > 0:
+            return False  # the absorbed form has no dropout
+        form = (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+        extra = 2 * (self.kv_lora_rank + self.qk_rope_head_dim - max(self.qk_head_dim, self.v_head_dim))
+        return queries * form + queries * keys * extra < keys * form
+
+    def attend_expanded(self, q: Tensor, latents: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention on per-head keys and values -> [B, T, N, V]."""
+        dropout = self.dropout if self.training else 0.0
+        return mla_attention(q, self.expand(latents), keys, self.softmax_scale, mask, dropout)
+
+    def expand(self, latents: Tensor) -> Tensor:
+        """Latents [B, S, C] -> each head's keys, without the rotated part, above its values: [B, S, N, P + V]."""
+        return self.kv_b_proj(latents).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+
+    def attend_absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V].
+
+        `states` may also be the bytes [B, S, bytes] of an FP8 cache.
+        """
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        up = self.kv_b_weight(q).unflatten(0, (q.shape[2], -1))  # [N, P + V, C]
+        q_latent = _per_head("btnp,npc->btnc", q_nope, up[:, : self.qk_nope_head_dim])
+        q = torch.cat((q_latent, q_rope), dim=-1)  # [B, T, N, C + R]
+        out = mla_decode(q, states, self.kv_lora_rank, self.softmax_scale, mask)
+        return _per_head("btnc,nvc->btnv", out, up[:, self.qk_nope_head_dim :])
+
+    def kv_b_weight(self, like: Tensor) -> Tensor:
+        """The matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
+
+        Only a plain linear layer's weight may be read, or dequantized: an adapter, another quantized layer, an offload
+        hook or a sharded parameter computes something else, so those are asked for the images of the unit vectors.
+
+        Args:
+            like: activations, of whose dtype and device that answer is: parameters may be elsewhere.
+        """
+        module = self.kv_b_proj
+        plain = is_plain_module(module, Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
+        if plain:
+            return module.dequantize(like.dtype) if isinstance(module, FP8Linear) else module.weight
+        return module(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether some derivative of these is wanted, backward or forward: then nothing may be written in place."""
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return backward or torch.autograd.forward_ad._current_level >= 0
+
+
+def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:
+    """An einsum with one weight per head, in float32 where the CPU has no 16-bit products."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not dispatch.native_half_matmul():
+        return torch.einsum(equation, x.float(), weight.float()).to(x.dtype)
+    return torch.einsum(equation, x, weight)

@@ -1,0 +1,345 @@
+"""The latent cache: per token and layer, the normed key-value latent and the rotated shared key, nothing per head.
+
+With `format="fp8"` the latent is stored as e4m3 codes with a float32 scale for each 128 of them, the rotated key as
+bfloat16 (TRAPS E10): 656 bytes a token and layer for V3 instead of 1152. Attention then reads what is stored, the new
+tokens included, so that it does not matter in which chunks they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from deepseek_kernels.attention.latent_write import latent_write
+from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
+
+__all__ = ["LatentCache", "key_mask_for_slots", "spans_up_to"]
+
+_GROWTH = 1.5
+_STEP = 64  # capacities are multiples of this
+
+
+class LatentCache:
+    """Cache of latent attention for a batch whose rows may have different lengths.
+
+    Token i of a row is always in slot i: padding is never stored, so a slot is a position and rows that are padded,
+    rewound or accepted differently stay comparable. Each layer has one buffer [B, capacity, kv_lora_rank +
+    qk_rope_head_dim] (576 values a token for V3), or [B, capacity, bytes] uint8 with `format="fp8"`, which grows by
+    half when full; slots beyond a row's length are zeros.
+
+    Args:
+        num_layers: decoder layers that write to it.
+        batch_size: rows, B.
+        kv_lora_rank, qk_rope_head_dim: widths of the latent and of the shared key, C and R.
+        capacity: slots to allocate at first (default: what the first tokens need).
+        first_layer: the layer index that maps to the first buffer.
+        format: None to store values of `dtype`, "fp8" to store bytes in the order of `deepseek_kernels.mla_decode.
+            packing`. No gradient reaches what has been stored as FP8.
+        dtype: of what `update` and `split` return.
+
+    Raises:
+        ValueError: a size is less than 1, or the format is unknown.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        *,
+        capacity: int | None = None,
+        first_layer: int = 0,
+        format: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        sizes = {"num_layers": num_layers, "batch_size": batch_size, "kv_lora_rank": kv_lora_rank}
+        for name, value in {**sizes, "qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}.items():
+            if value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}")
+        if format not in (None, "fp8"):
+            raise ValueError(f"expected format None or 'fp8', got {format!r}")
+        self.format = format
+        self.num_layers, self.batch_size, self.first_layer = num_layers, batch_size, first_layer
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.device, self.dtype = torch.device(device or "cpu"), dtype or torch.get_default_dtype()
+        self._buffers = [self._new_buffer(capacity or 0) for _ in range(num_layers)]
+        self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
+        self._pending: _Append | None = None
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held, per row."""
+        return self._lengths[0]
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated per row."""
+        return self._buffers[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token takes over all layers."""
+        buffer = self._buffers[0]
+        return self.num_layers * buffer.shape[2] * buffer.element_size()
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentCache(layers={self.num_layers}, lengths={list(self.lengths)}, capacity={self.capacity}, "
+            f"{self.bytes_per_token} bytes a token, {self.format or self.dtype}, {self.device})"
+        )
+
+    # ---------------------------------------------------------------- writing
+
+    @contextmanager
+    def append(self, num_tokens: int, valid: Tensor | None = None) -> Iterator[Tensor]:
+        """Reserves slots for one forward pass; every layer's `update` inside the block writes to them.
+
+        Args:
+            num_tokens: T, new tokens per row.
+            valid: bool [B, T]; tokens that are False (padding) are not stored.
+
+        Yields:
+            int64 [B, T], the slot of each token, which is its position. A token that is not stored gets the slot of
+            the last one before it, or 0.
+
+        On an exception inside the block every row goes back to its former length.
+        """
+        before = list(self._lengths)
+        start = self.lengths
+        lengths = torch.tensor(start, device=self.device)
+        if valid is not None and bool(valid.all()):
+            valid = None
+        if valid is None:
+            slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
+            after = tuple(length + num_tokens for length in start)
+        else:
+            if valid.shape != (self.batch_size, num_tokens):
+                raise ValueError(f"expected valid [{self.batch_size}, {num_tokens}], got {list(valid.shape)}")
+            valid = valid.to(self.device)
+            slots = (lengths[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
+            after = tuple((lengths + valid.sum(-1)).tolist())
+        self._pending = _Append(after, slots, valid)
+        try:
+            yield slots
+        except BaseException:
+            self._pending = None
+            self._restore(before)
+            raise
+        finally:
+            self._pending = None
+
+    def update(self, latent: Tensor, rotated_key: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Appends new tokens to a layer and returns everything it holds.
+
+        Args:
+            latent: [B, 1, T, C], after its norm.
+            rotated_key: [B, 1, T, R], after its rotation.
+            layer_idx: `first_layer` for the first buffer.
+
+        Returns:
+            latents [B, 1, S, C] and rotated keys [B, 1, S, R], as `split`; S is the longest row's length.
+        """
+        states = torch.cat((latent, rotated_key), dim=-1)[:, 0]
+        return self.split(self.update_states(states, layer_idx)[:, None])
+
+    def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [..., C] and rotated keys [..., R] of what `update_states` returns: views, or new if dequantized."""
+        if self.format == "fp8":
+            return unpack(states, self.kv_lora_rank, self.dtype)
+        latents, keys = states.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return latents, keys
+
+    def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
+        """`update` of latent and rotated key side by side: [B, T, C + R] -> [B, S, C + R], or the bytes stored.
+
+        Raises:
+            ValueError: a shape or the layer does not fit, or FP8 would have to carry a gradient.
+        """
+        index = self._index(layer_idx)
+        self._check_states(states)
+        before, place = self._lengths[index], self._place(index, states.shape[1])
+        buffer = self._reserve(index, place.longest)
+        stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
+        self._lengths[index] = place.lengths
+        if len(set(before)) == 1 and place.valid is None:
+            start = before[0]
+            if stored.requires_grad:  # the buffer takes a copy; the gradient flows through the returned tensor
+                buffer[:, start : place.longest] = stored.detach()
+                return torch.cat((buffer[:, :start], stored), dim=1)
+            buffer[:, start : place.longest] = stored
+            return buffer[:, : place.longest]
+        slots, valid = place.slots, place.valid
+        rows = torch.arange(self.batch_size, device=self.device)[:, None].expand_as(slots)
+        if valid is not None:
+            rows, slots, stored = rows[valid], slots[valid], stored[valid]
+        buffer[rows, slots] = stored.detach()
+        held = buffer[:, : place.longest]
+        return held.index_put((rows, slots), stored) if stored.requires_grad else held
+
+    def write(self, kv: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor], layer_idx: int) -> Tensor:
+        """`update_states` of latents that are still to be normed and keys that are still to be rotated, in one pass.
+
+        Args:
+            kv: [B, T, C + R], latents and keys side by side, without a gradient.
+            weight, eps: of the latents' norm.
+            rope: cosines and sines [B or 1, T, R / 2].
+
+        Returns:
+            [B, S, C + R] or the bytes stored, as `update_states`.
+
+        Raises:
+            ValueError: a shape or the layer does not fit.
+        """
+        index = self._index(layer_idx)
+        self._check_states(kv)
+        place = self._place(index, kv.shape[1])
+        buffer = self._reserve(index, place.longest)
+        latent_write(kv, weight, eps, *rope, buffer, place.targets)
+        self._lengths[index] = place.lengths
+        return buffer[:, : place.longest]
+
+    def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor | None:
+        """Who sees what: the mask of attention for the tokens that `append` reserves slots for, inside its block."""
+        return key_mask_for_slots(slots, self.lengths, valid)
+
+    # ---------------------------------------------------------------- rewinding and reordering
+
+    def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Drops the tokens of each row beyond `lengths` (one number, or one per row)."""
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
+        wanted = (lengths,) * self.batch_size if isinstance(lengths, int) else tuple(lengths)
+        if len(wanted) != self.batch_size:
+            raise ValueError(f"expected one length or {self.batch_size}, got {len(wanted)}")
+        for length, held in zip(wanted, self.lengths, strict=True):
+            if not 0 <= length <= held:
+                raise ValueError(f"expected lengths between 0 and those held {list(self.lengths)}, got {list(wanted)}")
+        self._restore([wanted] * self.num_layers)
+
+    def reset(self) -> None:
+        """Empties every row; the memory stays."""
+        self.rewind(0)
+
+    def reorder(self, index: Tensor) -> None:
+        """Makes row i a copy of row `index[i]` (beam search); the batch may change its size."""
+        index = index.to(self.device)
+        if index.ndim != 1 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size):
+            raise ValueError(f"expected row indices between 0 and {self.batch_size - 1}, got {index.tolist()}")
+        order = index.tolist()
+        with torch.inference_mode(False):  # as in `_new_buffer`
+            self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
+        self._lengths = [tuple(lengths[row] for row in order) for lengths in self._lengths]
+        self.batch_size = len(order)
+
+    def release(self, capacity: int) -> list[Tensor]:
+        """Hands over the layers' buffers, [B, at least `capacity` slots, ...] each; the cache is empty afterwards."""
+        buffers = [self._reserve(index, capacity) for index in range(self.num_layers)]
+        self._buffers = [self._new_buffer(0) for _ in buffers]
+        self._lengths = [(0,) * self.batch_size] * self.num_layers
+        return buffers
+
+    # ---------------------------------------------------------------- internals
+
+    def _new_buffer(self, capacity: int) -> Tensor:
+        # Zeros, not empty: a masked slot still takes part in products, where 0 x NaN would be NaN.
+        width, dtype = self.kv_lora_rank + self.qk_rope_head_dim, self.dtype
+        if self.format == "fp8":
+            width, dtype = packed_bytes(self.kv_lora_rank, self.qk_rope_head_dim), torch.uint8
+        with torch.inference_mode(False):  # a cache filled under inference mode stays usable outside of it
+            return torch.zeros(self.batch_size, capacity, width, device=self.device, dtype=dtype)
+
+    def _reserve(self, index: int, needed: int) -> Tensor:
+        buffer = self._buffers[index]
+        if needed > buffer.shape[1]:
+            wanted = max(needed, int(buffer.shape[1] * _GROWTH))
+            grown = self._new_buffer(-(-wanted // _STEP) * _STEP)
+            grown[:, : buffer.shape[1]] = buffer
+            self._buffers[index] = buffer = grown
+        return buffer
+
+    def _index(self, layer_idx: int) -> int:
+        index = layer_idx - self.first_layer
+        if not 0 <= index < self.num_layers:
+            last = self.first_layer + self.num_layers - 1
+            raise ValueError(f"expected layer_idx between {self.first_layer} and {last}, got {layer_idx}")
+        return index
+
+    def _check_states(self, states: Tensor) -> None:
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        if states.ndim != 3 or states.shape[0] != self.batch_size or states.shape[2] != width:
+            raise ValueError(f"expected states [{self.batch_size}, T, {width}], got {list(states.shape)}")
+        if self.format == "fp8" and states.requires_grad:
+            raise ValueError(
+                "expected no gradient through an FP8 cache, got states that require one: "
+                "use torch.no_grad() or a cache without a format"
+            )
+
+    def _place(self, index: int, tokens: int) -> _Append:
+        """Where a layer's next tokens go."""
+        if self._pending is not None:
+            return self._pending
+        before = self._lengths[index]
+        starts = torch.tensor(before, device=self.device)[:, None]
+        slots = starts + torch.arange(tokens, device=self.device)
+        return _Append(tuple(length + tokens for length in before), slots, None)
+
+    def _restore(self, lengths: list[tuple[int, ...]]) -> None:
+        """Sets the lengths of every layer, zeroing what falls out."""
+        for index, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
+            for row, (held, kept) in enumerate(zip(old, new, strict=True)):
+                if kept < held:
+                    self._buffers[index][row, kept:held] = 0
+        self._lengths = list(lengths)
+
+
+class _Append:
+    """The slots that one forward pass writes to.
+
+    Attributes:
+        lengths: of the rows afterwards; longest: of them, the most.
+        slots: int64 [B, T], as `LatentCache.append` yields them.
+        valid: bool [B, T], or None.
+        targets: `slots`, but -1 for what is not stored.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], slots: Tensor, valid: Tensor | None) -> None:
+        self.lengths, self.slots, self.valid = lengths, slots, valid
+        self.longest = max(lengths)
+        self.targets = slots if valid is None else slots.masked_fill(~valid, -1)
+
+
+def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], valid: Tensor | None) -> Tensor | None:
+    """Attention to a cache whose token i lies in slot i: each query sees the slots up to its own.
+
+    Args:
+        slots: int64 [B, T] of this call's tokens.
+        lengths: what the rows held before this call.
+        valid: bool [B, T]; None, or all True, where no token is padding.
+
+    Returns:
+        Spans [B, T, 2], or None where all rows are equally long and nothing is padding.
+    """
+    if len(set(lengths)) == 1 and (valid is None or bool(valid.all())):
+        return None
+    return spans_up_to(slots)
+
+
+def spans_up_to(slots: Tensor) -> Tensor:
+    """Spans [B, T, 2] of all slots up to each query's own, int64 [B, T]."""
+    return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()

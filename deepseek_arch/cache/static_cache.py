@@ -1,0 +1,130 @@
+"""A latent cache that a decoding step can be compiled with, or captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from deepseek_kernels.attention.mla_decode.packing import pack
+
+from .latent_cache import LatentCache, _Append, spans_up_to
+
+__all__ = ["StaticLatentCache"]
+
+
+class StaticLatentCache(LatentCache):
+    """What a `LatentCache` holds, with a capacity that never grows and lengths that only the device knows.
+
+    Every step reads and writes the same memory by numbers that are tensors, and nothing in it depends on how many
+    tokens there are: it compiles once, and replays as a graph. Attention gets all slots, and as its mask which of them
+    each query sees; the Triton kernel reads no others.
+
+    Tokens beyond the capacity are not stored; on a CPU they raise, elsewhere only the device knows of them.
+
+    Args:
+        cache: the prompt's. Its tokens and, where it is large enough, its memory move here; it is empty afterwards.
+        capacity: slots for each row.
+
+    Raises:
+        ValueError: the capacity is less than the tokens held.
+    """
+
+    def __init__(self, cache: LatentCache, capacity: int) -> None:
+        if capacity < cache.max_length:
+            raise ValueError(f"expected a capacity of at least the {cache.max_length} tokens held, got {capacity}")
+        super().__init__(
+            cache.num_layers,
+            cache.batch_size,
+            cache.kv_lora_rank,
+            cache.qk_rope_head_dim,
+            first_layer=cache.first_layer,
+            format=cache.format,
+            device=cache.device,
+            dtype=cache.dtype,
+        )
+        held = cache.lengths
+        self._buffers = [buffer[:, :capacity] for buffer in cache.release(capacity)]
+        with torch.inference_mode(False):
+            self._held = torch.tensor(held, dtype=torch.int64, device=self.device)
+        self._slots: Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held, per row; waits for the device."""
+        return tuple(self._held.tolist())
+
+    @property
+    def device_lengths(self) -> Tensor:
+        """`lengths` where they are kept, int64 [B]; later calls change it in place."""
+        return self._held
+
+    @contextmanager
+    def append(self, num_tokens: int, valid: Tensor | None = None) -> Iterator[Tensor]:
+        """As `LatentCache.append`, for tokens without padding.
+
+        Raises:
+            ValueError: some tokens are padding, or (on a CPU) there is no room for them.
+        """
+        if valid is not None:
+            raise ValueError("expected tokens without padding for a static cache, got an attention mask")
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            longest = self.max_length
+            if longest + num_tokens > self.capacity:
+                raise ValueError(f"expected at most {self.capacity} tokens a row, got {longest} and {num_tokens} more")
+        self._slots = self._held[:, None] + torch.arange(num_tokens, device=self.device)
+        try:
+            yield self._slots
+            self._held.add_(num_tokens)
+        finally:
+            self._slots = None
+
+    def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor:
+        """As `LatentCache.spans`, never None: the slots beyond a row's tokens are there too."""
+        return spans_up_to(slots)
+
+    def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Drops the tokens of each row beyond `lengths`. On a GPU a tensor is not checked: that would wait for it."""
+        if isinstance(lengths, Tensor) and self.device.type != "cpu":
+            self._held.copy_(lengths)
+            return
+        super().rewind(lengths)
+
+    def reorder(self, index: Tensor) -> None:
+        """As `LatentCache.reorder`; the memory is another one then."""
+        super().reorder(index)
+        with torch.inference_mode(False):  # as in `__init__`
+            self._held = self._held.index_select(0, index.to(self.device))
+
+    def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
+        """As `LatentCache.update_states`, but all slots come back; inside of `append` and without a gradient.
+
+        Raises:
+            ValueError: a shape or the layer does not fit, or a gradient is needed.
+        """
+        index = self._index(layer_idx)
+        self._check_states(states)
+        if states.requires_grad:
+            raise ValueError("expected no gradient through a static cache, got states that require one")
+        slots, buffer = self._place(index, states.shape[1]).slots, self._buffers[index]
+        stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
+        rows = torch.arange(self.batch_size, device=self.device)[:, None]
+        # What finds no room: see the class.
+        buffer[rows, slots.clamp(max=self.capacity - 1)] = stored
+        return buffer
+
+    def release(self, capacity: int) -> list[Tensor]:
+        """As `LatentCache.release`."""
+        buffers = super().release(capacity)
+        self._held.zero_()
+        return buffers
+
+    def _place(self, index: int, tokens: int) -> _Append:
+        if self._slots is None:
+            raise ValueError("expected a call within `append` for a static cache")
+        return _Append((self.capacity,) * self.batch_size, self._slots, None)
+
+    def _restore(self, lengths: list[tuple[int, ...]]) -> None:
+        self._held.copy_(torch.tensor(lengths[0], device=self.device))

@@ -1,0 +1,235 @@
+"""Writing checkpoint folders: shards planned beforehand, streamed tensor by tensor, put in place at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from ..load_plan import INDEX_NAME
+from .reader import DTYPE_NAMES, DTYPES, memory_of
+
+__all__ = ["CheckpointWriter", "TensorSpec", "parse_size", "plan_shards", "shard_names"]
+
+_CONFIG_NAME = "config.json"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that will be written; `dtype` in safetensors' notation."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "200 MB", "1.5GiB" or a plain number; GB is 10^9, GiB 2^30.
+
+    Raises:
+        ValueError: anything else, or less than one byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if not isinstance(size, int | str) or isinstance(size, bool) or match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"expected a size like '5GB', '200MB' or a number of bytes, got {size!r}")
+    count = int(float(match[1]) * _UNITS[match[2].upper()])
+    if count < 1:
+        raise ValueError(f"expected a size of at least one byte, got {size!r}")
+    return count
+
+
+def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_bytes: int) -> list[list[TensorSpec]]:
+    """Fills shards in order; a group stays together, and one larger than `max_bytes` gets a shard of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for group in groups:
+        size = sum(spec.nbytes for spec in group)
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].extend(group)
+        filled += size
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """transformers' file names: model.safetensors, or model-00001-of-00003.safetensors and so on."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder that appears whole or not at all.
+
+    A context manager. `write` every tensor of `shards`, in any order, then `commit`. Files are made in a hidden folder
+    inside `folder` and renamed into place by `commit`, after the files of the checkpoint that was there have been set
+    aside; leaving the context without `commit`, or an error within it, restores everything as it was. Files that are no
+    part of a checkpoint's weights (a tokenizer, a README) are left alone. config.json is the first file to go and the
+    last to come, so that a process killed between the renames leaves a folder that does not load, and the old files in
+    the hidden one.
+
+    Args:
+        shards: the tensors of each shard.
+        names: the shards' file names; default transformers'.
+
+    Raises:
+        OSError: the disk has no room for it, or a write failed.
+    """
+
+    def __init__(self, folder: str | Path, shards: Sequence[Sequence[TensorSpec]], names: Sequence[str] | None = None):
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
+        self.names = list(names or shard_names(len(shards)))
+        self._shards = shards
+        self._places: dict[str, tuple[str, int, TensorSpec]] = {}  # tensor -> shard, offset in it
+        self._unwritten = {spec.name for shard in shards for spec in shard}
+        self.nbytes = sum(spec.nbytes for shard in shards for spec in shard)
+        self._current: str | None = None
+        self._stream: BinaryIO | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        self._made_folder = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.folder))
+        try:
+            free = shutil.disk_usage(self._staging).free
+            if free < self.nbytes:
+                detail = f"{os.strerror(errno.ENOSPC)}: {self.nbytes:,} bytes to write, {free:,} free"
+                raise OSError(errno.ENOSPC, detail, str(self.folder))
+            for name, specs in zip(self.names, self._shards, strict=True):
+                self._start_shard(name, specs)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # not empty: the checkpoint is there
+                self.folder.rmdir()
+
+    def _start_shard(self, name: str, specs: Sequence[TensorSpec]) -> None:
+        """Writes the header. Wide dtypes come first: their readers need them aligned."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for spec in sorted(specs, key=lambda spec: -spec.itemsize):
+            end = position + spec.nbytes
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+            self._places[spec.name] = (name, position, spec)
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for spec in specs:
+            shard, offset, _ = self._places[spec.name]
+            self._places[spec.name] = (shard, start + offset, spec)
+        with (self._staging / name).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor, first_byte: int = 0) -> None:
+        """Writes a tensor, or from `first_byte` on a part of it (then the parts must come in order)."""
+        shard, offset, spec = self._places[name]
+        data = tensor.detach().cpu().contiguous()
+        if DTYPE_NAMES.get(data.dtype) != spec.dtype or first_byte + data.nbytes > spec.nbytes:
+            raise ValueError(
+                f"expected {spec.dtype} {list(spec.shape)} for {name}, got {data.dtype} {list(data.shape)}"
+            )
+        if shard != self._current:
+            self._close()
+            self._stream, self._current = (self._staging / shard).open("r+b", buffering=0), shard
+        assert self._stream is not None
+        self._stream.seek(offset + first_byte)
+        memory, done = memory_of(data), 0
+        while done < len(memory):  # one write takes at most 2 GB
+            done += self._stream.write(memory[done:]) or 0
+        if first_byte + data.nbytes == spec.nbytes:
+            self._unwritten.discard(name)
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())  # the renames of `commit` must not outrun the bytes in a power cut
+            self._stream.close()
+        self._stream = self._current = None
+
+    def commit(self, config: dict[str, Any], companions: Iterable[Path] = ()) -> list[Path]:
+        """Puts the shards, their index and config.json in place, and copies of `companions` that are not there yet.
+
+        Returns:
+            The files written.
+        """
+        assert not self._unwritten, f"never written: {sorted(self._unwritten)[:3]}"
+        self._close()
+        weight_map = {spec.name: name for name, specs in zip(self.names, self._shards, strict=True) for spec in specs}
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        _write_json(self._staging / INDEX_NAME, index)
+        _write_json(self._staging / _CONFIG_NAME, config)
+        new = [*self.names, INDEX_NAME]
+        for file in companions:
+            if not (self.folder / file.name).exists():
+                shutil.copyfile(file, self._staging / file.name)
+                new.append(file.name)
+        self._swap([*new, _CONFIG_NAME])
+        return [self.folder / name for name in [*new, _CONFIG_NAME]]
+
+    def _swap(self, new: list[str]) -> None:
+        """Renames the old files away and the new ones in; undoes all of it if one rename fails."""
+        aside = self._staging / "replaced"
+        aside.mkdir()
+        old = [name for name in (_CONFIG_NAME, *self._old_weights(), *new) if (self.folder / name).is_file()]
+        undo: list[tuple[Path, Path]] = []
+        try:
+            for name in dict.fromkeys(old):
+                _rename(self.folder / name, aside / name, undo)
+            for name in new:
+                _rename(self._staging / name, self.folder / name, undo)
+        except BaseException:
+            for source, target in reversed(undo):
+                os.replace(target, source)
+            raise
+
+    def _old_weights(self) -> list[str]:
+        """Files of the checkpoint that this one replaces: what its index names, or the single shard."""
+        try:
+            shards = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+            named = sorted({shard for shard in shards if Path(shard).name == shard})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            named = []
+        return [INDEX_NAME, "model.safetensors", *named]
+
+
+def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
+    os.replace(source, target)
+    undo.append((source, target))
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(data, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,415 @@
+"""`DeepseekConfig`: one frozen, validated description of every multi-head-latent-attention model of the family.
+
+Field names are those of the published `config.json` files. A config is read from a preset name, a `config.json`, a
+checkpoint folder or a dict; whatever the file says beyond the fields below is kept in `extra` and written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .json_format import (
+    ARCHITECTURES,
+    DTYPES,
+    MODEL_TYPES,
+    REQUIRED,
+    V4,
+    ConfigError,
+    UnsupportedModelError,
+    read_fields,
+    rope_type,
+)
+from .yarn import Yarn
+
+__all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepseekConfig:
+    """A DeepSeek-family model: V2, V2-Lite, V3, R1, V3.1, V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash.
+
+    Construct it with keywords (defaults are DeepSeek-V3's), from a file with `from_pretrained`, or from a dict with
+    `from_dict`; change it with `replace`. Everything is checked once, here; `ConfigError` lists all problems.
+
+    Beyond the published fields:
+        latent_norm_eps: epsilon of `q_a_layernorm` and `kv_a_layernorm`. The published code builds both with the
+            class default 1e-6 whatever `rms_norm_eps` says.
+        mtp_input: the hidden state a multi-token-prediction module reads: "post_norm" (after the trunk's final norm:
+            transformers, vLLM, SGLang) or "pre_norm" (torchtitan). The authors never settled it.
+        mtp_chain: the hidden state that a further prediction depth reads from the one before: "block" (the block's
+            output: V3 report, vLLM) or "head_norm" (after `shared_head.norm`: transformers, SGLang).
+        extra: fields of the file that this class does not know, written back by `to_dict`.
+    """
+
+    model_type: str = "deepseek_v3"
+    architectures: tuple[str, ...] | None = None
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int | None = 2048
+    num_hidden_layers: int = 61
+    num_nextn_predict_layers: int = 0
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = None
+    n_shared_experts: int | None = 1
+    n_routed_experts: int | None = 256
+    num_experts_per_tok: int | None = 8
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    aux_loss_alpha: float | None = None
+    seq_aux: bool | None = None
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    mtp_input: str = "post_norm"
+    mtp_chain: str = "block"
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    dtype: str | None = "bfloat16"
+    quantization_config: Mapping[str, Any] | None = None
+    index_n_heads: int | None = None
+    index_head_dim: int | None = None
+    index_topk: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    # ---------------------------------------------------------------- reading
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> DeepseekConfig:
+        """Reads a preset name (see `presets()`), a `config.json`, a checkpoint folder, or a dict.
+
+        Raises:
+            ConfigError: `source` is none of these, is not valid JSON, or describes no model of this family.
+        """
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.json"
+            if not path.is_file():
+                raise ConfigError(f"expected a checkpoint folder with a config.json, got {str(source)!r} without one")
+        if path.is_file():
+            try:
+                text, origin = path.read_text(encoding="utf-8"), str(path)
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}: expected JSON in UTF-8, got {error}") from None
+        elif str(source) in presets():
+            text, origin = _preset_file(str(source)).read_text(encoding="utf-8"), f"preset {source}"
+        elif str(source).startswith("deepseek-v4"):
+            raise UnsupportedModelError(f"{source}: expected a model with latent attention; {V4}")
+        else:
+            raise ConfigError(
+                f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}; "
+                f"presets: {', '.join(presets())}"
+            )
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{origin}: expected JSON, got {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{origin}: expected a JSON object, got {type(data).__name__}")
+        try:
+            return cls.from_dict(data)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{origin}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DeepseekConfig:
+        """Reads the content of a published `config.json`, or of one that transformers 5 wrote.
+
+        Accepts `rope_theta` + `rope_scaling` and the newer `rope_parameters`; fills `scoring_func` and `topk_method`
+        from the model type where the file leaves them out.
+        """
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        values, extra = read_fields(data, known)
+        return cls(**values, extra=extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published `config.json` layout: known fields under their published names, `extra` fields beside them.
+
+        `from_dict(to_dict(c)) == c`. Fields that are None are left out, except `q_lora_rank` and `rope_scaling`,
+        which readers expect to find.
+        """
+        out: dict[str, Any] = dict(self.extra)
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "extra" or (value is None and f.name not in ("q_lora_rank", "rope_scaling")):
+                continue
+            if f.name in ("latent_norm_eps", "mtp_input", "mtp_chain") and value == f.default:
+                continue
+            if f.name == "dtype":
+                out["torch_dtype"] = value  # the key that every reader knows
+                continue
+            if isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            out[f.name] = value
+        out.setdefault("architectures", [ARCHITECTURES[self.model_type]])
+        if self.model_type == "glm4_moe_lite":  # transformers reads the dense prefix of this model from here
+            kinds = ("sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers))
+            out["mlp_layer_types"] = list(kinds)
+        return dict(sorted(out.items()))
+
+    def replace(self, **changes: Any) -> DeepseekConfig:
+        """A changed copy, validated again. Unknown field names raise `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ConfigError(f"expected fields of DeepseekConfig, got {', '.join(unknown)}")
+        if "num_attention_heads" in changes:  # the two are always equal
+            changes.setdefault("num_key_value_heads", None)
+        return dataclasses.replace(self, **changes)
+
+    # ---------------------------------------------------------------- derived
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head: `qk_nope_head_dim + qk_rope_head_dim`."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values cached per token and layer: `kv_lora_rank + qk_rope_head_dim`."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def yarn(self) -> Yarn | None:
+        """The YaRN parameters of `rope_scaling`, or None for plain rotary embeddings."""
+        if self.rope_scaling is None or rope_type(self.rope_scaling) == "default":
+            return None
+        names = {f.name for f in dataclasses.fields(Yarn)}
+        values = {k: v for k, v in self.rope_scaling.items() if k in names and v is not None}
+        values.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        return Yarn(**values)
+
+    @property
+    def softmax_scale(self) -> float:
+        """`qk_head_dim ** -0.5`, times YaRN's `softmax_factor`; the same in the expanded and the absorbed form."""
+        return self.qk_head_dim**-0.5 * (self.yarn.softmax_factor if self.yarn else 1.0)
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether decoder layer `layer_idx` has experts; multi-token-prediction layers (>= num_hidden_layers) do."""
+        return (
+            bool(self.n_routed_experts)
+            and layer_idx >= self.first_k_dense_replace
+            and (layer_idx >= self.num_hidden_layers or layer_idx % self.moe_layer_freq == 0)
+        )
+
+    @property
+    def is_sparse_attention(self) -> bool:
+        """Whether the model selects its keys with an indexer (V3.2)."""
+        return self.index_topk is not None
+
+    @property
+    def weight_block_size(self) -> tuple[int, int] | None:
+        """(rows, columns) that share one FP8 scale, or None when the checkpoint is not FP8."""
+        quantization = self.quantization_config
+        if not quantization or quantization.get("quant_method") != "fp8":
+            return None
+        rows, columns = quantization.get("weight_block_size") or (128, 128)
+        return rows, columns
+
+    # ---------------------------------------------------------------- checks
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  the dataclass is frozen
+        if self.num_key_value_heads is None:
+            set_("num_key_value_heads", self.num_attention_heads)
+        for name in ("architectures", "eos_token_id"):
+            if isinstance(getattr(self, name), list):
+                set_(name, tuple(getattr(self, name)))
+        for name in ("rope_scaling", "quantization_config", "extra"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                set_(name, dict(value))
+            elif value is not None:
+                problems.append(f"expected {name} to be a mapping, got {value!r}")
+        if self.dtype is not None:
+            set_("dtype", str(self.dtype).removeprefix("torch."))
+            if self.dtype not in DTYPES:
+                problems.append(f"expected dtype to be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        self._check_numbers(problems)
+        if not problems:
+            self._check_relations(problems)
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _check_numbers(self, problems: list[str]) -> None:
+        """Types and ranges, field by field; integers given for floats become floats."""
+        positive = {
+            *REQUIRED,
+            "moe_intermediate_size",
+            "n_shared_experts",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "q_lora_rank",
+            "num_key_value_heads",
+            "moe_layer_freq",
+            "max_position_embeddings",
+            "index_n_heads",
+            "index_head_dim",
+            "index_topk",
+        }
+        zero_allowed = {"num_nextn_predict_layers", "first_k_dense_replace"}
+        optional = {f.name for f in dataclasses.fields(self) if "None" in str(f.type)}
+        for name in sorted(positive | zero_allowed):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            least = 0 if name in zero_allowed or name == "n_shared_experts" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                problems.append(f"expected {name} to be an integer >= {least}, got {value!r}")
+        floats = (
+            "rms_norm_eps",
+            "latent_norm_eps",
+            "rope_theta",
+            "routed_scaling_factor",
+            "initializer_range",
+            "attention_dropout",
+        )
+        for name in (*floats, "aux_loss_alpha"):
+            value = getattr(self, name)
+            if value is None and name == "aux_loss_alpha":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                problems.append(f"expected {name} to be a finite number >= 0, got {value!r}")
+            else:
+                object.__setattr__(self, name, float(value))
+        for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"expected {name} to be true or false, got {getattr(self, name)!r}")
+        for name, allowed in (
+            ("model_type", tuple(MODEL_TYPES)),
+            ("scoring_func", ("sigmoid", "softmax")),
+            ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
+            ("hidden_act", ("silu",)),
+            ("mtp_input", ("post_norm", "pre_norm")),
+            ("mtp_chain", ("block", "head_norm")),
+        ):
+            if getattr(self, name) not in allowed:
+                problems.append(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def _check_relations(self, problems: list[str]) -> None:
+        """What must hold between fields."""
+        if self.qk_rope_head_dim % 2:
+            problems.append(f"expected an even qk_rope_head_dim (rotary pairs), got {self.qk_rope_head_dim}")
+        if self.num_key_value_heads != self.num_attention_heads:
+            problems.append(
+                "expected num_key_value_heads to equal num_attention_heads (latent attention shares no heads), "
+                f"got {self.num_key_value_heads} and {self.num_attention_heads}"
+            )
+        if self.n_routed_experts:
+            _check_routing(self, problems)
+        if self.rope_theta <= 1:
+            problems.append(f"expected rope_theta > 1, got {self.rope_theta}")
+        if not 0 <= self.attention_dropout < 1:
+            problems.append(f"expected attention_dropout in [0, 1), got {self.attention_dropout}")
+        _check_rope_scaling(self, problems)
+        indexer = (self.index_n_heads, self.index_head_dim, self.index_topk)
+        if any(v is None for v in indexer) != all(v is None for v in indexer):
+            problems.append(f"expected all or none of index_n_heads, index_head_dim, index_topk, got {indexer}")
+        if self.is_sparse_attention and self.q_lora_rank is None:
+            problems.append("expected a q_lora_rank with an indexer (it reads the query latent), got null")
+        quantization = self.quantization_config or {}
+        blocks = quantization.get("weight_block_size")
+        if quantization.get("quant_method") == "fp8" and blocks is not None:
+            valid = isinstance(blocks, list | tuple) and len(blocks) == 2
+            if not valid or not all(isinstance(b, int) and b > 0 for b in blocks):
+                problems.append(f"expected weight_block_size to be two positive integers, got {blocks!r}")
+
+
+def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
+    if c.moe_intermediate_size is None or c.num_experts_per_tok is None:
+        problems.append(
+            f"expected moe_intermediate_size and num_experts_per_tok beside n_routed_experts={c.n_routed_experts}, "
+            f"got {c.moe_intermediate_size} and {c.num_experts_per_tok}"
+        )
+        return
+    assert c.n_routed_experts is not None
+    if (c.topk_method == "noaux_tc") != (c.scoring_func == "sigmoid"):
+        problems.append(
+            "expected noaux_tc with sigmoid scores, greedy or group_limited_greedy with softmax scores, "
+            f"got topk_method {c.topk_method} with scoring_func {c.scoring_func}"
+        )
+    groups, kept = c.n_group or 1, c.topk_group or 1
+    if c.topk_method == "greedy":
+        groups = kept = 1
+    if c.n_routed_experts % groups:
+        problems.append(f"expected n_routed_experts to be divisible by n_group, got {c.n_routed_experts} and {groups}")
+        return
+    per_group = c.n_routed_experts // groups
+    if kept > groups:
+        problems.append(f"expected topk_group <= n_group, got {kept} and {groups}")
+    if c.topk_method == "noaux_tc" and groups > 1 and per_group < 2:
+        problems.append(
+            "expected at least 2 experts in a group (a group's score is the sum of its two best), "
+            f"got {c.n_routed_experts} experts in {groups} groups"
+        )
+    if c.num_experts_per_tok > kept * per_group:
+        problems.append(
+            f"expected num_experts_per_tok <= {kept * per_group} (the experts of the kept groups), "
+            f"got {c.num_experts_per_tok}"
+        )
+
+
+def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
+    if c.rope_scaling is None:
+        return
+    kind = rope_type(c.rope_scaling)
+    if kind not in ("default", "yarn"):
+        problems.append(f"expected rope_scaling of type yarn or default, got {kind!r}")
+        return
+    if kind == "default":
+        return
+    least = {"factor": 1, "original_max_position_embeddings": 1}
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", *least):
+        value, bound = c.rope_scaling.get(name), least.get(name, 0)
+        if value is None and name != "factor":
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        positive = name.startswith("beta")
+        if not number or value < bound or (positive and value == 0):
+            relation = ">" if positive else ">="
+            problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {value!r}")
+
+
+def _preset_file(name: str) -> Any:
+    return resources.files(__package__) / "presets" / f"{name}.json"
+
+
+def presets() -> list[str]:
+    """Names that `DeepseekConfig.from_pretrained` knows without a file."""
+    folder = resources.files(__package__) / "presets"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))

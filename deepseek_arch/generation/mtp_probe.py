@@ -1,0 +1,94 @@
+"""Which way a checkpoint's prediction layers want to be fed, by what is accepted of their drafts.
+
+A mistake in the mapping of these layers changes no output, only how many drafts are kept (TRAPS F13); and which hidden
+state they read, before or after the trunk's final norm, and what is passed on from one draft to the next, is settled by
+no published text (TRAPS F2, F3). So it is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from torch import Tensor
+
+from ..models.causal_lm import DeepseekLM
+from .entry import generate
+
+__all__ = ["MTPProbe", "probe_mtp"]
+
+
+@dataclass(frozen=True)
+class MTPProbe:
+    """What one way of feeding the prediction layers got accepted.
+
+    Attributes:
+        mtp_input: "post_norm" or "pre_norm", see `DeepseekConfig`.
+        mtp_chain: "block" or "head_norm".
+        acceptance: by position in the draft; None where no draft was looked at.
+        drafted: by position, how many were looked at.
+        tokens_per_step: tokens that a row gained in a pass of the trunk.
+        configured: whether this is what the model's config says.
+    """
+
+    mtp_input: str
+    mtp_chain: str
+    acceptance: tuple[float | None, ...]
+    drafted: tuple[int, ...]
+    tokens_per_step: float
+    configured: bool
+
+    def __str__(self) -> str:
+        shares = ", ".join("-" if share is None else f"{share:.1%}" for share in self.acceptance)
+        mark = "  (as configured)" if self.configured else ""
+        return f"input {self.mtp_input:9} chain {self.mtp_chain:9} accepted {shares}{mark}"
+
+
+def probe_mtp(
+    model: DeepseekLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 64,
+    mtp_depth: int = 2,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[MTPProbe]:
+    """Continues the prompts once for each way of feeding the prediction layers; the best way first.
+
+    Args:
+        input_ids, attention_mask, max_new_tokens, mtp_depth, temperature: see `generate`. Drafts of one token pass
+            nothing on, so that both chains are the same.
+        seed: of sampling.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    configured, probes = model.config, []
+    try:
+        for mtp_input, mtp_chain in product(("post_norm", "pre_norm"), ("block", "head_norm")):
+            model.config = configured.replace(mtp_input=mtp_input, mtp_chain=mtp_chain)
+            _, report = generate(
+                model,
+                input_ids,
+                attention_mask,
+                max_new_tokens,
+                mtp_depth,
+                temperature,
+                seed=seed,
+                eos_token_id=[],
+                adaptive=False,
+                return_report=True,
+            )
+            probes.append(
+                MTPProbe(
+                    mtp_input,
+                    mtp_chain,
+                    tuple(report.acceptance),
+                    tuple(report.drafted),
+                    report.tokens_per_step,
+                    (mtp_input, mtp_chain) == (configured.mtp_input, configured.mtp_chain),
+                )
+            )
+    finally:
+        model.config = configured
+    return sorted(probes, key=lambda probe: (-probe.tokens_per_step, not probe.configured))

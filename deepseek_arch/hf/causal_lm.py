@@ -1,0 +1,186 @@
+"""The causal language model as transformers knows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from ..config.deepseek_config import DeepseekConfig
+from ..layers.linear import Linear
+from ..moe.balance_loss import BalanceLoss
+from ..moe.moe import MoE
+from .attention_mask import real_tokens
+from .base import DeepseekModel, DeepseekPreTrainedModel
+from .key_mapping import register_conversions
+from .mtp_generation import generate_with_drafts
+from .mtp_training import (
+    DeepseekCausalLMOutput,
+    DeepseekModelOutput,
+    DeepseekMTPLayer,
+    loss_weight,
+    prediction_losses,
+    share_of_items,
+)
+
+__all__ = ["DeepseekForCausalLM"]
+
+
+class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+    """The language model: trunk, head, and the multi-token-prediction layers of the checkpoint.
+
+    The prediction layers are kept so that nothing of the checkpoint is lost; `forward` trains them where
+    `config.mtp_loss_weight` asks for it (0.3 to 0.1 in V3's report; default 0, and then they do not run).
+
+    Args:
+        config: one of our configs, transformers' own for the same family, or a `DeepseekConfig`.
+
+    Attributes:
+        mtp_detached: whether their loss trains them alone, and neither the trunk nor the embedding and the head that
+            they share with it (TRAPS F12).
+
+    Raises:
+        UnsupportedModelError: a model that cannot be built (sparse attention).
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    reads_prediction_layers = True
+    mtp_detached = False
+
+    def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
+        super().__init__(config)
+        core = self.config.to_core()
+        self.model = DeepseekModel(self.config)
+        self.vocab_size = core.vocab_size
+        self.lm_head = Linear(core.hidden_size, core.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(DeepseekMTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
+        self.post_init()
+
+    def _core_for_saving(self) -> DeepseekConfig | None:
+        return self.config.to_core()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DeepseekCausalLMOutput:
+        """One forward pass; see `DeepseekModel.forward` for the arguments that are not named here.
+
+        Args:
+            labels: [B, T], the tokens themselves (the shift happens in the loss), -100 where ignored.
+            logits_to_keep: 0 for all positions, n for the last n, or an index tensor of positions.
+            kwargs: also `num_items_in_batch` for the loss. With `output_router_logits`, `aux_loss` is the sum
+                over layers of the sequence-wise balance loss without its factor, so that perfect balance gives 1 for
+                each layer; it is added to the loss with the factor `router_aux_loss_coef`.
+
+        With `config.mtp_loss_weight` above 0, labels and input_ids, and no cache given, the output has `mtp_loss`: in
+        both modes the number that `DeepseekLM` gives, which training adds to the loss with that weight; in evaluation
+        the loss is the next token's, to be compared with any other model's. With `num_items_in_batch`, both added
+        losses, means over this call, count by its share of the targets.
+
+        Raises:
+            ValueError: as the trunk's, or a weight that is negative or has nothing to weigh.
+        """
+        weight = 0.0
+        if labels is not None and input_ids is not None and past_key_values is None:
+            weight = loss_weight(self)
+        outputs: DeepseekModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_trunk=weight > 0,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        valid = real_tokens(attention_mask, hidden.shape[1])
+        loss = aux_loss = mtp_loss = mtp_losses = mtp_accuracy = None
+        if outputs.router_logits:
+            aux_loss = self.balance_loss(outputs.router_logits, hidden.shape[:2], valid)
+        if outputs.trunk is not None:
+            balanced = aux_loss is not None
+            mtp_losses, mtp_accuracy, more = prediction_losses(self, outputs.trunk, input_ids, labels, valid, balanced)
+            mtp_loss = mtp_losses.mean()
+            aux_loss = aux_loss if more is None else aux_loss + more.to(aux_loss.device)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            share = share_of_items(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
+            if aux_loss is not None:
+                loss = loss + (self.router_aux_loss_coef * share * aux_loss).to(loss.device)
+            if mtp_loss is not None and self.training:
+                loss = loss + (weight * share * mtp_loss).to(loss.device)
+        return DeepseekCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            mtp_loss=mtp_loss,
+            mtp_losses=mtp_losses,
+            mtp_accuracy=mtp_accuracy,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, with every cache of transformers, beams, and draft models.
+
+        With `use_mtp=True` the model's own prediction layers draft up to `num_assistant_tokens` tokens a step (default
+        1), for any number of rows, greedy or sampling; see `deepseek_arch.generate`.
+
+        Raises:
+            ValueError: `use_mtp` without prediction layers, or with a setting that it does not go with.
+        """
+        configs = (kwargs.get("generation_config"), *args[1:2], self.generation_config)
+        wanted = [kwargs.get("use_mtp"), *(getattr(config, "use_mtp", None) for config in configs)]
+        if next((use for use in wanted if use is not None), False):
+            return generate_with_drafts(self, *args, **kwargs)
+        return super().generate(*args, **kwargs)
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The balance loss's factor: `router_aux_loss_coef` of the config, else its family's (`BalanceLoss`)."""
+        factor = getattr(self.config, "router_aux_loss_coef", None)
+        return BalanceLoss.from_config(self.config.to_core()).sequence if factor is None else float(factor)
+
+    def balance_loss(
+        self, router_logits: tuple[Tensor, ...], shape: tuple[int, int], valid: Tensor | None = None
+    ) -> Tensor:
+        """V3's sequence-wise balance loss, or V2's, of all layers with experts together, without a factor.
+
+        Args:
+            router_logits: [B T, E] of each layer.
+            shape: (B, T).
+            valid: bool [B, T], or None where nothing is padding.
+        """
+        loss = replace(BalanceLoss.from_config(self.config.to_core()), sequence=1.0)
+        routers = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+        losses = [
+            loss(router, logits.float(), router.route(logits.detach().float())[1], shape, valid)
+            for router, logits in zip(routers, router_logits, strict=True)
+        ]
+        return torch.stack([each.to(losses[0].device) for each in losses]).sum()
+
+
+register_conversions(DeepseekForCausalLM.__name__, causal_lm=True)

@@ -1,0 +1,45 @@
+"""Sequence and token classifiers."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+
+from ..config.deepseek_config import DeepseekConfig
+from .base import DeepseekModel, DeepseekPreTrainedModel
+from .key_mapping import register_conversions
+
+__all__ = ["DeepseekForSequenceClassification", "DeepseekForTokenClassification"]
+
+
+class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
+    """The trunk with a classifier on the last token of each row."""
+
+    def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
+        # Not the generic class's constructor: it asks AutoModel, which knows us only while registered.
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.num_labels = self.config.num_labels
+        self.model = DeepseekModel(self.config)
+        self.score = nn.Linear(self.config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
+    """The trunk with a classifier on every token."""
+
+    def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.num_labels = self.config.num_labels
+        self.model = DeepseekModel(self.config)
+        dropout = getattr(self.config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(self.config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+for _model in (DeepseekForSequenceClassification, DeepseekForTokenClassification):
+    register_conversions(_model.__name__)

@@ -1,0 +1,111 @@
+"""transformers' `generate(use_mtp=True)` on our own speculative decoding.
+
+transformers' loader of prediction layers wants names of one depth, reads FP8 codes for weights, and decodes one row.
+Ours runs on the very modules of the model, any number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..generation.entry import generate
+from ..models.causal_lm import DeepseekLM
+
+__all__ = ["core_of", "generate_with_drafts"]
+
+# What our decoding knows; anything else that is set would be ignored.
+_KNOWN = {
+    "bos_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "num_assistant_tokens",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+    "use_mtp",
+}
+
+
+def core_of(model: Any) -> DeepseekLM:
+    """A `DeepseekLM` made of the modules of a `DeepseekForCausalLM`: nothing is copied."""
+    core = DeepseekLM(model.config.to_core(), device="meta", dtype=model.dtype)
+    core.model.embed_tokens, core.model.layers, core.model.norm = (
+        model.model.embed_tokens,
+        model.model.layers,
+        model.model.norm,
+    )
+    core.model.rope, core.lm_head, core.mtp = model.model.rotary_emb, model.lm_head, model.mtp
+    return core
+
+
+def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`generate` with drafts from the prediction layers; arguments as transformers' own.
+
+    `num_assistant_tokens` is how many tokens are drafted at most (default 1). Without an attention mask, tokens that
+    are `pad_token_id` are padding, unless that ends a text too.
+
+    Raises:
+        ValueError: no input ids or no limit, or a setting that this way of decoding does not have.
+    """
+    if len(args) > 2:
+        raise ValueError("expected at most inputs and generation_config by position with use_mtp=True, got more")
+    given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    own = given.get("generation_config")
+    drafts = [
+        given.get("num_assistant_tokens"),
+        *(getattr(c, "num_assistant_tokens", None) for c in (own, model.generation_config)),
+    ]
+    drafts = next((count for count in drafts if count is not None), 1)
+    if drafts < 1:
+        raise ValueError(f"expected num_assistant_tokens >= 1 with use_mtp=True, got {drafts}")
+    inputs = given.pop("inputs", None)
+    config, rest = model._prepare_generation_config(given.pop("generation_config", None), **given)
+    input_ids = rest.pop("input_ids", None) if inputs is None else inputs
+    if input_ids is None:
+        raise ValueError("expected input_ids with use_mtp=True, got none")
+    mask = rest.pop("attention_mask", None)
+    # Neither the model's own settings nor those of this call may ask for what is not done.
+    usual = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
+    other = {name for name, value in rest.items() if value is not None and value is not False and name != "use_cache"}
+    other |= {
+        name
+        for name, value in config.to_dict().items()
+        if name not in _KNOWN and not name.startswith("_") and value not in (None, False, usual.get(name))
+    }
+    if other:
+        raise ValueError(
+            f"expected only {', '.join(sorted(_KNOWN - {'transformers_version'}))} and an attention mask with "
+            f"use_mtp=True, got {', '.join(sorted(other))}"
+        )
+    new = config.max_new_tokens
+    if new is None:
+        if config.max_length is None:
+            raise ValueError("expected max_new_tokens or max_length with use_mtp=True, got neither")
+        new = max(0, config.max_length - input_ids.shape[1])
+    samples = bool(config.do_sample)
+    ends, pad = config.eos_token_id, config.pad_token_id
+    ending = ends if isinstance(ends, list) else [ends]
+    if mask is None and pad is not None and pad not in ending and bool((input_ids == pad).any()):
+        mask = (input_ids != pad).long()
+    with torch.no_grad():
+        return generate(
+            core_of(model),
+            input_ids,
+            mask,
+            new,
+            mtp_depth=drafts,
+            temperature=(1.0 if config.temperature is None else config.temperature) if samples else 0.0,
+            top_k=(config.top_k or None) if samples else None,
+            top_p=config.top_p if samples else None,
+            eos_token_id=[] if ends is None else ends,
+            pad_token_id=pad,
+        )

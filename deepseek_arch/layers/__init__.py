@@ -1,0 +1,1 @@
+"""Building blocks without attention or routing: linear layers, norms, rotary embeddings, MLP."""

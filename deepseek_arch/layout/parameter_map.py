@@ -1,0 +1,133 @@
+"""Published tensor names <-> our parameters.
+
+`inventory` lists what a published checkpoint holds; this file says where each of those tensors lives in a
+`DeepseekLM`. Most have the same name in both. The exceptions are the tables below: experts, one tensor each in the
+files, are stacked; multi-token-prediction layers, `model.layers.{num_hidden_layers + k}` in the files, are `mtp.{k}`;
+and the files repeat the embedding and the head in each of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config.deepseek_config import DeepseekConfig
+from .published_tensors import Weight, layer_weights, mtp_weights
+from .subset import Selection, select
+
+__all__ = ["TensorSlot", "is_stray", "layer_of", "layout", "scale_name"]
+
+# Published name below its layer -> stacked parameter [E, ...] and which of its parts [E, part of the rows, ...].
+_STACKED = {
+    "mlp.experts.{expert}.gate_proj.weight": ("mlp.experts.gate_up_proj", 0),
+    "mlp.experts.{expert}.up_proj.weight": ("mlp.experts.gate_up_proj", 1),
+    "mlp.experts.{expert}.down_proj.weight": ("mlp.experts.down_proj", 0),
+}
+# Published name below a multi-token-prediction layer -> the trunk's tensor that it repeats.
+_REPEATED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+# First dimension = experts: selecting fewer experts takes fewer rows.
+_PER_EXPERT_ROWS = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """One published tensor and its place in the model.
+
+    Attributes:
+        name: its name in the checkpoint that is read.
+        shape: its shape there.
+        rows: how many of its leading rows belong to the model; fewer than `shape[0]` when experts are left out.
+        new_name: its name in a published checkpoint of the model itself; differs when layers are left out.
+        parameter: the entry of the model's state dict that holds it.
+        index: where in a stacked parameter: expert, first row, end row. None for the whole parameter.
+        fp8: stored as FP8 in an FP8 checkpoint.
+        repeats: a second copy of what `parameter` holds already: compared, not loaded, and allowed to be absent.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int
+    new_name: str
+    parameter: str
+    index: tuple[int, int, int] | None = None
+    fp8: bool = False
+    repeats: bool = False
+
+    def of(self, state: dict[str, Tensor]) -> Tensor:
+        """The view of the model's tensors that this published tensor fills, [rows, ...]."""
+        tensor = state[self.parameter]
+        if self.index is None:
+            return tensor
+        expert, first, end = self.index
+        return tensor[expert, first:end]
+
+    def scale_of(self, state: dict[str, Tensor], block_rows: int) -> Tensor:
+        """The view of the model's scales for this published tensor, where `parameter` is held in FP8.
+
+        Stacked parts (gate above up) have a grid of scales each, of as many rows as the tensor alone would have.
+        """
+        scale = state[scale_name(self.parameter)]
+        if self.index is None:
+            return scale
+        expert, first, end = self.index
+        part, down = first // (end - first), -(-(end - first) // block_rows)
+        return scale[expert, part * down : (part + 1) * down]
+
+
+def layout(chosen: Selection | DeepseekConfig) -> Iterator[TensorSlot]:
+    """Every published tensor of a model, or of part of one, without FP8 scales (see `scale_name`)."""
+    chosen = select(chosen) if isinstance(chosen, DeepseekConfig) else chosen
+    c = chosen.source
+    for name, shape in (
+        ("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),
+        ("model.norm.weight", (c.hidden_size,)),
+        ("lm_head.weight", (c.vocab_size, c.hidden_size)),
+    ):
+        tied = name == "lm_head.weight" and c.tie_word_embeddings
+        parameter = "model.embed_tokens.weight" if tied else name
+        yield TensorSlot(name, shape, shape[0], name, parameter, repeats=tied)
+    for layer, new_layer in chosen.layer_pairs:
+        depth = layer - c.num_hidden_layers
+        ours = f"model.layers.{new_layer}." if depth < 0 else f"mtp.{depth}."
+        weights = [*layer_weights(c, layer), *(mtp_weights(c) if depth >= 0 else ())]
+        for weight in weights:
+            yield from _slots(weight, f"model.layers.{layer}.", f"model.layers.{new_layer}.", ours, chosen)
+
+
+def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Selection) -> Iterator[TensorSlot]:
+    name, shape, fp8 = weight.name, weight.shape, weight.kind == "projection"
+    if name in _STACKED:
+        parameter, part = _STACKED[name]
+        rows = shape[0]
+        for expert in range(chosen.config.n_routed_experts or 0):
+            own = name.format(expert=expert)
+            index = (expert, part * rows, (part + 1) * rows)
+            yield TensorSlot(prefix + own, shape, rows, new_prefix + own, ours + parameter, index, fp8)
+    elif name in _REPEATED:
+        parameter = _REPEATED[name]
+        if parameter == "lm_head.weight" and chosen.source.tie_word_embeddings:
+            parameter = "model.embed_tokens.weight"
+        yield TensorSlot(prefix + name, shape, shape[0], new_prefix + name, parameter, repeats=True)
+    else:
+        rows = (chosen.config.n_routed_experts or 0) if name in _PER_EXPERT_ROWS else shape[0]
+        yield TensorSlot(prefix + name, shape, rows, new_prefix + name, ours + name, None, fp8)
+
+
+def scale_name(name: str) -> str:
+    """The name of an FP8 weight's scales: `X.weight_scale_inv` beside `X.weight`, published or ours."""
+    return f"{name}_scale_inv"
+
+
+def layer_of(name: str) -> int | None:
+    """The L of a published name `model.layers.L...`, None for all others. Whole components only (TRAPS F7)."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdecimal():
+        return int(parts[2])
+    return None
+
+
+def is_stray(name: str) -> bool:
+    """Whether this is a rotary table: old V2 files and Kimi-K2's hold one per layer that nothing reads (TRAPS H2)."""
+    return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]

@@ -1,0 +1,1 @@
+"""Decoder layers, main model, language model, multi-token prediction."""

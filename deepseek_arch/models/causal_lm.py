@@ -1,0 +1,304 @@
+"""The language model: main model, head, multi-token-prediction modules and their losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..cache.latent_cache import LatentCache
+from ..config.deepseek_config import DeepseekConfig
+from ..layers.linear import Linear
+from ..layers.norm import RMSNorm
+from ..moe.balance_loss import BalanceLoss
+from ..moe.moe import Experts, MoE, Router
+from ..moe.routing import Routing
+from ..moe.routing_record import RoutingRecord
+from ..moe.token_dropping import TokenDropping
+from .allocate import allocate
+from .losses import cross_entropy, head_losses, ignore
+from .main_model import DeepseekModel
+from .mtp_layer import MTPLayer
+from .mtp_loss import mtp_losses, shift_labels
+from .outputs import CausalLMOutput, TrunkOutput
+
+__all__ = ["DeepseekLM"]
+
+
+class DeepseekLM(nn.Module):
+    """A DeepSeek language model: trunk, head and multi-token-prediction layers.
+
+    Parameters are named as in the published files, except that the experts of a layer are stacked
+    (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`) and prediction layer `num_hidden_layers + k` is `mtp.k`.
+
+    Args:
+        config: what to build; `DeepseekConfig.from_pretrained("tiny")` for a start.
+        device, dtype: where and as what to create the parameters, as torch's own factories. Weights are random
+            (normal, `config.initializer_range`); on device "meta" nothing is allocated.
+
+    Attributes:
+        balance_loss: what training adds to the loss for each layer with experts; may be replaced.
+        capacity: V2's token dropping in training, None for none.
+        mtp_detached: whether `mtp_loss` trains the multi-token-prediction layers alone, and neither the trunk nor the
+            embedding and the head that they share with it: what reinforcement learning wants (TRAPS F12).
+
+    Raises:
+        UnsupportedModelError: the config describes a model with sparse attention.
+    """
+
+    def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
+        super().__init__()
+        target = torch.empty(0, device=device).device  # honours torch.device contexts
+        # Built without memory first, so that no parameter is drawn twice.
+        factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        self.config = config
+        self.balance_loss = BalanceLoss.from_config(config)
+        self.capacity: TokenDropping | None = None
+        self.mtp_detached = False
+        self.model = DeepseekModel(config, **factory)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        self.mtp = nn.ModuleList(MTPLayer(config, k, **factory) for k in range(config.num_nextn_predict_layers))
+        if target.type != "meta":
+            allocate(self, target)
+            self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew: normal with `config.initializer_range`, norms one, biases zero."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, Router | Experts):
+                module.reset_parameters(std)
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def tie_weights(self) -> None:
+        """Makes the head and the embedding one parameter where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recomputes each decoder layer in the backward pass instead of keeping its activations (training only)."""
+        self.model.gradient_checkpointing = enabled
+
+    def new_cache(self, batch_size: int, capacity: int | None = None, format: str | None = None) -> LatentCache:
+        """An empty cache for the trunk's layers, on the model's device, in its dtype or in FP8.
+
+        Args:
+            capacity: slots to allocate at first.
+            format: None, or "fp8" for e4m3 latents: 656 bytes a token and layer for V3 instead of 1152.
+        """
+        return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity, format)
+
+    def new_mtp_cache(self, batch_size: int, capacity: int | None = None, depth: int | None = None) -> LatentCache:
+        """An empty cache for the multi-token-prediction layers, or for the one at `depth` alone.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not len(self.mtp):
+            raise ValueError("expected a model with multi-token-prediction layers, got num_nextn_predict_layers 0")
+        if depth is not None:
+            return self._new_cache(1, self.config.num_hidden_layers + depth, batch_size, capacity)
+        return self._new_cache(len(self.mtp), self.config.num_hidden_layers, batch_size, capacity)
+
+    def _new_cache(
+        self, num_layers: int, first_layer: int, batch_size: int, capacity: int | None, format: str | None = None
+    ) -> LatentCache:
+        return LatentCache(
+            num_layers,
+            batch_size,
+            self.config.kv_lora_rank,
+            self.config.qk_rope_head_dim,
+            capacity=capacity,
+            first_layer=first_layer,
+            format=format,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+        record_routing: bool = False,
+        replay_routing: RoutingRecord | None = None,
+        return_logits: bool = True,
+    ) -> CausalLMOutput:
+        """One forward pass, for training and for inference.
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], nonzero for real tokens; padding may stand on either side. With a cache it may also
+                cover the tokens before ([B, past + T]); its last T columns count.
+            position_ids: int [B, T]. Default: each row counts its real tokens from 0, or goes on from its cache.
+                Without a cache, positions that start again within a row mark packed documents, which do not see each
+                other.
+            cache: a `LatentCache`, updated in place; padding is not stored. If the call raises, it is as before.
+            labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. Padding neither
+                predicts nor is predicted, and no document predicts the next one's first token.
+            logits_to_keep: 0 for all positions, n for the last n, an index tensor of positions, or int64 [B, n] with
+                positions for each row.
+            inputs_embeds: [B, T, H] instead of input_ids.
+            record_routing: whether to return every routing decision as `routing`.
+            replay_routing: decisions of an earlier pass over the same tokens, to be taken again: the experts are fixed,
+                their weights are this model's.
+            return_logits: False where only the losses are wanted, in training above all. With a plain head (a linear
+                layer without bias, hooks or adapters) the logits then never exist, but for a chunk of tokens at a time.
+
+        Raises:
+            ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
+        """
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
+        if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
+            raise ValueError(f"expected logits_to_keep >= 0, got {logits_to_keep}")
+        if labels is not None:
+            labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
+        trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, routing)
+        hidden = trunk.hidden_states
+        if not isinstance(logits_to_keep, Tensor):
+            kept = hidden[:, -logits_to_keep:]
+        elif logits_to_keep.ndim == 2:
+            kept = hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[-1]))
+        else:
+            kept = hidden[:, logits_to_keep]
+        out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
+        if labels is not None:
+            padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
+            labels = ignore(labels, padding)
+            targets = ignore(shift_labels(labels, 1, trunk.documents), padding)
+            if return_logits:
+                out.loss = cross_entropy(out.logits, targets)
+            else:
+                out.loss = head_losses(self.lm_head, [hidden], [targets])[0][0]
+            if len(self.mtp) and input_ids is not None and cache is None:
+                out.mtp_losses, out.mtp_accuracy = self._mtp_losses(trunk, input_ids, padding, labels, routing)
+                out.mtp_loss = out.mtp_losses.mean()
+        if routing is not None:
+            routing.commit()
+            out.routing, out.aux_loss = routing.record, routing.total_loss()
+            if out.loss is not None and out.aux_loss is not None:
+                out.loss = out.loss + out.aux_loss
+        return out
+
+    def _routing(
+        self, tokens: Tensor | None, mask: Tensor | None, record: bool, replay: RoutingRecord | None
+    ) -> Routing | None:
+        """What the routers are told, where there is anything to tell."""
+        if tokens is None or tokens.ndim < 2 or not (self.training or record or replay):
+            return None
+        layers = {layer.layer_idx for layer in self.model.layers if isinstance(layer.mlp, MoE)}
+        if replay is not None and layers - replay.ids.keys():
+            missing = sorted(layers - replay.ids.keys())
+            raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")
+        shape = (tokens.shape[0], tokens.shape[1])
+        valid = None if mask is None or mask.ndim != 2 else mask[:, -shape[1] :] != 0
+        loss = self.balance_loss if self.balance_loss.active else None
+        return Routing(shape, valid, record=record, replay=replay, loss=loss, capacity=self.capacity)
+
+    def _check_labels(self, labels: Tensor, tokens: Tensor | None) -> Tensor:
+        """Labels as int64, where every one is a token id or -100."""
+        if tokens is not None and labels.shape != tokens.shape[:2]:
+            raise ValueError(f"expected labels {list(tokens.shape[:2])}, got {list(labels.shape)}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
+            if wrong.numel():
+                raise ValueError(
+                    f"expected labels of -100 or between 0 and {self.config.vocab_size - 1}, got {int(wrong[0])}"
+                )
+        return labels.long()
+
+    def mtp_hidden(self, trunk: TrunkOutput) -> Tensor:
+        """The trunk's hidden state that the first prediction depth reads (TRAPS F2)."""
+        return trunk.hidden_states if self.config.mtp_input == "post_norm" else trunk.pre_norm
+
+    def mtp_forward(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        depth: int = 0,
+        *,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LatentCache | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs prediction depth `depth`.
+
+        Args:
+            hidden: [B, T, H], `mtp_hidden` of the trunk, or the hidden state of the depth before.
+            next_ids: [B, T], the token `depth + 1` after each position.
+            rope, mask: the trunk's, for the same positions.
+            cache: from `new_mtp_cache`.
+            routing: the trunk's.
+
+        Returns:
+            logits [B, T, vocab_size] of the token `depth + 2` after each position, and the hidden state [B, T, H]
+            for the next depth (`config.mtp_chain`, TRAPS F3).
+        """
+        hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=rope, mask=mask, cache=cache, routing=routing)
+        return self.lm_head(normed), hidden
+
+    def mtp_states(
+        self,
+        hidden: Tensor,
+        next_ids: Tensor,
+        depth: int = 0,
+        *,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LatentCache | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`mtp_forward` without the head -> the hidden state [B, T, H] for the next depth, and the head's input."""
+        layer = self.mtp[depth]
+        embeddings = self.model.embed(next_ids)
+        embeddings = embeddings.detach() if self.mtp_detached else embeddings
+        if self.model.gradient_checkpointing and self.training and cache is None:
+            hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, None, routing, use_reentrant=False)
+        else:
+            hidden, normed = layer(hidden, embeddings, rope, mask, cache, routing)
+        return normed if self.config.mtp_chain == "head_norm" else hidden, normed
+
+    def _mtp_losses(
+        self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor, routing: Routing | None
+    ) -> tuple[Tensor, Tensor]:
+        """`mtp.mtp_losses` on this model's layers."""
+
+        def run(hidden: Tensor, next_ids: Tensor, depth: int, part: Routing | None) -> tuple[Tensor, Tensor]:
+            return self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=part)
+
+        return mtp_losses(
+            run,
+            len(self.mtp),
+            self.lm_head,
+            self.mtp_hidden(trunk),
+            input_ids,
+            labels,
+            padding=padding,
+            documents=trunk.documents,
+            routing=routing,
+            detached=self.mtp_detached,
+        )

@@ -1,0 +1,133 @@
+"""The trunk and the language model: embedding, decoder layers, final norm, head, multi-token prediction.
+
+Notation: B batch, T tokens of this call, S keys, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..attention.masking import attention_mask_for_documents, document_numbers, positions_from_mask
+from ..cache.latent_cache import LatentCache
+from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
+from ..layers.linear import Embedding
+from ..layers.norm import RMSNorm
+from ..layers.rope import RotaryEmbedding
+from ..moe.routing import Routing
+from .decoder_layer import DecoderLayer
+from .outputs import TrunkOutput
+
+__all__ = ["DeepseekModel"]
+
+
+class DeepseekModel(nn.Module):
+    """The trunk: token ids to final hidden states."""
+
+    def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
+        super().__init__()
+        if config.is_sparse_attention:
+            raise UnsupportedModelError(
+                f"expected a model with dense latent attention, got {config.model_type} with index_topk="
+                f"{config.index_topk}: DeepSeek sparse attention is not implemented yet, so this model cannot be built "
+                "(its config, parameter counts and plan work)"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.rope = RotaryEmbedding.from_config(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> TrunkOutput:
+        """Runs the layers; see `DeepseekLM.forward` for the arguments."""
+        x = self.embed(input_ids, inputs_embeds)
+        batch, tokens = x.shape[:2]
+        valid = _check_mask(attention_mask, batch, tokens, cache)
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
+            raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
+        if cache is not None:
+            self._check_cache(cache, batch, x.dtype)
+        documents = None
+        if cache is None or not torch.compiler.is_compiling():
+            documents = document_numbers(position_ids, valid)
+        if cache is not None and documents is not None:
+            raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
+        with cache.append(tokens, valid) if cache is not None else nullcontext() as slots:
+            if slots is not None:
+                mask = cache.spans(slots, valid)
+                positions = slots if position_ids is None else position_ids
+            else:
+                mask = attention_mask_for_documents(documents, valid, batch)
+                positions = (
+                    positions_from_mask(valid, batch, tokens, x.device) if position_ids is None else position_ids
+                )
+            rope = self.rope(positions)
+            for layer in self.layers:
+                if self.gradient_checkpointing and self.training and cache is None:
+                    x = checkpoint(layer, x, rope, mask, None, routing, use_reentrant=False)
+                else:
+                    x = layer(x, rope, mask, cache, routing)
+        return TrunkOutput(self.norm(x), x, rope, mask, documents)
+
+    def _check_cache(self, cache: LatentCache, batch: int, dtype: torch.dtype) -> None:
+        c = self.config
+        if cache.batch_size != batch:
+            raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
+        expected = (c.num_hidden_layers, 0, c.kv_lora_rank, c.qk_rope_head_dim)
+        got = (cache.num_layers, cache.first_layer, cache.kv_lora_rank, cache.qk_rope_head_dim)
+        if got != expected:
+            names = "(layers, first layer, kv_lora_rank, qk_rope_head_dim)"
+            raise ValueError(f"expected this model's cache {names} {expected}, got {got}")
+        if cache.dtype != dtype and not torch.is_autocast_enabled(cache.device.type):
+            raise ValueError(f"expected a cache of dtype {dtype}, got {cache.dtype}")
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Token embeddings [B, T, H] of ids [B, T], or `inputs_embeds` as it is.
+
+        Raises:
+            ValueError: neither or both are given, a shape is wrong, or an id lies outside the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"expected inputs_embeds [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}"
+                )
+            return inputs_embeds
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
+            raise ValueError(
+                f"expected integer input_ids [B, T] with T >= 1, got {list(input_ids.shape)} {input_ids.dtype}"
+            )
+        # On an accelerator the look would wait for the device; its own assertion catches the mistake there.
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(input_ids))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"expected token ids between 0 and {self.config.vocab_size - 1}, got {low if low < 0 else high}"
+                )
+        return self.embed_tokens(input_ids)
+
+
+def _check_mask(mask: Tensor | None, batch: int, tokens: int, cache: LatentCache | None) -> Tensor | None:
+    """The attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
+    if mask is None:
+        return None
+    wide_enough = mask.shape[-1] == tokens or (cache is not None and mask.shape[-1] > tokens)
+    if mask.ndim != 2 or mask.shape[0] != batch or not wide_enough:
+        raise ValueError(f"expected attention_mask [{batch}, {tokens}], got {list(mask.shape)}")
+    return mask[:, -tokens:] != 0

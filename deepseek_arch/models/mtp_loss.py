@@ -1,0 +1,85 @@
+"""Multi-token prediction (V3 report, section 2.2): one more decoder layer that predicts one token further.
+
+h'_i = eh_proj([enorm(Emb(t_{i+k})); hnorm(h_i)])        (equation 21, but with the embedding first: the stored
+                                                          weights take it that way, TRAPS F1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.routing import Routing
+from .losses import head_losses, ignore
+
+__all__ = ["mtp_losses", "mtp_weight", "shift_labels", "shift_left"]
+
+
+def mtp_losses(
+    run: Callable[[Tensor, Tensor, int, Routing | None], tuple[Tensor, Tensor]],
+    depths: int,
+    head: nn.Module,
+    hidden: Tensor,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    padding: Tensor | None = None,
+    documents: Tensor | None = None,
+    routing: Routing | None = None,
+    detached: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """By depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses; [D] each.
+
+    Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
+    document count nothing; being last, they are seen by no position that does (TRAPS F8).
+
+    Args:
+        run: hidden [B, T, H], the ids [B, T] of the tokens `depth + 1` ahead, the depth, what its router is told -> the
+            hidden state for the next depth, and the head's input.
+        depths: D.
+        head: the trunk's.
+        hidden: [B, T, H], what the first depth reads.
+        input_ids, labels: int [B, T], the tokens themselves; labels are -100 where ignored.
+        padding: bool [B, T], or None where nothing is.
+        documents: [B, T] document numbers, or None where every row is one document.
+        detached: whether the trunk and the head are constants.
+    """
+    hidden, states, targets = hidden.detach() if detached else hidden, [], []
+    real = torch.ones_like(input_ids) if padding is None else (~padding).long()
+    for depth in range(depths):
+        next_ids = shift_left(input_ids, depth + 1)
+        # The last positions read the embedding of no token of theirs: their routing counts nothing (TRAPS D3).
+        meant = shift_labels(real, depth + 1, documents, ignore=0) != 0
+        part = None if routing is None else routing.among(meant)
+        hidden, normed = run(hidden, next_ids, depth, part)
+        states.append(normed)
+        targets.append(ignore(shift_labels(labels, depth + 2, documents), padding))
+    return head_losses(head, states, targets, detached=detached)
+
+
+def mtp_weight(tokens: float, first: float = 0.3, later: float = 0.1, change: float = 10e12) -> float:
+    """Lambda, the weight of `mtp_loss` after training on so many tokens: V3's is 0.3 for 10T tokens, then 0.1."""
+    return first if tokens < change else later
+
+
+def shift_left(x: Tensor, by: int, fill: int = 0) -> Tensor:
+    """Column i becomes column `i + by`: [B, T] -> [B, T], the last `by` columns filled with `fill`."""
+    shifted = torch.full_like(x, fill)
+    if by < x.shape[1]:
+        shifted[:, : x.shape[1] - by] = x[:, by:]
+    return shifted
+
+
+def shift_labels(labels: Tensor, by: int, documents: Tensor | None = None, ignore: int = -100) -> Tensor:
+    """The label `by` tokens ahead, ignored where it lies behind the end of the row or of the token's document.
+
+    Args:
+        labels: [B, T].
+        documents: [B, T] document numbers, or None for one document a row.
+    """
+    shifted = shift_left(labels, by, ignore)
+    if documents is None:
+        return shifted
+    return shifted.masked_fill(shift_left(documents, by, -1) != documents, ignore)

@@ -1,0 +1,58 @@
+"""Outputs of the main model and of the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..moe.routing_record import RoutingRecord
+
+__all__ = ["CausalLMOutput", "TrunkOutput"]
+
+
+@dataclass
+class TrunkOutput:
+    """What the trunk gives back.
+
+    Attributes:
+        hidden_states: [B, T, H] after the final norm.
+        pre_norm: [B, T, H] before it.
+        rope, mask: the cosines and sines and the attention mask that the layers used, for modules that run on top.
+        documents: [B, T] document numbers, or None where every row is one document.
+    """
+
+    hidden_states: Tensor
+    pre_norm: Tensor
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    documents: Tensor | None
+
+
+@dataclass
+class CausalLMOutput:
+    """What the language model gives back.
+
+    Attributes:
+        logits: [B, kept, vocab_size], or None with `return_logits=False`.
+        loss: mean cross-entropy of the next token, float32 scalar, when labels were given; in training mode plus
+            `aux_loss`. Losses are means over this call: accumulated over calls they are those of one call with all rows
+            where every call has as many targets; else weigh each by its own number (targets for `loss` and, by depth,
+            for `mtp_losses`; rows for `aux_loss`).
+        aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
+        mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
+            when labels and input_ids were given, no cache was, and the model has multi-token-prediction layers. Train
+            on `loss + weight * mtp_loss`; `mtp.mtp_weight` is V3's schedule of the weight.
+        mtp_losses, mtp_accuracy: float32 [D], by depth: its loss, and how often its best guess was right.
+        hidden_states: [B, T, H], the trunk's output after the final norm.
+        routing: every routing decision, when `record_routing` was asked for.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
+    mtp_losses: Tensor | None = None
+    mtp_accuracy: Tensor | None = None
+    hidden_states: Tensor | None = None
+    routing: RoutingRecord | None = None

@@ -1,0 +1,98 @@
+"""Balanced experts: the bias updates of V3 and Moonlight, the balance losses of V2 and V3, and V2's token dropping.
+
+Notation: T tokens of a sequence, E routed experts, K chosen per token, D devices of E / D experts each, M devices
+that a token may be sent to (`topk_group`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .expert_load import ExpertLoad
+from .moe import Router
+
+__all__ = ["LoadBalancer", "expert_loads", "routers"]
+
+
+def routers(model: nn.Module) -> dict[str, Router]:
+    """The routers of a model by module name, prediction layers' included (TRAPS F9)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+
+
+def expert_loads(model: nn.Module) -> dict[str, Tensor]:
+    """What each router has counted since the last step, int64 [E] each; routers that saw no token are left out."""
+    return {name: router.load for name, router in routers(model).items() if router.load is not None}
+
+
+class LoadBalancer:
+    """Auxiliary-loss-free balancing (V3 report, section 2.1.2; arXiv 2408.15664): biases instead of gradients.
+
+    Routers count, in training mode, the tokens that they really route; `step`, called after the optimizer's, moves each
+    `e_score_correction_bias` against the load and empties the counts. Calling it once per optimizer step makes the
+    update independent of gradient accumulation and recomputation (TRAPS D1, D3). Where torch.distributed runs, counts
+    are summed over `group` first (TRAPS D2).
+
+    Args:
+        model: any module tree with `Router`s; those without a bias (V2's routings) are counted and reported only.
+        rate: gamma, a number or a function of the step (from 0). V3: 0.001, then 0 for the last 500B tokens. Freezing
+            the biases, as is usual in fine-tuning, is rate 0.
+        form: "sign", b += gamma sign(mean load - load), V3's; or "centred", which subtracts the mean of the signs from
+            each, Moonlight's. Neither recentres what was loaded (TRAPS D4).
+        group: the process group of all ranks that see different tokens; None for the default one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rate: float | Callable[[int], float] = 1e-3,
+        form: str = "sign",
+        group: Any | None = None,
+    ) -> None:
+        if form not in ("sign", "centred"):
+            raise ValueError(f"expected form 'sign' or 'centred', got {form!r}")
+        self.routers = routers(model)
+        if not self.routers:
+            raise ValueError(f"expected a model with routers, got {type(model).__name__} without any")
+        self.rate, self.form, self.group = rate, form, group
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> ExpertLoad:
+        """One update of all biases; what was counted for it."""
+        rate = self.rate(self.steps) if callable(self.rate) else self.rate
+        loads = {}
+        for name, router in self.routers.items():
+            load = router.load
+            if _distributed():
+                if load is None:  # every rank takes part, whether it saw tokens or not
+                    load = torch.zeros(router.num_experts, dtype=torch.int64, device=router.weight.device)
+                torch.distributed.all_reduce(load, group=self.group)
+            router.load = None
+            if load is None or not int(load.sum()):
+                continue
+            loads[name] = load
+            bias = router.e_score_correction_bias
+            if bias is not None and rate:
+                bias += rate * self._direction(load).to(bias.device)
+        self.steps += 1
+        return ExpertLoad(loads, rate)
+
+    def _direction(self, load: Tensor) -> Tensor:
+        # In integers: a mean in floating point could turn the sign of an expert that has exactly its share.
+        sign = torch.sign(load.sum() - load * len(load)).float()
+        return sign - sign.mean() if self.form == "centred" else sign
+
+    def state_dict(self) -> dict[str, int]:
+        """The biases are in the model's own state dict; this is the step that a rate schedule needs."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.steps = int(state["steps"])
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

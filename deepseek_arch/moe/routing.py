@@ -1,0 +1,139 @@
+"""Routing as data: what one forward pass tells its routers and hears from them, recorded, replayed and compared.
+
+Notation: B rows, T tokens a row, E experts, K chosen per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .routing_record import RoutingRecord
+
+__all__ = ["Routing"]
+
+
+class Routing:
+    """What one forward pass tells its routers, and hears from them.
+
+    Passed down through the layers as an argument, so that a layer that is recomputed in the backward pass gets the same
+    object again: everything here is assigned, never added up, and recomputing changes nothing (TRAPS D3).
+
+    Args:
+        shape: (B, T) of the tokens.
+        valid: bool [B, T], False for padding, which is neither counted nor part of any loss.
+        record: whether to keep the decisions.
+        replay: decisions to take instead of the routers' own. Weights are still the routers', and differentiable.
+            Layers that the record does not have decide for themselves.
+        loss: computes the balance loss of a layer (`balance.BalanceLoss`).
+        capacity: drops choices (`balance.Capacity`).
+
+    Attributes:
+        losses, counts: by layer index, the balance loss, and the tokens that chose each expert, int64 [E].
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        valid: Tensor | None = None,
+        *,
+        record: bool = False,
+        replay: RoutingRecord | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        capacity: Any | None = None,
+    ) -> None:
+        if replay is not None and replay.ids and replay.shape != tuple(shape):
+            raise ValueError(f"expected recorded decisions for {list(shape)} tokens, got {list(replay.shape)}")
+        self.shape, self.valid, self.replay = tuple(shape), valid, replay
+        self.loss, self.capacity = loss, capacity
+        self.record = RoutingRecord({}, {}, valid) if record else None
+        self.losses: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+        self._routers: dict[int, Any] = {}
+
+    def among(self, valid: Tensor) -> Routing:
+        """The same for a layer that only some of the tokens mean anything to; what it hears goes to the same place.
+
+        Args:
+            valid: bool [B, T].
+        """
+        part = copy.copy(self)
+        part.valid = valid if self.valid is None else self.valid & valid
+        return part
+
+    def replayed(self, layer: int, top_k: int, num_experts: int) -> Tensor | None:
+        """The decisions that layer `layer` has to take, int64 [B T, K], or None.
+
+        Raises:
+            ValueError: the record has another K, or experts that the layer has not.
+        """
+        ids = None if self.replay is None else self.replay.ids.get(layer)
+        if ids is None:
+            return None
+        if ids.shape[-1] != top_k:
+            raise ValueError(
+                f"expected recorded decisions of {top_k} experts for layer {layer}, got {ids.shape[-1]} experts"
+            )
+        if ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(ids))
+            if low < 0 or high >= num_experts:
+                raise ValueError(
+                    f"expected recorded experts between 0 and {num_experts - 1} for layer {layer}, got "
+                    f"{low if low < 0 else high}"
+                )
+        return ids.flatten(0, 1).long()
+
+    def observe(self, layer: int, router: Any, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """Hears of one layer's decisions -> the ids to use, int64 [B T, K].
+
+        Args:
+            router: the `moe.Router`.
+            logits: [B T, E]; weights, ids: [B T, K].
+        """
+        if self.loss is not None and router.training:
+            self.losses[layer] = self.loss(router, logits, ids, self.shape, self.valid)
+        if self.record is not None:
+            small = torch.int16 if router.num_experts < 2**15 else torch.int32
+            self.record.ids[layer] = ids.detach().to(small).unflatten(0, self.shape)
+            self.record.margins[layer] = router.margins(logits.detach()).unflatten(0, self.shape)
+        if self.capacity is not None and router.training:
+            ids = self.capacity.drop(ids, weights.detach(), router.num_experts, self.shape, self.valid)
+        self.counts[layer] = count_choices(ids, router.num_experts, self.valid)
+        self._routers[layer] = router
+        return ids
+
+    def commit(self) -> None:
+        """Adds the counts of this pass to the routers in training mode; once, after the pass.
+
+        Not without gradients: texts that a model in training mode generates are no training (TRAPS D3).
+        """
+        if not torch.is_grad_enabled():
+            return
+        for layer, router in self._routers.items():
+            if router.training:
+                counts = self.counts[layer]
+                router.load = counts if router.load is None else router.load.to(counts.device) + counts
+
+    def total_loss(self) -> Tensor | None:
+        """The sum of the layers' balance losses, or None where none was computed."""
+        if not self.losses:
+            return None
+        losses = list(self.losses.values())
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+@torch.no_grad()
+def count_choices(ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
+    """How many tokens chose each expert, int64 [E], padding excluded (TRAPS D2, D3).
+
+    Args:
+        ids: [N, K]; the value `num_experts` (dropped, or served elsewhere) is not counted.
+        valid: bool, N values, or None.
+    """
+    real = torch.ones_like(ids) if valid is None else valid.reshape(-1, 1).expand_as(ids).long()
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten().long(), real.flatten().to(ids.device))[:num_experts]

@@ -1,0 +1,112 @@
+"""Stacked experts that keep their weights in block-scaled FP8."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_kernels import (
+    dispatch,
+    fp8_grouped_gemm,
+    fp8_weight_grouped_gemm,
+    grouped_gemm,
+    permute,
+    quantize_rows,
+    sort_by_expert,
+    swiglu_quantize,
+    unpermute,
+)
+
+from ..layers.mlp import swiglu
+from ..moe.moe import Experts
+from .fp8_base import GROUP, FP8Layer, QuantizedProduct
+
+__all__ = ["FP8Experts"]
+
+
+class FP8Experts(FP8Layer, Experts):
+    """E SwiGLU experts whose weights stay in FP8.
+
+    Parameters:
+        gate_up_proj: [E, 2 I, H] float8_e4m3fn, each expert's gate rows above its up rows.
+        gate_up_proj_scale_inv: [E, 2 ceil(I / block_rows), ceil(H / block_columns)] float32: gate and up are two
+            matrices with a grid each, as they are published, also where a block would reach from one into the other.
+        down_proj: [E, H, I] float8_e4m3fn.
+        down_proj_scale_inv: [E, ceil(H / block_rows), ceil(I / block_columns)] float32.
+    """
+
+    held: ClassVar = {"gate_up_proj": 2, "down_proj": 1}
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        block_size: tuple[int, int] = GROUP,
+        *,
+        scale_format: str | None = None,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
+        shapes = {
+            "gate_up_proj": (num_experts, 2 * intermediate_size, hidden_size),
+            "down_proj": (num_experts, hidden_size, intermediate_size),
+        }
+        self._hold(shapes, block_size, scale_format, device, dtype)
+
+    @classmethod
+    def quantize(
+        cls, experts: Experts, block_size: tuple[int, int] = GROUP, scale_format: str | None = None
+    ) -> FP8Experts:
+        """The same experts with their weights in FP8; on the meta device only the shapes.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        sizes, dtype = (experts.num_experts, experts.hidden_dim, experts.intermediate_dim), experts.gate_up_proj.dtype
+        made = cls(*sizes, block_size, scale_format=scale_format, device="meta", dtype=dtype)
+        made.quantize_(gate_up_proj=experts.gate_up_proj, down_proj=experts.down_proj)
+        return made.train(experts.training)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] in `dtype` (default `compute_dtype`)."""
+        dtype = dtype or self.compute_dtype
+        return self.values("gate_up_proj", dtype), self.values("down_proj", dtype)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        (x,) = dispatch.autocast(x)
+        order, inverse, ends = sort_by_expert(expert_ids, self.pair("gate_up_proj")[0].shape[0])
+        if not hasattr(self, "parametrizations") and self._quantizes("fp8_grouped_gemm", x.device):
+            out = self._quantized(x, order, inverse, ends)
+        else:
+            rows = permute(x, order, inverse)  # [T K, H]
+            gate, up = self._product(rows, "gate_up_proj", ends).chunk(2, dim=-1)  # [T K, I] each
+            out = self._product(swiglu(gate, up), "down_proj", ends)  # [T K, H]
+        return unpermute(out, weights, order, inverse)
+
+    def _product(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
+        if name in getattr(self, "parametrizations", ()):
+            return grouped_gemm(rows, self.values(name, rows.dtype), ends)
+        return fp8_weight_grouped_gemm(rows, *self.pair(name), ends, self.block_size, self.held[name])
+
+    def _quantized(self, x: Tensor, order: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
+        """The W8A8 products. With gradients they are two functions of high-precision rows, with the same numbers."""
+        up, down, form = self.pair("gate_up_proj"), self.pair("down_proj"), self.scale_format
+        if torch.is_grad_enabled() and x.requires_grad:
+            rows = permute(x, order, inverse)
+            gate_up = QuantizedProduct.apply(rows, *up, ends, 2, form, x.dtype)
+            hidden = swiglu(*gate_up.float().chunk(2, dim=-1))  # not rounded, as in `swiglu_quantize`
+            return QuantizedProduct.apply(hidden, *down, ends, 1, form, x.dtype)
+        # A token is quantized once, not once for each of its experts.
+        codes, scale = quantize_rows(x, form)
+        codes = permute(codes.view(torch.uint8), order, inverse).view(torch.float8_e4m3fn)
+        gate_up = fp8_grouped_gemm(codes, permute(scale, order, inverse), *up, ends, x.dtype, 2)
+        return fp8_grouped_gemm(*swiglu_quantize(gate_up, form), *down, ends, x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._describe()}"

@@ -1,0 +1,29 @@
+"""FP8 training as DeepSeek-V3 did it (V3 report, section 3.3), as a change to an existing model.
+
+    report = da.fp8_training(model)            # in place; print(report) says what got what
+    ...                                        # any training loop
+    found = da.fp8_sensitivity(model, batches)
+    da.fp8_training(model, found.keeping_high(worst=4))
+    da.remove_fp8_training(model)
+
+policy: which product of which layer, as data. products: the three products and their derivatives. layers: the modules.
+training: putting both on a model. sensitivity: which layers pay.
+"""
+
+from .convert import FP8Report, fp8_training, remove_fp8_training
+from .policy import FP8, HIGH, V3_RECIPE, FP8Policy, FP8Precision, FP8Rule
+from .sensitivity import Sensitivity, fp8_sensitivity
+
+__all__ = [
+    "FP8",
+    "HIGH",
+    "V3_RECIPE",
+    "FP8Policy",
+    "FP8Precision",
+    "FP8Report",
+    "FP8Rule",
+    "Sensitivity",
+    "fp8_sensitivity",
+    "fp8_training",
+    "remove_fp8_training",
+]

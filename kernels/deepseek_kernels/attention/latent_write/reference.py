@@ -1,0 +1,44 @@
+"""Norm, rotation and storing one after the other, as layers and caches do them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...norm.rms_norm.reference import rms_norm
+from ..mla_decode.packing import pack
+from ..rope.reference import rope
+
+
+def write(
+    kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, buffer: Tensor, slots: Tensor, paged: bool
+) -> None:
+    batch, tokens, width = kv.shape
+    if not kv.numel() or not buffer.numel():
+        return
+    latent, key = kv.split([len(weight), width - len(weight)], dim=-1)
+    states = torch.cat((rms_norm(latent, weight, eps).to(kv.dtype), rope(key, cos, sin)), dim=-1)
+    stored = pack(states, len(weight)) if buffer.dtype == torch.uint8 else states.to(buffer.dtype)
+    slots = slots.expand(batch, tokens)
+    limit = buffer.shape[1] * (buffer.shape[0] if paged else 1)
+    valid = (slots >= 0) & (slots < limit)
+    if paged:
+        first, second = slots // buffer.shape[1], slots % buffer.shape[1]
+    else:
+        first, second = torch.arange(batch, device=slots.device)[:, None].expand_as(slots), slots
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+        buffer[first, second] = stored
+        return
+    _store_valid(buffer, first.flatten(), second.flatten(), valid.flatten(), stored.flatten(0, 1))
+
+
+def _store_valid(buffer: Tensor, first: Tensor, second: Tensor, valid: Tensor, stored: Tensor) -> None:
+    """`buffer[first, second] = stored` where valid, in shapes that do not depend on how many are.
+
+    Those that are not valid repeat what a valid one does; if there is none, what is at [0, 0] is written to it again.
+    """
+    rows = torch.arange(len(valid), device=valid.device)
+    chosen = torch.where(valid, rows, valid.int().argmax())
+    valid = valid[chosen]
+    first, second = torch.where(valid, first[chosen], 0), torch.where(valid, second[chosen], 0)
+    buffer[first, second] = torch.where(valid[:, None], stored[chosen], buffer[first, second])

@@ -1,0 +1,1 @@
+"""Operators of the mixture of experts."""

@@ -1,0 +1,111 @@
+"""`fused_moe`: the routed experts in one operator; `grouped_gemm_swiglu`: their first product with SwiGLU behind it.
+
+Notation: T tokens, K choices of each, P = T * K rows sorted by expert, E experts, H hidden size, I expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from . import reference
+
+__all__ = ["fused_moe", "grouped_gemm_swiglu"]
+
+dispatch.register("fused_moe", "triton")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of each token's SwiGLU experts.
+
+    Where a gradient is needed this is `sort_by_expert`, `permute`, `grouped_gemm`, SwiGLU, `grouped_gemm` and
+    `unpermute`, each of which picks its own implementation. Without gradients the kernels make no sorted copy of the
+    tokens, read no expert that nobody chose, and keep gate and up in float32 until SwiGLU's result is rounded: three
+    roundings fewer than the sequence has. The result of every row of the second product is rounded to `x.dtype`, and
+    the weighted sum over choices is taken in float32, in their order, and rounded once (TRAPS C9, C14), as there.
+
+    Args:
+        x: [T, H].
+        gate_up: [E, 2 I, H], each expert's gate rows above its up rows.
+        down: [E, H, I].
+        expert_ids: [T, K] int64; the value E marks a choice that is served elsewhere and adds nothing here.
+        weights: [T, K] float32 routing weights, finite.
+
+    Returns:
+        [T, H] in `x.dtype`, under autocast in its dtype.
+
+    Raises:
+        ValueError: the shapes or the dtypes do not fit.
+    """
+    _check_matrices(x, gate_up, down)
+    if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0] or expert_ids.dtype != torch.int64:
+        raise ValueError(
+            f"expected int64 expert_ids [{x.shape[0]}, K], got {expert_ids.dtype} {list(expert_ids.shape)}"
+        )
+    if weights.shape != expert_ids.shape:
+        raise ValueError(f"expected weights {list(expert_ids.shape)}, got {list(weights.shape)}")
+    obstacle = _obstacle(*_dtypes(x, gate_up, down), weights.dtype)
+    if _needs_gradient(x, gate_up, down, weights) or dispatch.pick("fused_moe", x.device, obstacle) == "reference":
+        return reference.fused_moe(x, gate_up, down, expert_ids, weights)
+    from . import launch
+
+    return launch.fused_moe(*dispatch.autocast(x, gate_up, down), expert_ids, weights)
+
+
+def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`, row block e of x with expert e's matrices.
+
+    The kernels round once, the reference rounds gate and up, silu(gate) and the result.
+
+    Args:
+        x: [P, H], rows sorted by expert.
+        gate_up: [E, 2 I, H], each expert's gate rows above its up rows.
+        ends: [E] int64, as for `grouped_gemm`.
+
+    Returns:
+        [P, I] in `x.dtype`, under autocast in its dtype; zeros in the rows that belong to nobody. The kernels have no
+        gradient: where one is needed the reference runs, the differentiable `grouped_gemm` and SwiGLU.
+
+    Raises:
+        ValueError: the shapes or the dtypes do not fit.
+    """
+    _check_matrices(x, gate_up)
+    if ends.shape != gate_up.shape[:1]:
+        raise ValueError(f"expected ends {list(gate_up.shape[:1])}, got {list(ends.shape)}")
+    needs_gradient = _needs_gradient(x, gate_up)
+    obstacle = "its fused SwiGLU has no gradient" if needs_gradient else _obstacle(*_dtypes(x, gate_up))
+    if dispatch.pick("fused_moe", x.device, obstacle) == "reference":
+        return reference.grouped_gemm_swiglu(x, gate_up, ends)
+    from . import launch
+
+    return launch.grouped_gemm_swiglu(*dispatch.autocast(x, gate_up), ends)
+
+
+def _check_matrices(x: Tensor, gate_up: Tensor, *down: Tensor) -> None:
+    if x.ndim != 2 or gate_up.ndim != 3 or gate_up.shape[1] % 2:
+        raise ValueError(f"expected x [T, H] and gate_up [E, 2 I, H], got {list(x.shape)} and {list(gate_up.shape)}")
+    experts, double, hidden = gate_up.shape
+    if x.shape[1] != hidden:
+        raise ValueError(f"expected x [T, {hidden}] beside gate_up {list(gate_up.shape)}, got {list(x.shape)}")
+    for matrix in down:
+        if matrix.shape != (experts, hidden, double // 2):
+            raise ValueError(f"expected down {[experts, hidden, double // 2]}, got {list(matrix.shape)}")
+    dtypes = _dtypes(x, gate_up, *down)
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"expected x and the weights of one dtype, got {', '.join(map(str, dtypes))}")
+
+
+def _dtypes(*tensors: Tensor) -> list[torch.dtype]:
+    """Those that `dispatch.autocast` gives them, without casting all the weights to see."""
+    return [one.dtype for one in dispatch.autocast(*(one[:0] for one in tensors))]
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+
+
+def _obstacle(*dtypes: torch.dtype) -> str | None:
+    wrong = next((dtype for dtype in dtypes if dtype not in _DTYPES), None)
+    return None if wrong is None else f"its operands are bfloat16, float16 or float32, got {wrong}"

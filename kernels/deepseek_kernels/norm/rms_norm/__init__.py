@@ -1,0 +1,154 @@
+"""`rms_norm`: root-mean-square normalization (arXiv 1910.07467), with a residual sum before it, and with FP8 after it.
+
+One rule for all of them, that of the published checkpoints: `weight * (x / sqrt(mean(x^2) + eps))`, statistics in
+float32, rounded to x's dtype *before* the weight, the product in torch's promotion of both dtypes (TRAPS B2). Where a
+residual is added, the sum is rounded once, and what is normed is the rounded sum: what code that is not fused does.
+
+The kernels read everything once. Nothing but the order of a row's sum, and the last bit of the reciprocal root that is
+made of it, tells both implementations apart; within one of them, a row's result does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from . import reference
+
+__all__ = ["add_rms_norm", "add_rms_norm_quantize", "rms_norm", "rms_norm_quantize"]
+
+dispatch.register("rms_norm", "triton")
+dispatch.register("rms_norm_quantize", "triton", capability=(8, 9))  # as fp8_quantize
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_COLUMNS = 16384  # a row is held in the registers of one block
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * (x / sqrt(mean(x^2) + eps))` over the last dimension.
+
+    Args:
+        x: [..., H], of any strides.
+        weight: [H].
+
+    Returns:
+        [..., H] in torch's promotion of both dtypes. Differentiable in both; the kernels' derivative is not.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    _check(x, None, weight)
+    if dispatch.pick("rms_norm", x.device, _obstacle(x, weight)) == "reference":
+        return reference.rms_norm(x, weight, eps)
+    from . import launch
+
+    return launch.rms_norm(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of the residual stream after a block: of `total = x + residual`.
+
+    Args:
+        x: [..., H], what the block adds.
+        residual: [..., H], the stream before it.
+        weight: [H].
+
+    Returns:
+        what `rms_norm(total)` gives, and total [..., H] in torch's promotion of the dtypes of x and residual, rounded
+        once. Differentiable in all three; the kernels' derivative is not.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    _check(x, residual, weight)
+    if dispatch.pick("rms_norm", x.device, _obstacle(x, residual, weight)) == "reference":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    from . import launch
+
+    return launch.rms_norm(x, residual, weight, eps)[:2]
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_rows(rms_norm(x))`, bit by bit, without the norm ever being written.
+
+    Args:
+        x: [..., H], float32, bfloat16 or float16; M rows in all.
+        weight: [H], of such a dtype too.
+        scale_format: None for float32 scales, "ue8m0" for powers of two.
+
+    Returns:
+        codes [M, H] float8_e4m3fn and scales [M, ceil(H / 128)] float32, laid out as those of `quantize_rows`, and
+        without a gradient as those.
+
+    Raises:
+        ValueError: a wrong shape, dtype or scale format.
+    """
+    power_of_two = _check_quantized(x, None, weight, scale_format)
+    x, weight = x.detach(), weight.detach()
+    if dispatch.pick("rms_norm_quantize", x.device, _obstacle(x, weight)) == "reference":
+        return reference.rms_norm_quantize(x, weight, eps, power_of_two)
+    from . import launch
+
+    return launch.quantize(x, None, weight, eps, power_of_two)[:2]
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale_format: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_rows` of `add_rms_norm`'s norm, bit by bit, and the sum.
+
+    Args:
+        x, residual: [..., H], float32, bfloat16 or float16; M rows in all.
+        weight: [H], of such a dtype too.
+        scale_format: None for float32 scales, "ue8m0" for powers of two.
+
+    Returns:
+        codes and scales as those of `rms_norm_quantize`, and total [..., H] as that of `add_rms_norm`.
+
+    Raises:
+        ValueError: a wrong shape, dtype or scale format; or a gradient is wanted of x or residual: through codes there
+            is none, and through the sum alone it would be wrong.
+    """
+    power_of_two = _check_quantized(x, residual, weight, scale_format)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        raise ValueError(
+            "expected no gradient through codes, got x or residual that require one: "
+            "use torch.no_grad() or add_rms_norm"
+        )
+    weight = weight.detach()
+    if dispatch.pick("rms_norm_quantize", x.device, _obstacle(x, residual, weight)) == "reference":
+        return reference.add_rms_norm_quantize(x, residual, weight, eps, power_of_two)
+    from . import launch
+
+    return launch.quantize(x, residual, weight, eps, power_of_two)
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    if x.ndim < 1 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"expected x [..., H] and weight [H], got {list(x.shape)} and {list(weight.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"expected a residual {list(x.shape)}, as x, got {list(residual.shape)}")
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"expected {name} in a floating dtype, got {tensor.dtype}")
+
+
+def _check_quantized(x: Tensor, residual: Tensor | None, weight: Tensor, scale_format: str | None) -> bool:
+    """Whether scales are powers of two."""
+    _check(x, residual, weight)
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            raise ValueError(f"expected {name} in float32, bfloat16 or float16, got {tensor.dtype}")
+    if scale_format not in (None, "ue8m0"):
+        raise ValueError(f"expected scale_format None or 'ue8m0', got {scale_format!r}")
+    return scale_format == "ue8m0"
+
+
+def _obstacle(*tensors: Tensor) -> str | None:
+    wrong = next((tensor.dtype for tensor in tensors if tensor.dtype not in _DTYPES), None)
+    if wrong is not None:
+        return f"its operands are bfloat16, float16 or float32, got {wrong}"
+    if tensors[0].shape[-1] > _MOST_COLUMNS:
+        return f"its rows have {_MOST_COLUMNS} features at most, got {tensors[0].shape[-1]}"
+    return None

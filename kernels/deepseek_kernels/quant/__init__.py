@@ -1,0 +1,1 @@
+"""Quantization to block-scaled FP8."""

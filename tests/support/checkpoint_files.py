@@ -1,0 +1,99 @@
+"""Checkpoint folders for tests, written with the safetensors library alone: independent of what is tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepseek_arch.config.deepseek_config import DeepseekConfig
+from support import published
+
+INDEX = "model.safetensors.index.json"
+
+
+def tensors(config: DeepseekConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights under published names, with the repeated embeddings and heads of the prediction layers."""
+    out = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
+        for name, tensor in published.random_weights(config, seed).items()
+    }
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    for depth in range(config.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + depth}."
+        out[prefix + "embed_tokens.weight"] = out["model.embed_tokens.weight"].clone()
+        out[prefix + "shared_head.head.weight"] = out[head].clone()
+    return out
+
+
+def expected_state(config: DeepseekConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a `DeepseekLM` must hold after loading `weights`."""
+    repeated = ("shared_head.head.weight", "embed_tokens.weight")
+    own = {n: t for n, t in weights.items() if not (n.startswith("model.layers.") and n.endswith(repeated))}
+    return published.stack(own, config)
+
+
+def write(
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: DeepseekConfig | dict,
+    shards: int = 3,
+    index: bool = True,
+    pattern: str = "model-{:05d}-of-{:06d}.safetensors",
+) -> Path:
+    """Deals the tensors out to `shards` files in turn, so that neighbours never share one. The index's total_size is
+    no number of bytes, as in the published V3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = config if isinstance(config, dict) else config.to_dict()
+    (folder / "config.json").write_text(json.dumps(data))
+    files = [pattern.format(i + 1, shards) for i in range(shards)]
+    dealt: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+    for i, (name, tensor) in enumerate(weights.items()):
+        dealt[files[i % shards]][name] = tensor.contiguous()
+    for file, content in dealt.items():
+        save_file(content, str(folder / file), metadata={"format": "pt"})
+    if index:
+        weight_map = {name: file for file, content in dealt.items() for name in content}
+        elements = sum(tensor.numel() for tensor in weights.values())
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 2 * elements}, "weight_map": weight_map}))
+    return folder
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, by the index if there is one; every name must lie where the index says."""
+    if not (folder / INDEX).exists():
+        return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(str(file)).items()}
+    out = {}
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    for file in sorted(set(weight_map.values())):
+        with safe_open(str(folder / file), "pt") as shard:
+            names = {name for name, of in weight_map.items() if of == file}
+            assert names == set(shard.keys())
+            out |= {name: shard.get_tensor(name) for name in names}
+    return out
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrites the folder's tensors as `change(tensors)` leaves them, in the same number of shards."""
+    weights = read(folder)
+    config = json.loads((folder / "config.json").read_text())
+    shards = len(list(folder.glob("*.safetensors")))
+    index = (folder / INDEX).exists()
+    change(weights)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    write(folder, weights, config, shards, index)
+
+
+def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Same names, dtypes, shapes and bytes."""
+    assert set(got) == set(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, (name, got[name].dtype, tensor.dtype)
+        assert got[name].shape == tensor.shape, (name, got[name].shape, tensor.shape)
+        same = torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+        assert same, f"{name} differs"
