@@ -12,15 +12,15 @@ __all__ = ["main"]
 # Commands that read their own arguments, so that they run where torch is installed and typer is not: name, module,
 # what it does.
 _OWN = (
-    ("kernels", "kernels", "Operators against torch's built-ins, at the shapes of published models."),
-    ("gpu", "gpu", "Every GPU check and benchmark, within ten minutes."),
+    ("kernels", "operators.run", "Operators against torch's built-ins, at the shapes of published models."),
+    ("gpu", "gpu.run", "Every GPU check and benchmark, within ten minutes."),
 )
 # Modules with a `Settings` dataclass, whose fields become options, and `run`.
 _WITH_SETTINGS = (
-    ("fp8-weights", "bench_fp8_weights", "FP8 weights under high-precision activations, against torch's own cast."),
-    ("fp8-training", "bench_fp8_training", "Training in FP8 against training in BF16."),
-    ("convert", "bench_convert", "Conversion of checkpoints against copying them."),
-    ("train-mini", "train_mini", "A small model trained from nothing."),
+    ("fp8-weights", "models.fp8_weights", "FP8 weights under high-precision activations, against torch's own cast."),
+    ("fp8-training", "training.fp8_training", "Training in FP8 against training in BF16."),
+    ("convert", "models.convert", "Conversion of checkpoints against copying them."),
+    ("train-mini", "training.mini", "A small model trained from nothing."),
 )
 
 
@@ -37,7 +37,7 @@ def _own(module: str) -> Callable[[Sequence[str]], int]:
 
 def _with_settings(name: str, module: str) -> Callable[[Sequence[str]], int]:
     def run(arguments: Sequence[str]) -> int:
-        from .settings_command import main as run_with_settings
+        from .cli.settings_command import main as run_with_settings
 
         return run_with_settings(name, importlib.import_module(f"benchmarks.{module}"), arguments)
 
@@ -52,7 +52,7 @@ def main() -> None:
             if len(sys.argv) < 2 or sys.argv[1] not in commands:
                 raise ValueError(f"expected one of {', '.join(commands)}; the other commands need typer")
             raise SystemExit(commands[sys.argv[1]][1](sys.argv[2:]))
-        from .commands import app, include
+        from .cli.commands import app, include
 
         for name, (about, command) in commands.items():
             include(name, about, command)

@@ -21,8 +21,8 @@ from deepseek_arch.cli.memory_plan import plan_memory
 from deepseek_arch.cli.tables import print_plan
 from deepseek_arch.layout.accounting import expanded_cache_bytes
 
-from .contestants import PARITY, check_same_logits, comparable, decode_actions, native_twin, random_model
-from .harness import NATIVE, OURS, interleave
+from .core.report import NATIVE, OURS, interleave
+from .models.contestants import PARITY, check_same_logits, comparable, decode_actions, native_twin, random_model
 
 NEW_TOKENS = 24
 CONTEXT = 8192

@@ -64,7 +64,7 @@ def test_shell_blocks_name_commands_that_exist(capsys):
     from typer.main import get_command
 
     from benchmarks import __main__ as benchmarks
-    from benchmarks.commands import app
+    from benchmarks.cli.commands import app
     from deepseek_arch.cli import app as command_line
 
     def options_of(command) -> set[str]:
@@ -106,8 +106,8 @@ def test_the_map_of_the_package_names_every_folder_in_the_order_of_imports():
 
 def test_tables_are_those_of_the_committed_reports():
     pytest.importorskip("transformers")
-    from benchmarks.harness import Report
-    from benchmarks.tables import refresh_document
+    from benchmarks.core.report import Report
+    from benchmarks.core.tables import refresh_document
 
     paths = re.findall(r"^<!-- begin (\S+) -->$", MEASUREMENTS, re.MULTILINE)
     assert paths

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import deepseek_arch as da
-from benchmarks import bench_convert
-from benchmarks.harness import Report
+from benchmarks.core.report import Report
+from benchmarks.models import convert as bench_convert
 
 
 @pytest.fixture(autouse=True)

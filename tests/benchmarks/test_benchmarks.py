@@ -13,13 +13,17 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import bench_model, contestants, demo, harness, isolated
+from benchmarks import demo
 from benchmarks.__main__ import main
-from benchmarks.comparison import compare, machines_differ, show_changes
-from benchmarks.harness import Report, Row, Samples, interleave, quantile
-from benchmarks.hot_spots import hot_spots
-from benchmarks.isolated import run_isolated
-from benchmarks.tables import to_markdown
+from benchmarks.core import isolated
+from benchmarks.core import report as harness
+from benchmarks.core.compare import compare, machines_differ, show_changes
+from benchmarks.core.isolated import run_isolated
+from benchmarks.core.report import Report, Row, Samples, interleave, quantile
+from benchmarks.core.tables import to_markdown
+from benchmarks.models import contestants
+from benchmarks.models import whole_model as bench_model
+from benchmarks.models.hot_spots import hot_spots
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"preset": "tiny", "layers": 2, "dtype": "fp32", "threads": 1, "loads": 1}

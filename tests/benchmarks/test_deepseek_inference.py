@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import deepseek_arch as da
-from benchmarks.contestants import comparable, random_model
-from benchmarks.deepseek_inference import DeepseekInference, arguments, renamed, unsupported
+from benchmarks.models.contestants import comparable, random_model
+from benchmarks.models.deepseek_inference import DeepseekInference, arguments, renamed, unsupported
 
 LITE = comparable(da.DeepseekConfig.from_pretrained("deepseek-v2-lite"))
 V3 = comparable(da.DeepseekConfig.from_pretrained("deepseek-v3"))

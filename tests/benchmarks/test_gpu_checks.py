@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import deepseek_kernels
-from benchmarks import gpu_checks
-from benchmarks.gpu_checks import FULL, SMALL, Skipped, checks, repeats
-from benchmarks.operators import Mismatch, operators, select
-from benchmarks.scales import scale
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu.checks import FULL, SMALL, Skipped, checks, repeats
+from benchmarks.operators.declare import Mismatch, operators, select
+from benchmarks.operators.scales import scale
 from deepseek_kernels.quant.fp8_quantize.reference import decode
 
 CPU = torch.device("cpu")

@@ -13,9 +13,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import gpu, gpu_tasks, kernels, operators, settings_command
-from benchmarks.harness import Report, Row, Samples
-from benchmarks.workers import Budget, Worker, environment, run_tasks
+from benchmarks.cli import settings_command
+from benchmarks.core.report import Report, Row, Samples
+from benchmarks.core.workers import Budget, Worker, environment, run_tasks
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import tasks as gpu_tasks
+from benchmarks.operators import declare as operators
+from benchmarks.operators import run as kernels
 
 # ------------------------------------------------------------------ time
 
@@ -276,7 +280,7 @@ def test_without_typer_there_are_the_commands_that_do_not_need_it(monkeypatch, c
 
 def test_the_gpu_command_imports_neither_typer_nor_rich_nor_transformers(tmp_path):
     code = (
-        "import sys; from benchmarks import gpu, gpu_tasks; print({'typer', 'rich', 'transformers'} & set(sys.modules))"
+        "import sys; from benchmarks.gpu import run, tasks; print({'typer', 'rich', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

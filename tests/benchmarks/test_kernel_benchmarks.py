@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels, operators
-from benchmarks.comparison import compare
-from benchmarks.harness import Report, Row, Samples
-from benchmarks.kernel_tables import lines, remarks, to_text
-from benchmarks.operators import Goal, Mismatch, Operator, Provider, Shape, require_close, require_equal
-from benchmarks.rooflines import Ceilings
-from benchmarks.scales import SCALES, scale
-from benchmarks.tables import to_markdown
+from benchmarks.core.compare import compare
+from benchmarks.core.report import Report, Row, Samples
+from benchmarks.core.tables import to_markdown
+from benchmarks.operators import declare as operators
+from benchmarks.operators import run as kernels
+from benchmarks.operators.declare import Goal, Mismatch, Operator, Provider, Shape, require_close, require_equal
+from benchmarks.operators.rooflines import Ceilings
+from benchmarks.operators.scales import SCALES, scale
+from benchmarks.operators.tables import lines, remarks, to_text
 
 CPU = torch.device("cpu")
 QUICK = kernels.Options(rounds=1, budget_s=0.0, cold=0)
@@ -244,7 +245,7 @@ def test_the_command_checks_times_and_saves(tmp_path, capsys, monkeypatch):
     found = Report.load(tmp_path / "out.json")
     assert [one.details["op"] for one in found.rows] == ["moe_permute.permute", "moe_permute.unpermute"]
     assert "moe_permute.permute" in capsys.readouterr().out
-    monkeypatch.setattr("benchmarks.ops.moe_permute.permute", fail)
+    monkeypatch.setattr("benchmarks.operators.cases.moe_permute.permute", fail)
     assert kernels.main([*arguments, "--out", str(tmp_path / "out.json")]) == 1
 
 
@@ -286,7 +287,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(tmp_path, monke
     report(row()).save(tmp_path / "old.json")
     with pytest.raises(ValueError, match="expected ours among the providers to compare, got torch"):
         kernels.main([*arguments, "--provider", "torch", "--compare", str(tmp_path / "old.json")])
-    monkeypatch.setattr("benchmarks.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.operators.plots.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="expected matplotlib"):
         kernels.main([*arguments, "--plot", str(tmp_path)])
 

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from benchmarks import operators
-from benchmarks.operators import Goal, Shape
-from benchmarks.rooflines import Ceilings, measure_ceilings
-from benchmarks.scales import SCALES, scale
+from benchmarks.operators import declare as operators
+from benchmarks.operators.declare import Goal, Shape
+from benchmarks.operators.rooflines import Ceilings, measure_ceilings
+from benchmarks.operators.scales import SCALES, scale
 
 H200 = Ceilings(4.3e12, {"bf16": 790e12, "fp8": 1580e12})
 
@@ -150,7 +150,7 @@ def test_a_product_that_is_not_there_is_named(monkeypatch):
     def refuse(size, device):
         raise RuntimeError("no such units\nmore of it")
 
-    monkeypatch.setattr("benchmarks.rooflines._CPU_PRODUCTS", {"fp32": refuse})
+    monkeypatch.setattr("benchmarks.operators.rooflines._CPU_PRODUCTS", {"fp32": refuse})
     found = measure_ceilings(torch.device("cpu"), size=8, copied=64, rounds=1)
     assert found.absent == {"fp32": "no such units"}
     assert "no fp32 product: no such units" in str(found)

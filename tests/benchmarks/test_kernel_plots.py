@@ -16,11 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks import plots
 from benchmarks.__main__ import main
-from benchmarks.harness import Report, Row, Samples
-from benchmarks.label_layout import Label, place_labels
-from benchmarks.rooflines import Ceilings
+from benchmarks.core.report import Report, Row, Samples
+from benchmarks.operators import plots
+from benchmarks.operators.label_layout import Label, place_labels
+from benchmarks.operators.rooflines import Ceilings
 
 
 def row(op: str, shape: str, flops: float = 0, moved: float = 1e6, others: str = "mm", **details) -> Row:

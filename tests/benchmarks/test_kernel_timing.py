@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import environment, fp8, timing
-from benchmarks.operators import Random
+from benchmarks.core import machine as environment
+from benchmarks.core import timing
+from benchmarks.operators import fp8_operands as fp8
+from benchmarks.operators.declare import Random
 from deepseek_kernels.quant.fp8_quantize.reference import empty_codes, empty_scales
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import deepseek_arch as da
-from benchmarks import train_mini
-from benchmarks.acceptance import held_out_rows, on_given_text
+from benchmarks.training import mini as train_mini
+from benchmarks.training.acceptance import held_out_rows, on_given_text
 from support.small_models import config, model, tokens
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.skewed import chance_violation, train_skewed
+from benchmarks.training.skewed import chance_violation, train_skewed
 from deepseek_arch.moe.balance_loss import BalanceLoss
 from deepseek_arch.moe.expert_load import ExpertLoad, LoadHistory, draw_max_violation, read_loads
 from deepseek_arch.moe.load_balancer import LoadBalancer, routers

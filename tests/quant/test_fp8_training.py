@@ -664,7 +664,7 @@ def test_the_transformers_trainer_needs_nothing_special(tmp_path, capsys):
 
 def test_the_benchmark_compares_runs_that_differ_in_nothing_but_precision():
     """Under a policy without FP8 the first run is the second, bit for bit."""
-    from benchmarks.bench_fp8_training import BF16, OTHER, Settings, run
+    from benchmarks.training.fp8_training import BF16, OTHER, Settings, run
 
     settings = Settings(steps=3, last=2, batch=2, sequence=8, held_out=2, warmup=1)
     text = torch.randint(256, (200,), dtype=torch.uint8)

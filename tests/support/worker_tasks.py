@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from benchmarks.workers import work
+from benchmarks.core.workers import work
 
 turns = 0
 

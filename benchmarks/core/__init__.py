@@ -1,0 +1,1 @@
+"""Pieces that all benchmarks share: reports, timing, the machine, worker processes, tables."""

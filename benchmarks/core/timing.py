@@ -1,0 +1,169 @@
+"""Seconds of calls on a device, interleaved, with cold caches.
+
+Each call has several copies of its operands and takes the next one each time, so that together with the results they
+are larger than any cache. On a GPU the calls on all copies are one CUDA graph, where they can be captured: a replay
+has no launch latency between them, and a sample is the mean over them. A call that waits for the GPU cannot be
+captured; it is timed one by one between two events, behind a write that empties the cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .report import Samples, interleave
+
+__all__ = ["COLD", "Timed", "copies", "time_calls"]
+
+COLD = 2**28  # bytes between two uses of one operand: several times the last-level cache of a GPU
+_MOST = 256  # copies
+_REPLAY_S = 2e-3  # a replayed stretch: events resolve half a microsecond
+_CPU_COPIES = 16
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds per call.
+
+    Attributes:
+        method: "graph", "events" or "clock".
+    """
+
+    samples: Samples
+    method: str
+
+
+def copies(inputs: tuple[Any, ...], moved: int, device: torch.device, cold: int = COLD) -> list[tuple[Any, ...]]:
+    """`inputs` and as many copies of them as calls need that move `moved` bytes each, to move `cold` bytes in all."""
+    most = _MOST if device.type == "cuda" else _CPU_COPIES
+    count = max(1, min(most, -(-cold // max(moved, 1))))
+    return [inputs, *(tuple(map(_copy, inputs)) for _ in range(count - 1))]
+
+
+def _copy(value: Any) -> Any:
+    """A tensor of the same strides: `clone` would pack rows that are padded on purpose."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with torch.no_grad():
+        out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+    return out.requires_grad_(value.requires_grad)
+
+
+def time_calls(
+    calls: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[tuple[Any, ...]],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    budget_s: float = 3.0,
+) -> dict[str, Timed]:
+    """Times each call on the operands in `inputs`, A, B, A, B, ...
+
+    Args:
+        calls: by contestant. They have run before: nothing is compiled here.
+        rounds: samples of each, at most.
+        budget_s: seconds for each after which it is not run again.
+    """
+    if device.type != "cuda":
+        actions = {name: _rotating(call, inputs) for name, call in calls.items()}
+        gc.freeze()  # `interleave` collects garbage before each run: a tenth of a second if it looks at all of torch
+        try:
+            found = interleave(actions, rounds=rounds, budget_s=budget_s)
+        finally:
+            gc.unfreeze()
+        return {name: Timed(samples, "clock") for name, samples in found.items()}
+    runners = {name: _runner(call, inputs, device) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            if seconds[name] and spent[name] > budget_s:
+                continue
+            start = time.perf_counter()
+            seconds[name].append(runner.sample())
+            spent[name] += time.perf_counter() - start
+    return {name: Timed(Samples(tuple(values)), runners[name].method) for name, values in seconds.items()}
+
+
+def _rotating(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    turns = itertools.cycle(inputs)
+    return lambda: call(*next(turns))
+
+
+# ------------------------------------------------------------------ CUDA
+
+
+def _runner(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], device: torch.device) -> _Graph | _Events:
+    if _waits(call, inputs[0]):
+        return _Events(call, inputs, device)
+    try:
+        return _Graph(call, inputs)
+    except RuntimeError:  # something else that a graph cannot hold
+        return _Events(call, inputs, device)
+
+
+def _waits(call: Callable[..., Any], operands: tuple[Any, ...]) -> bool:
+    """Whether a call makes the host wait for the GPU. Finding that out while capturing would spoil the allocator."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*operands)
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+class _Graph:
+    """One graph of the call on every copy of its operands."""
+
+    method = "graph"
+
+    def __init__(self, call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> None:
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        self._calls = len(inputs)
+        # Results stay alive, or each call would write into the memory, still in the cache, of the one before.
+        with torch.cuda.graph(self._graph):
+            self._kept = [call(*operands) for operands in inputs]
+        self._replay(1)
+        self._replays = max(1, round(_REPLAY_S / self._replay(1)))
+
+    def sample(self) -> float:
+        return self._replay(self._replays) / (self._replays * self._calls)
+
+    def _replay(self, times: int) -> float:
+        return _between_events(lambda: [self._graph.replay() for _ in range(times)])
+
+
+class _Events:
+    """The call by itself, the cache emptied before it."""
+
+    method = "events"
+
+    def __init__(self, call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], device: torch.device) -> None:
+        self._next = _rotating(call, inputs)
+        self._flush = torch.empty(COLD, dtype=torch.uint8, device=device)
+
+    def sample(self) -> float:
+        self._flush.zero_()
+        return _between_events(self._next)
+
+
+def _between_events(action: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    kept = action()
+    end.record()
+    torch.cuda.synchronize()
+    del kept
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,1 @@
+"""Every GPU check and benchmark in one command."""

@@ -1,0 +1,1 @@
+"""Whole models, FP8 weights and conversion against transformers and torch."""

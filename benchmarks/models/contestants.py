@@ -1,0 +1,214 @@
+"""The two models that are compared: ours, and transformers' native one on the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import deepseek_arch as da
+
+from ..core.report import NATIVE, OURS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "DTYPES",
+    "PARITY",
+    "Action",
+    "allowed_difference",
+    "check_same_logits",
+    "comparable",
+    "decode_actions",
+    "logit_differences",
+    "native_config",
+    "native_twin",
+    "prefill_actions",
+    "random_ids",
+    "random_model",
+    "training_step",
+]
+
+Action = Callable[[], object]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PARITY = 1e-4  # relative error of float32 logits (DESIGN.md, numerics policy)
+STEPS = 8  # tokens decoded one by one in the check
+# A prime number, so that no two rows of a weight repeat each other.
+_NOISE = 4_194_301
+
+
+def random_model(config: da.DeepseekConfig, dtype: torch.dtype, seed: int = 0) -> da.DeepseekLM:
+    """Our model with normal weights, norms one. Repeats one block of noise: drawing billions takes minutes."""
+    with torch.device("meta"):
+        model = da.DeepseekLM(config, dtype=dtype)
+    model.to_empty(device="cpu")
+    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed)).mul_(config.initializer_range).to(dtype)
+    for name, tensor in model.state_dict().items():
+        flat = tensor.flatten()
+        if name.endswith("norm.weight"):
+            flat.fill_(1)
+        elif name.endswith("e_score_correction_bias"):
+            flat.fill_(0)
+        else:
+            for start in range(0, flat.numel(), _NOISE):
+                part = flat[start : start + _NOISE]
+                part.copy_(noise[: part.numel()])
+    model.tie_weights()
+    return model.eval()
+
+
+def comparable(config: da.DeepseekConfig) -> da.DeepseekConfig:
+    """The part of a config that transformers' model computes too: no draft layers, no quantized weights."""
+    data = config.replace(num_nextn_predict_layers=0).to_dict()
+    data.pop("quantization_config", None)
+    return da.DeepseekConfig.from_dict(data)
+
+
+def native_config(config: da.DeepseekConfig) -> Any:
+    """transformers' own config object for `config`.
+
+    Raises:
+        ValueError: transformers does not know the model type.
+    """
+    from transformers import AutoConfig
+
+    data = config.to_dict()
+    for name in ("auto_map", "quantization_config"):
+        data.pop(name, None)
+    return AutoConfig.for_model(data.pop("model_type"), **data)
+
+
+def native_twin(model: da.DeepseekLM) -> PreTrainedModel:
+    """transformers' native model of the same config on the very tensors of `model`, nothing copied.
+
+    Raises:
+        ValueError: their tensors have other names or shapes.
+    """
+    import transformers
+
+    config = native_config(model.config)
+    native_class = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
+    with torch.device("meta"):
+        twin = native_class(config)
+    try:
+        twin.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"expected {native_class.__name__} to have our tensors: {error}") from error
+    # Not in the state dict, so still without memory.
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config)
+    ours = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        assert parameter.data_ptr() == ours[name].data_ptr(), f"{name} was copied"
+    return twin.eval()
+
+
+@torch.inference_mode()
+def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int = 48) -> float:
+    """Runs one prompt through both, then a few tokens one by one through their caches, and compares.
+
+    The median over positions counts, because a router that rounds to the other side of a near tie moves single
+    positions by more.
+
+    Returns:
+        the relative difference of the logits.
+
+    Raises:
+        ValueError: it is larger than rounding explains, so that timing would compare different computations.
+    """
+    ids = random_ids(model.config.vocab_size, tokens, seed=1)
+    prompt = tokens - STEPS
+    cache = model.new_cache(1)
+    ours = [model(ids[:, :prompt], cache=cache).logits]
+    theirs = [twin(ids[:, :prompt], use_cache=True)]
+    for position in range(prompt, tokens):
+        token = ids[:, position : position + 1]
+        ours.append(model(token, cache=cache).logits)
+        theirs.append(twin(token, past_key_values=theirs[0].past_key_values))
+    differences = logit_differences(torch.cat(ours, dim=1), torch.cat([one.logits for one in theirs], dim=1))
+    found = max(float(differences[:prompt].median()), float(differences[prompt:].median()))
+    allowed = allowed_difference(model)
+    if not found <= allowed:
+        raise ValueError(
+            f"expected the logits of both models to agree to {allowed:.2g} ({model.dtype}), got {found:.2g}: refusing "
+            "to time different computations"
+        )
+    return found
+
+
+def allowed_difference(model: da.DeepseekLM) -> float:
+    """The relative difference of logits that rounding explains.
+
+    In 16 bits, every layer rounds about fourteen times (products, norms, residuals), each time by half an epsilon at
+    most; independent roundings add up as the square root of their number. In float32, whose products accumulate in the
+    same precision, the bound is the package's policy.
+    """
+    roundings = 14 * model.config.num_hidden_layers + 2
+    return PARITY if model.dtype == torch.float32 else torch.finfo(model.dtype).eps / 2 * roundings**0.5
+
+
+def logit_differences(a: Tensor, b: Tensor) -> Tensor:
+    """Per position, relative to its vector of logits."""
+    a, b = a.double(), b.double()
+    return ((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten()
+
+
+# ------------------------------------------------------------------ what is timed
+
+
+def decode_actions(model: da.DeepseekLM, twin: PreTrainedModel, context: int, steps: int) -> dict[str, Action]:
+    """One more token on a cache of `context` random latents that grows with every call, room for `steps` of them."""
+    from transformers import DynamicCache
+
+    c = model.config
+    cache, native_cache = model.new_cache(1, capacity=context + steps), DynamicCache(config=twin.config)
+    generator = torch.Generator().manual_seed(2)
+    for layer in range(c.num_hidden_layers):
+        latent = torch.randn(1, 1, context, c.kv_lora_rank, generator=generator).to(model.dtype)
+        key = torch.randn(1, 1, context, c.qk_rope_head_dim, generator=generator).to(model.dtype)
+        cache.update(latent, key, layer)
+        # De-interleaved in a real cache of theirs (TRAPS A2), which makes no difference to the time.
+        native_cache.update(latent, key, layer)
+    token = torch.tensor([[1]])
+
+    @torch.inference_mode()
+    def ours() -> None:
+        model(token, cache=cache, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def native() -> None:
+        twin(token, past_key_values=native_cache, logits_to_keep=1)
+
+    return {OURS: ours, NATIVE: native}
+
+
+def prefill_actions(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int) -> dict[str, Action]:
+    """A prompt into an empty cache, logits of its last token."""
+    ids = random_ids(model.config.vocab_size, tokens, seed=3)
+
+    @torch.inference_mode()
+    def ours() -> None:
+        model(ids, cache=model.new_cache(1, capacity=tokens), logits_to_keep=1)
+
+    @torch.inference_mode()
+    def native() -> None:
+        twin(ids, use_cache=True, logits_to_keep=1)
+
+    return {OURS: ours, NATIVE: native}
+
+
+def training_step(model: Any, ids: Tensor) -> Tensor:
+    """Forward, loss and backward; the gradients stay. Returns the loss."""
+    model.train()
+    ours = isinstance(model, da.DeepseekLM)
+    loss = model(ids, labels=ids, **({} if ours else {"use_cache": False})).loss
+    loss.backward()
+    return loss.detach()
+
+
+def random_ids(vocab_size: int, tokens: int, seed: int) -> Tensor:
+    """[1, tokens]."""
+    return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))

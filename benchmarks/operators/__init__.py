@@ -1,0 +1,1 @@
+"""Operators against torch's built-ins at the shapes of published models."""

@@ -1,0 +1,1 @@
+"""One file per operator; `benchmarks.operators.declare` says what is in one."""

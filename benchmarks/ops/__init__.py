@@ -1,1 +1,0 @@
-"""One file per operator; `benchmarks.operators` says what is in one."""

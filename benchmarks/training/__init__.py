@@ -1,0 +1,1 @@
+"""Training runs: a small model from nothing, FP8 against BF16."""
