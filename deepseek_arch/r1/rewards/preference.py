@@ -64,8 +64,9 @@ class ModelReward(Reward):
                 f"{tokenizer.pad_token_id} and {tokenizer.eos_token_id}"
             )
         config = getattr(model, "config", None)
-        if getattr(config, "num_labels", 1) != 1:
-            raise ValueError(f"expected a reward model with one label, got {config.num_labels}")
+        labels = getattr(config, "num_labels", 1)
+        if labels != 1:
+            raise ValueError(f"expected a reward model with one label, got {labels}")
         rows = getattr(config, "vocab_size", None)
         if rows is not None and rows < len(tokenizer):
             raise ValueError(f"expected a reward model for {len(tokenizer)} tokens, got one for {rows}")
@@ -77,12 +78,14 @@ class ModelReward(Reward):
         parsed = self.template.parse(text, needs_answer=False)
         if self.reads == "summary" and (parsed.summary is None or not parsed.summary.strip()):
             return None
-        if not isinstance(prompt, str):
-            prompt = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        if isinstance(prompt, str):
+            start = prompt
+        else:
+            start = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         if self.reads == "summary":
             # The prompt's opening tag would announce thoughts that are left out.
-            return _OPENED.sub("", prompt) + (parsed.summary or "").strip() + self.tokenizer.eos_token
-        return prompt + up_to_end(text).removesuffix(END) + self.tokenizer.eos_token
+            return _OPENED.sub("", start) + (parsed.summary or "").strip() + self.tokenizer.eos_token
+        return start + up_to_end(text).removesuffix(END) + self.tokenizer.eos_token
 
     def __call__(
         self,

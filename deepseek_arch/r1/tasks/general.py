@@ -121,7 +121,7 @@ def preference_pairs(
 ) -> list[tuple[Problem, str, str]]:
     """Returns (prompt, chosen, rejected), with the two exchanged in a share `wrong` of them, as annotators err."""
     rng = random.Random(f"pairs {seed} {split}")
-    out = []
+    out: list[tuple[Problem, str, str]] = []
     while len(out) < count:
         problem = chat.one(rng, split)
         (first, better), (second, worse) = rng.sample(chat.responses(problem), 2)

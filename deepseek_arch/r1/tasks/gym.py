@@ -52,7 +52,8 @@ class Gym:
         """
         check_split(split)
         size = 64 + 32 * count
-        entries, out = self._create({"seed": seed, "size": size}), []
+        entries = self._create({"seed": seed, "size": size})
+        out: list[Problem] = []
         for i in range(size):
             if len(out) == count:
                 break

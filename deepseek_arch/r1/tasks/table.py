@@ -129,7 +129,8 @@ class Table:
         rows = self._splits[split]
         if not rows:
             raise ValueError(f"expected at least one row for the {split} split, got none of {len(self.rows)}")
-        rng, out = random.Random(f"table {seed}"), []
+        rng = random.Random(f"table {seed}")
+        out: list[Problem] = []
         while len(out) < count:
             order = list(rows)
             rng.shuffle(order)

@@ -83,7 +83,7 @@ class R1Config(GRPOConfig):
 
 def base_model(model: Any) -> Any:
     """Returns the language model under adapters."""
-    return model.getbase_model() if hasattr(model, "getbase_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_policy(model: Any, args: R1Config) -> None:

@@ -43,6 +43,9 @@ class R1Trainer(GRPOTrainer):
             without a folder.
     """
 
+    args: R1Config
+    model: Any
+
     def __init__(
         self,
         model: Any,
@@ -71,6 +74,7 @@ class R1Trainer(GRPOTrainer):
         if args.rollout_engine == "native" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("expected rollout_engine 'hf' or 'vllm' with sharded weights, got 'native'")
         if args.sync_ref_model:
+            assert self.ref_model is not None
             self.remove_callback(SyncRefModelCallback)
             self.add_callback(ReferenceRefresh(ref_model=self.ref_model, accelerator=self.accelerator))
         self._core: Any = None
@@ -85,6 +89,7 @@ class R1Trainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self._core is None:
             self._core = core_of(base_model(self._policy))
+        assert self.max_completion_length is not None
         sampling = Sampling(
             self.max_completion_length,
             self.temperature,
