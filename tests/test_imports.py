@@ -34,9 +34,9 @@ ORDER = [
     "models",
     "checkpoint",
     "generation",
-    "cli",
     "hf",
     "r1",
+    "cli",
 ]
 
 
@@ -72,7 +72,7 @@ def test_a_module_imports_only_the_layers_below_it(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_hf_folder_imports_transformers(path):
+def test_only_the_hf_folder_and_trainers_import_transformers(path):
     if layer(path) == "hf" or path.relative_to(PACKAGE).as_posix().startswith(TRAINERS):
         return
     found = {name.split(".")[0] for name in imported(path)}

@@ -2,7 +2,7 @@
 
 A mixture of experts may route the same tokens otherwise when it trains than when it generated, by rounding or because
 the weights have moved since, and reinforcement learning on the difference is unstable. DeepSeek keeps the rollout's
-experts in training ("Keep Routing", arXiv 2512.02556, section 3.1; also arXiv 2510.11370).
+experts in training ("Keep Routing", arXiv 2512.02556, section 3.1; TRAPS T11).
 """
 
 from __future__ import annotations

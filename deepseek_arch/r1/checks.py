@@ -26,7 +26,8 @@ def check_tokenizer(tokenizer: Any, tags: Sequence[str] = ()) -> None:
     """Raises ValueError for a tokenizer that reinforcement learning cannot work with.
 
     It needs an end token and another one for padding: where they are the same, an end that was sampled cannot be told
-    from padding. And `tags` have to survive decoding: as special tokens they vanish from the texts that rewards read.
+    from padding (TRAPS T9). And `tags` have to survive decoding: as special tokens they vanish from the texts that
+    rewards read (TRAPS T8).
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("expected a tokenizer with an end token, got one without eos_token")

@@ -2,7 +2,7 @@
 
 Two forms are known. "tags" is R1-Zero's, `<think> ... </think> <answer> ... </answer>`. "boxed" is R1's,
 `<think> ... </think>` followed by a summary with the answer in `\\boxed{}`; R1's chat template writes the opening tag
-itself ("prefilled"), and then the completion starts within the thoughts (TRAPS R2).
+itself ("prefilled"), and then the completion starts within the thoughts (TRAPS T6).
 """
 
 from __future__ import annotations

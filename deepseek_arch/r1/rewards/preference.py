@@ -19,7 +19,7 @@ class ModelReward(Reward):
     """The score of a sequence classifier with one label; None for problems of other kinds.
 
     The model reads the prompt, the summary or the whole response, and the end token: the text that it was trained on.
-    TRL's own reward models are given no end token. A response without a summary, one that still thinks at
+    TRL's own reward models are given no end token (TRAPS T5). A response without a summary, one that still thinks at
     its last token, gets the lowest score of its batch.
 
     Args:

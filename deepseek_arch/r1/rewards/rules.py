@@ -25,8 +25,8 @@ def _template(template: Template | str) -> Template:
 class Accuracy(Reward):
     """1 for a response whose only final answer is right, else 0; None for problems without a reference.
 
-    The answer is read behind the thoughts, whatever else is wrong with the form: the format has a reward of its own.
-    A response with two final answers has none.
+    The answer is read behind the thoughts (TRAPS T7), whatever else is wrong with the form: the format has a reward of
+    its own. A response with two final answers has none.
 
     Args:
         template: the form of the responses, or its name in `templates.TEMPLATES`.

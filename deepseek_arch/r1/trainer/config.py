@@ -72,7 +72,7 @@ class R1Config(GRPOConfig):
         if self.router_aux_loss_coef:
             raise ValueError(
                 "expected balance_loss or balance_rate, got router_aux_loss_coef, with which TRL computes Mixtral's "
-                "loss on softmax scores that these routers do not have (TRAPS R7)"
+                "loss on softmax scores that these routers do not have (TRAPS T1)"
             )
         for name in ("balance_rate", "balance_loss", "mtp_loss_weight"):
             if not getattr(self, name) >= 0:
@@ -111,5 +111,5 @@ def check_policy(model: Any, args: R1Config) -> None:
     if args.beta and base is model and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
             "expected a model that was loaded from a folder with beta > 0, since the reference model is loaded from "
-            "it too, got one made in memory"
+            "it too (TRAPS T10), got one made in memory"
         )

@@ -20,7 +20,7 @@ __all__ = ["added_losses", "watching_trunk"]
 def watching_trunk(model: Any, args: R1Config) -> Iterator[dict[str, Any]]:
     """Asks the trunk for what the added losses read, and yields a dict that the pass fills.
 
-    TRL replaces the model's forward by one that calls the trunk alone: the trunk is where to ask.
+    TRL replaces the model's forward by one that calls the trunk alone (TRAPS T1): the trunk is where to ask.
     """
     seen: dict[str, Any] = {}
     if not (args.mtp_loss_weight or args.balance_loss) or not model.training:

@@ -14,7 +14,7 @@ class ReferenceRefresh(SyncRefModelCallback):
     """TRL's refresh of the reference model, buffers included.
 
     Routers' correction biases are buffers: without them a refreshed reference routes otherwise than the policy, and
-    the divergence of equal weights is not 0.
+    the divergence of equal weights is not 0 (TRAPS T3).
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
