@@ -19,6 +19,9 @@ KERNELS = ROOT / "kernels" / "deepseek_kernels"
 # What is imported only after Triton has been chosen.
 KERNEL_FILES = ("kernel.py", "backward.py", "scratch.py")
 
+# What trains with transformers and TRL; the rest of `r1` needs neither.
+TRAINERS = ("r1/trainer/",)
+
 # Rooms, in the order in which they may import each other: each only those before it.
 ORDER = [
     "config",
@@ -31,8 +34,9 @@ ORDER = [
     "models",
     "checkpoint",
     "generation",
-    "cli",
     "hf",
+    "r1",
+    "cli",
 ]
 
 
@@ -68,8 +72,8 @@ def test_a_module_imports_only_the_layers_below_it(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_hf_folder_imports_transformers(path):
-    if layer(path) == "hf":
+def test_only_the_hf_folder_and_trainers_import_transformers(path):
+    if layer(path) == "hf" or path.relative_to(PACKAGE).as_posix().startswith(TRAINERS):
         return
     found = {name.split(".")[0] for name in imported(path)}
     # The command line reads a checkpoint's tokenizer, if there is one, with whatever is installed.
@@ -90,13 +94,21 @@ def test_dependencies_are_what_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
     files = [
-        path for path in MODULES if layer(path) != "hf" and path.name != "tokenizer.py"
-    ]  # those two need what they wrap
+        path for path in MODULES if layer(path) not in ("hf", "r1") and path.name != "tokenizer.py"
+    ]  # those need what they wrap
     files += [path for path in KERNELS.rglob("*.py") if path.name not in KERNEL_FILES]
     found = {name.split(".")[0] for path in files for name in imported(path)}
     found -= {*sys.stdlib_module_names, "deepseek_arch", "deepseek_kernels"}
     found -= {"matplotlib"}  # only to draw, and then it says which extra has it
     assert found == declared - {"numpy"}
+
+
+def test_the_recipe_imports_what_its_extra_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["r1"]]
+    declared = {re.match(r"[\w-]+", line)[0].replace("pyyaml", "yaml") for line in lines}
+    found = {name.split(".")[0] for path in MODULES if layer(path) == "r1" for name in imported(path)}
+    assert found - {*sys.stdlib_module_names, "deepseek_arch", "deepseek_kernels"} <= declared
 
 
 def test_kernels_folder_is_not_a_package():

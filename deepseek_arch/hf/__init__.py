@@ -23,6 +23,7 @@ from .configuration import (
 from .load_balancing_callback import LoadBalancingCallback
 from .quantizer import DeepseekFP8Config
 from .registration import register, registered, unregister
+from .replaying import replaying
 
 __all__ = [
     "ArchDeepseekV2Config",
@@ -39,5 +40,6 @@ __all__ = [
     "as_arch_config",
     "register",
     "registered",
+    "replaying",
     "unregister",
 ]

@@ -31,6 +31,7 @@ from ..models.decoder_layer import DecoderLayer
 from ..models.outputs import TrunkOutput
 from ..moe.moe import Experts, Router
 from ..moe.routing import Routing
+from ..moe.routing_record import RoutingRecord
 from ..quant.fp8_base import FP8Layer
 from ..quant.fp8_convert import fp8_layers
 from ..quant.fp8_experts import FP8Experts
@@ -167,6 +168,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         self.layers = nn.ModuleList(DeepseekDecoderLayer(self.config, i, core) for i in range(core.num_hidden_layers))
         self.norm = RMSNorm(core.hidden_size, core.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding.from_config(core)
+        self.replayed_routing: RoutingRecord | None = None  # see `replaying`
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -181,6 +183,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         return_trunk: bool = False,
+        record_routing: bool = False,
+        replay_routing: RoutingRecord | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekModelOutput:
         """One forward pass.
@@ -193,6 +197,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
             past_key_values: any cache of transformers; it holds latents and rotated keys.
             inputs_embeds: [B, T, H] instead of input_ids.
             return_trunk: whether to return what prediction layers read as well.
+            record_routing: whether to return every routing decision as `routing`.
+            replay_routing: decisions to take instead of the routers' own, for all B x T tokens; weights are still the
+                routers', and differentiable. Default: those of `replaying`, if any.
             kwargs: `cu_seq_lens_q` and `seq_idx` mark packed sequences as well; `output_hidden_states`,
                 `output_router_logits`, and `output_attentions` (with `attn_implementation="eager"`).
 
@@ -228,14 +235,20 @@ class DeepseekModel(DeepseekPreTrainedModel):
             cache = FirstTokens(cache, tokens)
         rope = self.rotary_emb(position_ids)
         # Counts for `LoadBalancer`: padding is left out where the mask says what is padding.
-        routing = Routing((batch, tokens), valid) if self.training else None
+        replay = self.replayed_routing if replay_routing is None else replay_routing
+        routing = None
+        if self.training or record_routing or replay is not None:
+            routing = Routing((batch, tokens), valid, record=record_routing, replay=replay)
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
         if routing is not None:
             routing.commit()
         hidden = self.norm(x)
         trunk = TrunkOutput(hidden, x, rope, mask, documents) if return_trunk else None
-        return DeepseekModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, trunk=trunk)
+        record = None if routing is None else routing.record
+        return DeepseekModelOutput(
+            last_hidden_state=hidden, past_key_values=past_key_values, trunk=trunk, routing=record
+        )
 
 
 register_conversions(DeepseekModel.__name__)

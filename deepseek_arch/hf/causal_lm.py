@@ -141,6 +141,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             mtp_loss=mtp_loss,
             mtp_losses=mtp_losses,
             mtp_accuracy=mtp_accuracy,
+            routing=outputs.routing,
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from ..models.mtp_loss import mtp_losses
 from ..models.outputs import TrunkOutput
 from ..moe.balance_loss import BalanceLoss
 from ..moe.routing import Routing
+from ..moe.routing_record import RoutingRecord
 
 __all__ = [
     "DeepseekCausalLMOutput",
@@ -35,9 +36,11 @@ class DeepseekModelOutput(MoeModelOutputWithPast):
 
     Attributes:
         trunk: what prediction layers on top read, when `return_trunk` was asked for.
+        routing: every routing decision, when `record_routing` was asked for.
     """
 
     trunk: TrunkOutput | None = None
+    routing: RoutingRecord | None = None
 
 
 @dataclass
@@ -48,11 +51,13 @@ class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted, where
             `config.mtp_loss_weight` and labels ask for it.
         mtp_losses, mtp_accuracy: float32 [D], by depth: its loss, and how often its best guess was right.
+        routing: every routing decision of the trunk, when `record_routing` was asked for.
     """
 
     mtp_loss: Tensor | None = None
     mtp_losses: Tensor | None = None
     mtp_accuracy: Tensor | None = None
+    routing: RoutingRecord | None = None
 
 
 def loss_weight(model: Any) -> float:
