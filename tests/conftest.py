@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import random
 import zlib
+from collections.abc import Iterator
 from importlib import metadata
 
 import pytest
 import torch
+from _pytest.runner import runtestprotocol
+
+from deepseek_kernels import use_native_half_matmul
+from support import processor_sides
 
 with contextlib.suppress(ImportError):  # a bare GPU machine has pytest and torch only
     from hypothesis import settings
@@ -44,6 +49,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# ---------------------------------------------------------------- what depends on the processor
+
+processor_sides.install()
+
+
+@pytest.fixture(params=[False, True], ids=["expanded", "native"])
+def native(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both ways to multiply 16-bit floats on a CPU, for tests that have to know the one they run on."""
+    with use_native_half_matmul(request.param):
+        yield request.param
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Runs each test as pytest does, and once more on the other side if it depends on this processor."""
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for side in processor_sides.sides():
+        item.stash[_SIDE] = side
+        runtestprotocol(item, nextitem=nextitem)
+        if "native" in getattr(item, "fixturenames", ()):
+            break
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+_SIDE = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    report.sections.append(("processor", item.stash[_SIDE]))
+    return report
+
+
+# ---------------------------------------------------------------- chance
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from .attention.latent_write import latent_write, latent_write_paged
 from .attention.mla_attention import mla_attention
 from .attention.mla_decode import mla_decode, mla_decode_paged
 from .attention.rope import rope, rope_
-from .dispatch import BackendError, describe, use_backend
+from .dispatch import BackendError, describe, use_backend, use_native_half_matmul
 from .gemm.dense_gemm import dense_gemm
 from .gemm.fp8_gemm import fp8_gemm
 from .gemm.fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_wgrad
@@ -65,4 +65,5 @@ __all__ = [
     "topk_gate",
     "unpermute",
     "use_backend",
+    "use_native_half_matmul",
 ]

@@ -4,6 +4,9 @@
 why once, through the logger `deepseek_kernels`. A backend asked for by name, through the environment variable
 DEEPSEEK_KERNELS_BACKEND or `use_backend`, never falls back: if it cannot run, the call raises and says why. Operators
 with one implementation only (a dense product, say, which is the vendor's) have no choice to make.
+
+A reference takes one of two paths with 16-bit floats on a CPU, as the processor multiplies them or not:
+`native_half_matmul` decides, `use_native_half_matmul` overrides it, and `describe` says which applies.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ __all__ = [
     "pick",
     "register",
     "use_backend",
+    "use_native_half_matmul",
 ]
 
 BACKENDS = ("auto", "reference", "triton")
@@ -151,15 +155,32 @@ def _triton_installed() -> bool:
 
 # An x86 CPU without AVX-512 has no products of 16-bit floats: torch then computes a bfloat16 product one dot product at
 # a time, 5 to 6 times slower (from about 16 rows on) than expanding the operands to float32.
-_NATIVE_HALF_MATMUL = not (
+_PROCESSOR_HAS_HALF_MATMUL = not (
     platform.machine().lower() in ("x86_64", "amd64")
     and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
 )
+_native_half_matmul: bool = _PROCESSOR_HAS_HALF_MATMUL  # a plain global, as `_backend`
 
 
 def native_half_matmul() -> bool:
-    """Whether this CPU multiplies 16-bit floats in hardware."""
-    return _NATIVE_HALF_MATMUL
+    """Tells if operands of bfloat16 and float16 are multiplied as they are on a CPU: `use_native_half_matmul`'s, else
+    as the processor has such products or not."""
+    return _native_half_matmul
+
+
+@contextmanager
+def use_native_half_matmul(native: bool) -> Iterator[None]:
+    """Multiplies 16-bit floats on a CPU as they are (True) or expanded to float32 (False) inside the block.
+
+    Every processor computes both, one of them slowly: this shows on one machine what another computes. A backward pass
+    follows what is in force when it runs. Operands in float32 and on other devices are not concerned.
+    """
+    global _native_half_matmul
+    previous, _native_half_matmul = _native_half_matmul, native
+    try:
+        yield
+    finally:
+        _native_half_matmul = previous
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -173,13 +194,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def describe() -> list[Choice]:
     """What runs for each operator on this machine, and why; "none" where what was asked for by name cannot."""
-    name, cpu = requested(), torch.backends.cpu.get_cpu_capability()
+    name = requested()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    how = (
-        f"CPU {cpu}: 16-bit products in hardware"
-        if native_half_matmul()
-        else f"CPU {cpu} has no 16-bit products: from 16 rows on, weights are expanded to float32 block by block"
-    )
     choices = []
     for op, operator in sorted(_operators.items()):
         chosen, reason = "reference", "the reference is the only implementation"
@@ -192,7 +208,30 @@ def describe() -> list[Choice]:
                 chosen, reason = name, f"{name} was asked for"
                 if name == "triton" and obstacle:
                     chosen, reason = "none", f"{reason}, but {obstacle}"
-        if op in ("dense_gemm", "grouped_gemm") and device.type != "cuda":
-            reason += f"; {how}"
+        if op in _HALF_PRODUCTS and device.type != "cuda":
+            reason += f"; {_half_products(op)}"
         choices.append(Choice(op, chosen, reason))
     return choices
+
+
+# By operator, what becomes of 16-bit operands on a CPU (expanded, native).
+_HALF_PRODUCTS = {
+    "dense_gemm": ("from 16 rows on, weights are expanded to float32 block by block", "16-bit operands as they are"),
+    "grouped_gemm": ("from 16 rows on, weights are expanded to float32 block by block", "16-bit operands as they are"),
+    "linear_cross_entropy": (
+        "from 16 rows on, weights are expanded to float32 block by block",
+        "16-bit operands as they are",
+    ),
+    "fp8_weight_gemm": (
+        "tiles of the weight are float32",
+        "from 32 rows of 16-bit activations on, tiles of the weight are rounded to their dtype",
+    ),
+}
+
+
+def _half_products(op: str) -> str:
+    native, cpu = native_half_matmul(), torch.backends.cpu.get_cpu_capability()
+    how = f"CPU {cpu} has {'16-bit' if _PROCESSOR_HAS_HALF_MATMUL else 'no 16-bit'} products"
+    if native != _PROCESSOR_HAS_HALF_MATMUL:
+        how += f", use_native_half_matmul({native}) is in force"
+    return f"{how}: {_HALF_PRODUCTS[op][native]}"

@@ -10,7 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek_kernels import dequantize_blocks, dispatch, fp8_weight_gemm, fp8_weight_grouped_gemm, quantize_blocks
+from deepseek_kernels import (
+    dequantize_blocks,
+    fp8_weight_gemm,
+    fp8_weight_grouped_gemm,
+    quantize_blocks,
+    use_native_half_matmul,
+)
 from deepseek_kernels.gemm.fp8_weight_gemm import expansion, reference
 from deepseek_kernels.testing.numeric import assert_bitwise
 
@@ -45,12 +51,20 @@ def dequantized(weight: Tensor, scale: Tensor, block_size: tuple[int, int], part
     return VALUES[weight.view(torch.uint8).long()] * scale.double()[own][:, across]
 
 
+def multiplied(w: Tensor, rows: int, dtype: torch.dtype, native: bool) -> Tensor:
+    """The weight that the operator promises to multiply: `w` itself, or `w` as `dequantize_blocks` rounds it."""
+    if native and rows >= reference.FEW_ROWS:
+        return w.float().to(dtype).double()
+    return w
+
+
 def assert_product(got: Tensor, x: Tensor, w: Tensor) -> None:
     """`got` is x [M, K] @ w [K, N], summed in float32 in any order and rounded once to its dtype.
 
-    Of each term, the factor that the scale went into is rounded, then the product, then at most K sums: K + 2 roundings
-    of 2^-24 relative to the sum of magnitudes, to first order; K + 3 covers the others (K < 2^12). The result's own
-    rounding is relative to it, or absolute where it is subnormal.
+    With w in 16 bits, products are exact and at most K sums are rounded. Otherwise, of each term, the factor that the
+    scale went into is rounded, then the product, then at most K sums: K + 2 roundings of 2^-24 relative to the sum of
+    magnitudes, to first order; K + 3 covers the others (K < 2^12). The result's own rounding is relative to it, or
+    absolute where it is subnormal.
     """
     exact, magnitude = x.double() @ w, x.double().abs() @ w.abs()
     float32 = (x.shape[1] + 3) * 2.0**-24 * magnitude
@@ -81,14 +95,14 @@ def test_every_code_is_exact(rows):
 @pytest.mark.parametrize("rows", [1, FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "block_size"), [((130, 260), (128, 128)), ((57, 96), (32, 32)), ((9, 40), (1, 32))])
-def test_product_and_gradient(tile, rows, dtype, shape, block_size):
+def test_product_and_gradient(tile, native, rows, dtype, shape, block_size):
     weight = random_codes(*shape)
     scale = random_scale(weight, block_size)
     x = torch.randn(rows, shape[1]).to(dtype).requires_grad_()
     y = fp8_weight_gemm(x, weight, scale, block_size)
     grad = torch.randn(y.shape).to(dtype)
     y.backward(grad)
-    w = dequantized(weight, scale, block_size)
+    w = multiplied(dequantized(weight, scale, block_size), rows, dtype, native)
     assert y.dtype == x.grad.dtype == dtype
     assert_product(y.detach(), x.detach(), w.T)
     assert_product(x.grad, grad, w)
@@ -116,7 +130,7 @@ def test_shapes_that_others_read_wrongly(shape, grid):
     data=st.data(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape(rows, height, columns, block_size, parts, most, dtype, data, seed):
+def test_any_shape(native, rows, height, columns, block_size, parts, most, dtype, data, seed):
     """Stacked experts of stacked parts, any block, any split of the rows among experts, some rows nobody's."""
     torch.manual_seed(seed)
     weight = random_codes(3, parts * height, columns)
@@ -130,7 +144,7 @@ def test_any_shape(rows, height, columns, block_size, parts, most, dtype, data, 
         y.backward(grad)
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        w = dequantized(weight[expert], scale[expert], block_size, parts)
+        w = multiplied(dequantized(weight[expert], scale[expert], block_size, parts), end - start, dtype, native)
         assert_product(y.detach()[start:end], x.detach()[start:end], w.T)
         assert_product(x.grad[start:end], grad[start:end], w)
         start = end
@@ -146,16 +160,36 @@ def test_equals_the_product_with_dequantized_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_where_16_bit_products_are_native_tiles_are_rounded_like_the_dequantized_weight(tile, monkeypatch, dtype):
-    monkeypatch.setattr(dispatch, "_NATIVE_HALF_MATMUL", True)
+@pytest.mark.parametrize("rows", [reference.FEW_ROWS - 1, reference.FEW_ROWS])
+def test_where_16_bit_products_are_native_tiles_are_the_dequantized_weight_to_the_bit(tile, rows, dtype):
+    """Unit vectors read the weight that is multiplied, in the product and in its derivative."""
+    weight = random_codes(rows, rows)
+    scale = random_scale(weight, (16, 16))
+    x = torch.eye(rows, dtype=dtype, requires_grad=True)
+    with use_native_half_matmul(True):
+        y = fp8_weight_gemm(x, weight, scale, (16, 16))
+        y.backward(torch.eye(rows, dtype=dtype))
+    expected = dequantize_blocks(weight, scale, (16, 16), dtype)
+    assert torch.equal(y, expected.T) and torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_against_the_unrounded_weight(native, dtype):
+    """What the promise is worth to those who compare with a float32 weight: half a unit in its last place and no more.
+
+    A weight rounded to float32, then to 16 bits, is off by `own` + 2^-24 of itself (and their product), or of the least
+    normal number where it is smaller.
+    """
     weight = random_codes(130, 260)
     scale = random_scale(weight, (128, 128))
-    x, grad = torch.randn(MANY, 260, dtype=dtype).requires_grad_(), torch.randn(MANY, 130, dtype=dtype)
-    y = fp8_weight_gemm(x, weight, scale)
-    y.backward(grad)
-    rounded = dequantized(weight, scale, (128, 128)).to(dtype).double()
-    assert_product(y.detach(), x.detach(), rounded.T)
-    assert_product(x.grad, grad, rounded)
+    x, w = torch.randn(MANY, 260, dtype=dtype), dequantized(weight, scale, (128, 128)).T
+    own = torch.finfo(dtype)
+    exact, size = x.double() @ w, x.double().abs()
+    unit = 2.0**-24
+    rounded = (own.eps / 2 * (1 + unit) + unit) * w.abs().clamp(min=own.smallest_normal) if native else 0 * w
+    summed = size @ (rounded + (260 + 3) * unit * (w.abs() + rounded))
+    bound = summed + own.eps / 2 * (exact.abs() + summed).clamp(min=own.smallest_normal)
+    assert ((fp8_weight_gemm(x, weight, scale).double() - exact).abs() <= bound).all()
 
 
 # NaN.

@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseek_kernels import dense_gemm, dispatch, grouped_gemm
+from deepseek_kernels import dense_gemm, grouped_gemm
 
 HALF = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=[False, True], ids=["expanded", "native"])
-def native(request, monkeypatch):
-    """Both CPU paths, whatever this machine has."""
-    monkeypatch.setattr(dispatch, "_NATIVE_HALF_MATMUL", request.param)
-    return request.param
 
 
 def error_bound(dtype: torch.dtype, depth: int, exact: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:

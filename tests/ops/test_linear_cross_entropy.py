@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepseek_kernels import dispatch, linear_cross_entropy, use_backend
+from deepseek_kernels import linear_cross_entropy, use_backend
 from deepseek_kernels.loss.linear_cross_entropy import reference
 
 # numpy's, in the interpreter: an infinity less an infinity, an exponential that vanishes
@@ -117,9 +117,7 @@ def test_wide_rows_against_float64(backend, device):
     check(*operands(3, 8, 8197, device, torch.bfloat16), [3], 2)
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_cpus_with_and_without_16_bit_products(native, monkeypatch):
-    monkeypatch.setattr(dispatch, "_NATIVE_HALF_MATMUL", native)
+def test_cpus_with_and_without_16_bit_products(native):
     with use_backend("reference"):
         check(*operands(60, 16, 61, "cpu", torch.bfloat16), [20, 40], 27)
 

@@ -4,6 +4,12 @@ This is how FP8 weights run where the device does not multiply FP8: the weight s
 product is a few megabytes, never a copy of the layer. Results are those of the dequantized weight to rounding (W8A16):
 nothing quantizes the activations.
 
+The weight that is multiplied, in the product and in its derivative, is `dequantize_blocks(weight, scale, block_size,
+dtype)`. Its dtype is float32, but for two cases with 16-bit activations, where it is theirs: on a GPU; and on a CPU
+that multiplies 16-bit floats (`dispatch.native_half_matmul`), from 32 rows on, counted for each expert. The products of
+16-bit floats are exact in float32, so rounding the weight is the only error there that float32 weights do not have: at
+most half a unit in the last place of each element.
+
 A NaN code gives NaN wherever the dequantized weight would; codes and scales get no gradient.
 """
 
@@ -32,8 +38,7 @@ def fp8_weight_gemm(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[
         scale: [ceil(N / block_rows), ceil(K / block_columns)] float32.
 
     Returns:
-        [..., N] in `x.dtype`, accumulated in float32, rounded once. The dequantized weight is float32; on a GPU, and
-        for many rows on a CPU with 16-bit products, it is rounded to `x.dtype`, as `dequantize_blocks` rounds it.
+        [..., N] in `x.dtype`, accumulated in float32, rounded once; the dequantized weight's dtype is as above.
 
     Raises:
         ValueError: a wrong shape or dtype.

@@ -1,8 +1,8 @@
 """The product in PyTorch: tiles of the weight, decoded and multiplied one after the other.
 
 Few rows of activations are multiplied by the scales themselves, once for each row of blocks; with more, the tiles are.
-Products are float32, except for many rows where the device multiplies 16-bit floats natively: there a tile is rounded
-to the activations' dtype, as `dequantize_blocks` rounds it.
+Products are float32, except for `FEW_ROWS` or more where the device multiplies 16-bit floats natively: there a tile is
+rounded to the activations' dtype, as `dequantize_blocks` rounds it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def multiply(expansion: Expansion, x: Tensor, weight: Tensor, scale: Tensor, out
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.device.type != "cpu" or dispatch.native_half_matmul() else torch.float32
+    if x.dtype == torch.float32 or x.device.type != "cpu":
+        return x.dtype
+    return x.dtype if dispatch.native_half_matmul() else torch.float32
 
 
 def _groups(rows: int, ends: Tensor | None) -> Iterator[tuple[int, slice]]:
