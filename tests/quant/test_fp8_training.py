@@ -217,9 +217,10 @@ def test_gradients_may_be_tiny(kind):
         module, others = linear(40, 30), ()
         x, grad = torch.randn(9, 40), torch.randn(9, 30)
     else:
-        module, others = Experts(2, 40, 36), (torch.tensor([[0], [1], [1]]), torch.ones(3, 1))
+        # Many tokens each: the largest of a column must stay above the floor of activations' scales.
+        module, others = Experts(2, 40, 36), (torch.tensor([[0], [1], [1]]).repeat(8, 1), torch.ones(24, 1))
         fp8_training(MoE(nn.Identity(), module))
-        x, grad = torch.randn(3, 40), torch.randn(3, 40)
+        x, grad = torch.randn(24, 40), torch.randn(24, 40)
     large, tiny = run(module, x, grad, *others), run(module, x, grad * 2.0**-36, *others)
     assert same([t * 2.0**-36 for t in large[1:]], tiny[1:])
 
