@@ -31,6 +31,33 @@ from .yarn import Yarn
 __all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets"]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """Sizes of the mixture of experts of a config that has one; none is None.
+
+    Attributes:
+        routed: `n_routed_experts`, E; chosen: `num_experts_per_tok`, K; width: `moe_intermediate_size` of each.
+        shared_width: intermediate size of all shared experts together, which are one MLP; 0 without any.
+        groups, kept_groups: `n_group` and `topk_group`; 1 and 1 without group-limited routing.
+    """
+
+    routed: int
+    chosen: int
+    width: int
+    shared_width: int
+    groups: int
+    kept_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexerSizes:
+    """Sizes of V3.2's indexer: `index_n_heads`, `index_head_dim`, and the `index_topk` keys a query attends to."""
+
+    heads: int
+    head_dim: int
+    topk: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeepseekConfig:
     """A DeepSeek-family model: V2, V2-Lite, V3, R1, V3.1, V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash.
@@ -225,6 +252,31 @@ class DeepseekConfig:
         )
 
     @property
+    def expert_sizes(self) -> ExpertSizes:
+        """The sizes of the mixture of experts, as integers.
+
+        Raises:
+            ConfigError: the model has no routed experts.
+        """
+        routed, chosen, width = self.n_routed_experts, self.num_experts_per_tok, self.moe_intermediate_size
+        if not routed or chosen is None or width is None:
+            raise ConfigError(f"expected a model with routed experts, got n_routed_experts={routed}")
+        grouped = self.topk_method != "greedy"
+        groups, kept_groups = (self.n_group or 1, self.topk_group or 1) if grouped else (1, 1)
+        return ExpertSizes(routed, chosen, width, (self.n_shared_experts or 0) * width, groups, kept_groups)
+
+    @property
+    def indexer_sizes(self) -> IndexerSizes:
+        """The sizes of the indexer of sparse attention, as integers.
+
+        Raises:
+            ConfigError: the model has no indexer.
+        """
+        if self.index_n_heads is None or self.index_head_dim is None or self.index_topk is None:
+            raise ConfigError(f"expected a model with an indexer, got index_topk={self.index_topk}")
+        return IndexerSizes(self.index_n_heads, self.index_head_dim, self.index_topk)
+
+    @property
     def is_sparse_attention(self) -> bool:
         """Whether the model selects its keys with an indexer (V3.2)."""
         return self.index_topk is not None
@@ -357,30 +409,27 @@ def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
             f"got {c.moe_intermediate_size} and {c.num_experts_per_tok}"
         )
         return
-    assert c.n_routed_experts is not None
+    experts = c.expert_sizes
     if (c.topk_method == "noaux_tc") != (c.scoring_func == "sigmoid"):
         problems.append(
             "expected noaux_tc with sigmoid scores, greedy or group_limited_greedy with softmax scores, "
             f"got topk_method {c.topk_method} with scoring_func {c.scoring_func}"
         )
-    groups, kept = c.n_group or 1, c.topk_group or 1
-    if c.topk_method == "greedy":
-        groups = kept = 1
-    if c.n_routed_experts % groups:
-        problems.append(f"expected n_routed_experts to be divisible by n_group, got {c.n_routed_experts} and {groups}")
+    groups, kept = experts.groups, experts.kept_groups
+    if experts.routed % groups:
+        problems.append(f"expected n_routed_experts to be divisible by n_group, got {experts.routed} and {groups}")
         return
-    per_group = c.n_routed_experts // groups
+    per_group = experts.routed // groups
     if kept > groups:
         problems.append(f"expected topk_group <= n_group, got {kept} and {groups}")
     if c.topk_method == "noaux_tc" and groups > 1 and per_group < 2:
         problems.append(
             "expected at least 2 experts in a group (a group's score is the sum of its two best), "
-            f"got {c.n_routed_experts} experts in {groups} groups"
+            f"got {experts.routed} experts in {groups} groups"
         )
-    if c.num_experts_per_tok > kept * per_group:
+    if experts.chosen > kept * per_group:
         problems.append(
-            f"expected num_experts_per_tok <= {kept * per_group} (the experts of the kept groups), "
-            f"got {c.num_experts_per_tok}"
+            f"expected num_experts_per_tok <= {kept * per_group} (the experts of the kept groups), got {experts.chosen}"
         )
 
 
@@ -395,12 +444,13 @@ def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
         return
     least = {"factor": 1, "original_max_position_embeddings": 1}
     for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", *least):
-        value, bound = c.rope_scaling.get(name), least.get(name, 0)
+        value: Any = c.rope_scaling.get(name)
+        bound = least.get(name, 0)
         if value is None and name != "factor":
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         positive = name.startswith("beta")
-        if not number or value < bound or (positive and value == 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < bound or (positive and value == 0):
             relation = ">" if positive else ">="
             problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {value!r}")
 

@@ -62,7 +62,8 @@ def _indexer(c: DeepseekConfig) -> Iterator[Weight]:
     """DeepSeek-V3.2's selection of keys. Its key norm is a LayerNorm: weight and bias, kept in float32."""
     if not c.is_sparse_attention:
         return
-    heads, width = c.index_n_heads, c.index_head_dim
+    assert c.q_lora_rank is not None  # checked with the config: the indexer reads the query latent
+    heads, width = c.indexer_sizes.heads, c.indexer_sizes.head_dim
     yield Weight("self_attn.indexer.wq_b.weight", (heads * width, c.q_lora_rank), "indexer", "projection")
     yield Weight("self_attn.indexer.wk.weight", (width, c.hidden_size), "indexer", "projection")
     yield Weight("self_attn.indexer.k_norm.weight", (width,), "indexer", "norm")
@@ -77,14 +78,13 @@ def _mlp(c: DeepseekConfig, prefix: str, width: int, part: str, copies: int = 1)
 
 
 def _moe(c: DeepseekConfig) -> Iterator[Weight]:
-    yield Weight("mlp.gate.weight", (c.n_routed_experts, c.hidden_size), "router")
+    experts = c.expert_sizes
+    yield Weight("mlp.gate.weight", (experts.routed, c.hidden_size), "router")
     if c.topk_method == "noaux_tc":
-        yield Weight("mlp.gate.e_score_correction_bias", (c.n_routed_experts,), "router", "float32")
-    yield from _mlp(c, "mlp.experts.{expert}", c.moe_intermediate_size, "experts", c.n_routed_experts)
-    if c.n_shared_experts:
-        # One MLP, however many experts the config says it stands for.
-        width = c.n_shared_experts * c.moe_intermediate_size
-        yield from _mlp(c, "mlp.shared_experts", width, "shared_experts")
+        yield Weight("mlp.gate.e_score_correction_bias", (experts.routed,), "router", "float32")
+    yield from _mlp(c, "mlp.experts.{expert}", experts.width, "experts", experts.routed)
+    if experts.shared_width:
+        yield from _mlp(c, "mlp.shared_experts", experts.shared_width, "shared_experts")
 
 
 def layer_weights(c: DeepseekConfig, layer_idx: int) -> Iterator[Weight]:
