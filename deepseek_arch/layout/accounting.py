@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..config.deepseek_config import DeepseekConfig
 from .published_tensors import (
+    DTYPE_BYTES,
     Weight,
     layer_weights,
     model_weights,
@@ -28,8 +29,6 @@ __all__ = [
     "kv_cache_bytes",
     "weight_bytes",
 ]
-
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
 
 def checkpoint_bytes(config: DeepseekConfig) -> int:
     """Payload bytes of the published safetensors of `config`; DeepSeek-V3: 688,574,839,360."""
-    return sum(math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for tensor in published_tensors(config))
+    return sum(tensor.nbytes for tensor in published_tensors(config))
 
 
 def weight_bytes(config: DeepseekConfig, dtype: str = "bf16", *, mtp: bool = False) -> int:
