@@ -2,9 +2,9 @@
 
 # Configuration, and the facts that follow from it
 from .config.deepseek_config import DeepseekConfig as DeepseekConfig
-from .config.deepseek_config import presets as presets
-from .config.json_format import ConfigError as ConfigError
-from .config.json_format import UnsupportedModelError as UnsupportedModelError
+from .config.presets import presets as presets
+from .config.errors import ConfigError as ConfigError
+from .config.errors import UnsupportedModelError as UnsupportedModelError
 from .layout.accounting import ParameterCount as ParameterCount
 from .layout.accounting import count_parameters as count_parameters
 from .layout.accounting import flops_per_token as flops_per_token

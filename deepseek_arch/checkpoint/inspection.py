@@ -10,8 +10,8 @@ from typing import Any
 
 from ..config.deepseek_config import DeepseekConfig
 from .files.reader import TensorInfo
-from .load_plan import Problems
-from .stacking import plan_of
+from .load_plan import plan_load
+from .problems import by_kind
 
 __all__ = ["CheckpointReport", "inspect_checkpoint"]
 
@@ -36,7 +36,7 @@ class CheckpointReport:
     aliases: tuple[str, ...]
     skipped: tuple[str, ...]
     warnings: tuple[str, ...]
-    problems: Problems
+    problems: dict[str, list[str]]
 
     @property
     def ok(self) -> bool:
@@ -94,18 +94,18 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
         ValueError: `path` is no checkpoint folder, or its config describes no supported model. Everything else that
             is wrong is in the report's `problems`.
     """
-    plan = plan_of(path, open_all=True)
-    if plan.selection.source.is_sparse_attention:
+    plan = plan_load(path, open_all=True)
+    if plan.subset.source.is_sparse_attention:
         plan.warnings.append("DeepSeek sparse attention is not implemented yet: no model can be built from this config")
     plan.warnings += [f"{found} are FP8: only fp8='dequantize' loads them" for found in plan.mixed_experts]
     return CheckpointReport(
         path=plan.folder,
-        config=plan.selection.source,
+        config=plan.subset.source,
         tensors=tuple(plan.tensors),
-        loads=tuple(read.slot.name for read in plan.reads),
-        dequantized=len(plan.fp8_reads),
-        aliases=tuple(read.slot.name for read in plan.repeats),
+        loads=tuple(slot.name for slot in plan.slots),
+        dequantized=len(plan.scales),
+        aliases=tuple(slot.name for slot in plan.repeats),
         skipped=tuple(plan.skipped),
         warnings=tuple(plan.warnings),
-        problems=dict(plan.problems),
+        problems=by_kind(plan.problems),
     )

@@ -1,219 +1,89 @@
-"""What a checkpoint folder holds against what its config says it must hold, from the headers alone.
+"""Tensors that a checkpoint folder holds against those that its config implies, from headers alone.
 
-`load`, `slice_checkpoint` and `inspect_checkpoint` all start here: everything that can be wrong with names, shapes and
-dtypes is known, all at once, before a tensor is read.
+`load`, `slice_checkpoint`, `convert` and `inspect_checkpoint` start here: everything that can be wrong with names,
+shapes and dtypes is known, all at once, before a tensor is read.
+
+A layer's experts may be stored as published, one tensor each, or stacked as transformers 5 saves them with
+`save_original_format=False` (`TensorSlot.stack`). Every expert's part of a stacked tensor is one run of bytes, the
+bytes of the published tensor: the two layouts are two addresses of the same bytes. So a plan holds an address for each
+published tensor, and whoever reads it need not know which layout it was.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import TensorSlot, is_stray, layer_of, layout, scale_name
-from ..layout.subset import Selection, select
-from ..quant.fp8_blocks import block_grid
-from .files.reader import ShardError, TensorInfo, read_header
+from ..layout.published_tensors import scale_shape
+from ..layout.subset import Subset, select_subset
+from .files.reader import TensorInfo
+from .files.shards import Shards
+from .problems import CheckpointError, Problem, ProblemKind
 
-__all__ = [
-    "INDEX_NAME",
-    "WEIGHT_DTYPES",
-    "CheckpointError",
-    "LoadPlan",
-    "Problems",
-    "Read",
-    "check_scale",
-    "plan_load",
-]
+__all__ = ["LoadPlan", "plan_load"]
 
-INDEX_NAME = "model.safetensors.index.json"
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
-_SHOWN = 10  # names of each kind of problem in an error message
-
-Problems = dict[str, list[str]]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold what its config says.
-
-    Attributes:
-        problems: everything found, by kind; the message shows the first few of each.
-    """
-
-    def __init__(self, folder: Path | str, problems: Problems) -> None:
-        self.problems = {kind: list(details) for kind, details in problems.items()}
-        lines = [f"cannot use the checkpoint {str(folder)!r}:"]
-        for kind, details in self.problems.items():
-            more = f"; and {len(details) - _SHOWN:,} more" if len(details) > _SHOWN else ""
-            lines.append(f"  {kind} ({len(details):,}): {'; '.join(details[:_SHOWN])}{more}")
-        super().__init__("\n".join(lines))
-
-
-class Stored(Protocol):
-    """A tensor as a checkpoint has it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A tensor to read, and its place."""
-
-    slot: TensorSlot
-    tensor: TensorInfo
-    scale: TensorInfo | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows that are read, without the scales."""
-        full = self.slot.shape[0]
-        return self.tensor.nbytes * self.slot.rows // full if full else 0
 
 
 @dataclass
 class LoadPlan:
-    """What to read, in file order, and what else was found.
+    """The tensors to read, in the order of the files, and everything else that was found.
 
     Attributes:
-        reads: one for each tensor of the model.
+        slots: one for each tensor of the model.
         repeats: second copies of the embedding and head, to be compared.
-        skipped: tensors that belong to no part of any model, and multi-token-prediction layers that are not wanted.
-        tensors: every tensor of the opened shards, in file order.
+        sources: published name -> where the bytes of `slots` and `repeats` are.
+        scales: published name of an FP8 tensor -> where its scales are.
+        stacked: how many stacked tensors the files have in place of one tensor for each expert.
+        skipped: tensors that belong to no part of any model, and multi-token-prediction layers that are not loaded.
+        tensors: every tensor of the opened shards, in the order of the files.
     """
 
     folder: Path
-    selection: Selection
-    reads: list[Read] = field(default_factory=list)
-    repeats: list[Read] = field(default_factory=list)
+    subset: Subset
+    slots: list[TensorSlot] = field(default_factory=list)
+    repeats: list[TensorSlot] = field(default_factory=list)
+    sources: dict[str, TensorInfo] = field(default_factory=dict)
+    scales: dict[str, TensorInfo] = field(default_factory=dict)
+    stacked: int = 0
     skipped: list[str] = field(default_factory=list)
     tensors: list[TensorInfo] = field(default_factory=list)
-    problems: Problems = field(default_factory=lambda: defaultdict(list))
+    problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def fp8_reads(self) -> list[Read]:
-        return [read for read in self.reads if read.scale is not None]
+    def nbytes(self, slot: TensorSlot) -> int:
+        """Bytes of the rows of a tensor that are read, without its scales."""
+        full = slot.shape[0]
+        return self.sources[slot.name].nbytes * slot.rows // full if full else 0
 
     @property
-    def kept_parameters(self) -> set[str]:
+    def fp8_parameters(self) -> set[str]:
         """The model's parameters that can stay in FP8: what the published layout has in FP8, and these files too."""
-        return {read.slot.parameter for read in self.fp8_reads if read.slot.fp8}
+        return {slot.parameter for slot in self.slots if slot.fp8 and slot.name in self.scales}
 
     @property
     def mixed_experts(self) -> list[str]:
         """Layers whose experts cannot stay in FP8, because only some of their tensors are."""
         counts: dict[str, Counter[bool]] = defaultdict(Counter)
-        for read in self.reads:
-            if read.slot.index is not None:
-                layer = read.slot.name.partition(".experts.")[0]
-                counts[f"{layer}.experts"][read.scale is not None] += 1
+        for slot in self.slots:
+            if slot.index is not None:
+                layer = slot.name.partition(".experts.")[0]
+                counts[f"{layer}.experts"][slot.name in self.scales] += 1
         return [f"{name}: {n[True]} of {n.total()} tensors" for name, n in counts.items() if len(n) == 2]
 
+    def report(self, kind: ProblemKind, *details: str) -> None:
+        """Adds to the problems."""
+        self.problems += [Problem(kind, detail) for detail in details]
+
     def raise_problems(self) -> None:
+        """Raises a CheckpointError if there are problems."""
         if self.problems:
             raise CheckpointError(self.folder, self.problems)
-
-
-class _Files:
-    """The shards of a folder. The index says which there are; without one, every *.safetensors is one.
-
-    File names carry no meaning: published ones pad their numbers to different widths, or not at all. Neither does
-    the index's `total_size`, which in some published files is not a number of bytes.
-    """
-
-    def __init__(self, folder: Path, problems: Problems) -> None:
-        self.folder, self.problems = folder, problems
-        self.tensors: dict[str, TensorInfo] = {}
-        self.broken: set[str] = set()
-        self._opened: set[str] = set()
-        self.weight_map = self._read_index()
-        if self.weight_map is None:
-            self.shards = sorted(file.name for file in folder.glob("*.safetensors"))
-        else:
-            self.shards = sorted(set(self.weight_map.values()))
-        if not self.shards and "index" not in problems:
-            problems["shards"].append("expected at least one *.safetensors file, found none")
-
-    def _read_index(self) -> dict[str, str] | None:
-        file = self.folder / INDEX_NAME
-        if not file.is_file():
-            return None
-        try:
-            weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-            plain = all(isinstance(s, str) and Path(s).name == s for s in weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems["index"].append(f"expected {INDEX_NAME} to hold a weight_map, got {error!r}")
-            return None
-        if not plain:
-            self.problems["index"].append(f"expected the weight_map of {INDEX_NAME} to name files of the folder")
-            return None
-        return weight_map
-
-    @property
-    def names(self) -> Iterable[str]:
-        """Every tensor name the index or an opened header mentions."""
-        return dict.fromkeys([*(self.weight_map or ()), *self.tensors])
-
-    def open(self, shards: Iterable[str]) -> None:
-        """Reads the headers of shards; adds to the problems those that cannot be read."""
-        for shard in shards:
-            if shard in self._opened:
-                continue
-            self._opened.add(shard)
-            try:
-                header = read_header(self.folder / shard)
-            except ShardError as error:
-                self._break(shard, str(error))
-            except FileNotFoundError:
-                self._break(shard, "missing")
-            except OSError as error:
-                self._break(shard, f"cannot be read: {error.strerror}")
-            else:
-                self._add(shard, header)
-
-    def _break(self, shard: str, why: str) -> None:
-        self.broken.add(shard)
-        held = sum(other == shard for other in (self.weight_map or {}).values())
-        self.problems["shards"].append(f"{shard} {why}" + (f" (holds {held:,} tensors)" if held else ""))
-
-    def _add(self, shard: str, header: dict[str, TensorInfo]) -> None:
-        for name, info in header.items():
-            other = self.tensors.get(name)
-            named = (self.weight_map or {}).get(name)
-            if other is None or named == shard:
-                self.tensors[name] = info
-            elif named != other.file.name:
-                self.problems["tensors in two shards"].append(f"{name} in {other.file.name} and {shard}")
-
-    def open_for(self, names: Iterable[str]) -> None:
-        """Opens the shards that hold these tensors: all of them, if the index does not know every name."""
-        if self.weight_map is None or any(name not in self.weight_map for name in names):
-            self.open(self.shards)
-        else:
-            self.open(sorted({self.weight_map[name] for name in names}))
-
-    def in_broken_shard(self, name: str) -> bool:
-        return (self.weight_map or {}).get(name) in self.broken
-
-    def report_absent(self, name: str) -> None:
-        """Files a needed tensor under the problem that explains its absence."""
-        if self.in_broken_shard(name):
-            return  # the shard is reported
-        if self.weight_map and name in self.weight_map:
-            self.problems["tensors that the index names and no shard holds"].append(
-                f"{name} (not in {self.weight_map[name]})"
-            )
-        else:
-            self.problems["missing tensors"].append(name)
 
 
 def plan_load(
@@ -228,124 +98,185 @@ def plan_load(
     With an index only the shards that hold something needed are opened, unless `open_all`.
 
     Raises:
-        ValueError: `path` is no checkpoint folder, its config describes no supported model, or the selection is
-            impossible (see `select`).
+        ValueError: `path` is no checkpoint folder, its config describes no supported model, or the subset is
+            impossible (see `select_subset`).
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"expected a checkpoint folder, got {str(path)!r}")
     source = DeepseekConfig.from_pretrained(folder)
-    problems: Problems = defaultdict(list)
+    problems: list[Problem] = []
     method = (source.quantization_config or {}).get("quant_method", "fp8")
     if method != "fp8":
-        problems["config"].append(f"expected quantization_config with quant_method fp8 or none, got {method!r}")
-    files = _Files(folder, problems)
-    if files.weight_map is None or open_all:
-        files.open(files.shards)
-
-    warnings = []
-    first, depths = source.num_hidden_layers, source.num_nextn_predict_layers
-    stored_mtp = mtp and depths > 0
-    if stored_mtp and not any(layer_of(name) in range(first, first + depths) for name in files.names):
-        # transformers leaves these layers out of what it saves, and keeps the number in the config.
-        stored_mtp = False
-        warnings.append(
-            f"config.json has num_nextn_predict_layers={depths}, but the files hold no tensor of layer {first}: "
-            "continuing without multi-token prediction"
-        )
-    selection = select(source, layers, experts, stored_mtp)
-    plan = LoadPlan(folder, selection, problems=problems, warnings=warnings)
-    slots = {slot.name: slot for slot in layout(selection)}
-    indexed = files.weight_map or {}
-    optional = {slot.name for slot in slots.values() if slot.repeats and slot.name not in indexed}
-    scales = [scale for name in slots if (scale := scale_name(name)) in indexed]
-    files.open_for([*(name for name in slots if name not in optional), *scales])
-    for slot in slots.values():
-        _resolve(slot, files, plan)
-    _classify_others(slots, files, plan)
-    plan.reads.sort(key=lambda read: _position(read.tensor))
-    plan.repeats.sort(key=lambda read: _position(read.tensor))
-    plan.tensors = sorted(files.tensors.values(), key=_position)
+        detail = f"expected quantization_config with quant_method fp8 or none, got {method!r}"
+        problems.append(Problem(ProblemKind.CONFIG, detail))
+    shards = Shards(folder, problems)
+    if open_all or not shards.index:
+        shards.open_all()
+    stored_mtp, warnings = _stored_mtp(source, shards, mtp)
+    plan = LoadPlan(folder, select_subset(source, layers, experts, stored_mtp), problems=problems, warnings=warnings)
+    _Matching(plan, shards).run()
     return plan
+
+
+def _stored_mtp(source: DeepseekConfig, shards: Shards, mtp: bool) -> tuple[bool, list[str]]:
+    """Returns whether to load multi-token-prediction layers, and a warning if the config has some and no file has."""
+    first, depths = source.num_hidden_layers, source.num_nextn_predict_layers
+    if not mtp or not depths:
+        return False, []
+    if any(layer_of(name) in range(first, first + depths) for name in shards.names):
+        return True, []
+    # transformers leaves these layers out of what it saves, and keeps the number in the config.
+    return False, [
+        f"config.json has num_nextn_predict_layers={depths}, but the files hold no tensor of layer {first}: "
+        "continuing without multi-token prediction"
+    ]
+
+
+class _Matching:
+    """Finds the source of every tensor of the subset in the shards, and sorts all other tensors; fills `plan`."""
+
+    def __init__(self, plan: LoadPlan, shards: Shards) -> None:
+        self._plan, self._shards = plan, shards
+        self._config = plan.subset.source
+        self._published = list(layout(self._config))
+        self._slots = {slot.name: slot for slot in layout(plan.subset)}
+        self._stacks: dict[str, tuple[TensorInfo, TensorInfo | None] | None] = {}  # checked ones, by their names
+
+    def run(self) -> None:
+        plan, shards = self._plan, self._shards
+        shards.open_for(self._names_to_open())
+        stored = self._stored_stacks()
+        plan.stacked = len(stored)
+        for slot in self._slots.values():
+            found = self._stacked(slot, slot.stack) if slot.stack in stored else self._single(slot)
+            if found is not None:
+                (plan.repeats if slot.repeats else plan.slots).append(slot)
+                plan.sources[slot.name], scale = found
+                if scale is not None:
+                    plan.scales[slot.name] = scale
+        self._sort_others(stored)
+        plan.slots.sort(key=lambda slot: _position(plan.sources[slot.name]))
+        plan.repeats.sort(key=lambda slot: _position(plan.sources[slot.name]))
+        plan.tensors = sorted(shards.tensors.values(), key=_position)
+
+    def _names_to_open(self) -> Iterable[str]:
+        """Yields the names that the shards must be opened for; second copies only where the index has them."""
+        index = self._shards.index
+        for slot in self._slots.values():
+            name = slot.name if slot.name in index or slot.stack not in index else slot.stack
+            if slot.repeats and name not in index:
+                continue
+            yield name
+            if scale_name(name) in index:
+                yield scale_name(name)
+
+    def _stored_stacks(self) -> set[str]:
+        """Returns the names of stacked tensors that the files have, of layers that have no expert by itself."""
+        names = self._shards.names
+        stacked, single = set(), set()
+        for slot in self._published:
+            if slot.stack is not None:
+                if slot.name in names:
+                    single.add(slot.stack)
+                elif slot.stack in names or scale_name(slot.stack) in names:
+                    stacked.add(slot.stack)
+        return stacked - single
+
+    def _single(self, slot: TensorSlot) -> tuple[TensorInfo, TensorInfo | None] | None:
+        """Returns a tensor that is stored by itself, and its scales; None where it is absent or does not fit."""
+        if slot.repeats and slot.name not in self._shards.tensors:
+            return None
+        may_be_fp8 = len(slot.shape) == 2 and not slot.repeats
+        has_blocks = may_be_fp8 and self._config.weight_block_size is not None
+        grid = scale_shape(self._config, slot.shape) if has_blocks else None
+        return self._check(slot.name, slot.shape, may_be_fp8, grid)
+
+    def _stacked(self, slot: TensorSlot, name: str) -> tuple[TensorInfo, TensorInfo | None] | None:
+        """Returns one expert's part of a stacked tensor and of its scales, as if they were stored by themselves."""
+        experts, blocks = self._config.expert_sizes.routed, self._config.weight_block_size
+        if name not in self._stacks:
+            grid = None if blocks is None else slot.stack_shape(experts, blocks)
+            self._stacks[name] = self._check(name, slot.stack_shape(experts), True, grid)
+        whole = self._stacks[name]
+        if whole is None:
+            return None
+        info, scale = whole
+        return _part(info, slot, slot.name), None if scale is None else _part(scale, slot, scale_name(slot.name))
+
+    def _check(
+        self, name: str, shape: tuple[int, ...], may_be_fp8: bool, grid: tuple[int, ...] | None
+    ) -> tuple[TensorInfo, TensorInfo | None] | None:
+        """Returns a stored tensor and its scales if they are as they must be; else None, with the problem reported.
+
+        Args:
+            grid: the shape of the scales; None where the config has no block size.
+        """
+        info, report = self._shards.tensors.get(name), self._plan.report
+        if info is None:
+            self._shards.report_absent(name)
+            return None
+        if info.shape != shape:
+            report(ProblemKind.SHAPE, f"{name}: expected {list(shape)}, got {list(info.shape)}")
+            return None
+        if info.dtype == "F8_E4M3" and may_be_fp8:
+            scale = self._check_scale(info, grid)
+            return None if scale is None else (info, scale)
+        if info.dtype not in _WEIGHT_DTYPES:
+            report(ProblemKind.DTYPE, f"{name}: expected one of {', '.join(_WEIGHT_DTYPES)}, got {info.dtype}")
+            return None
+        if scale_name(name) in self._shards.tensors:
+            report(ProblemKind.SCALE_WITHOUT_FP8, f"{scale_name(name)} beside {info.dtype}")
+        return info, None
+
+    def _check_scale(self, tensor: TensorInfo, grid: tuple[int, ...] | None) -> TensorInfo | None:
+        """Returns the scales of an FP8 tensor if they fit it; else None, with the problem reported."""
+        name, report = scale_name(tensor.name), self._plan.report
+        info = self._shards.tensors.get(name)
+        if info is None:
+            if not self._shards.in_broken_shard(name):
+                report(ProblemKind.NO_SCALE, tensor.name)
+        elif grid is None:
+            report(ProblemKind.NO_BLOCK_SIZE, tensor.name)
+        elif info.shape != grid:
+            blocks = list(self._config.weight_block_size or ())
+            wrong = f"expected {list(grid)} for {list(tensor.shape)} in blocks of {blocks}, got {list(info.shape)}"
+            report(ProblemKind.SCALE_GRID, f"{name}: {wrong}")
+        elif info.dtype not in _SCALE_DTYPES:
+            report(ProblemKind.DTYPE, f"{name}: expected one of {', '.join(_SCALE_DTYPES)}, got {info.dtype}")
+        else:
+            return info
+        return None
+
+    def _sort_others(self, stored: set[str]) -> None:
+        """Sorts the tensors that the subset does not ask for into skipped, deselected and unexpected."""
+        names = self._shards.names
+        known = {slot.name for slot in self._published} | stored
+        needed = self._slots.keys() | {slot.stack for slot in self._slots.values()} & stored
+        # A config that says 0 beside files that have such layers: a deliberate choice of whoever wrote it.
+        undeclared: set[int | None] = set()
+        if self._config.num_nextn_predict_layers == 0:
+            undeclared = {layer_of(name) for name in names if name.split(".")[3:] == ["eh_proj", "weight"]} - {None}
+        first_unwanted = self._config.num_hidden_layers + self._plan.subset.config.num_nextn_predict_layers
+        for name in names:
+            weight = name.removesuffix(scale_name(""))
+            if name in needed or (weight != name and weight in needed):
+                continue
+            layer = layer_of(name)
+            unwanted = layer is not None and layer >= first_unwanted
+            if is_stray(name) or (unwanted and (weight in known or layer in undeclared)):
+                self._plan.skipped.append(name)
+            elif weight not in known:
+                self._plan.report(ProblemKind.UNEXPECTED, name)
 
 
 def _position(info: TensorInfo) -> tuple[str, int]:
     return info.file.name, info.offset
 
 
-def _resolve(slot: TensorSlot, files: _Files, plan: LoadPlan) -> None:
-    """Checks one tensor of the model and adds it to what is read, or to the problems."""
-    problems = plan.problems
-    info = files.tensors.get(slot.name)
-    if info is None:
-        if not slot.repeats:
-            files.report_absent(slot.name)
-        return
-    if info.shape != slot.shape:
-        problems["wrong shapes"].append(f"{slot.name}: expected {list(slot.shape)}, got {list(info.shape)}")
-        return
-    scale = None
-    if info.dtype == "F8_E4M3" and len(slot.shape) == 2 and not slot.repeats:
-        scale = _resolve_scale(slot, files, plan)
-        if scale is None:
-            return
-    elif info.dtype not in WEIGHT_DTYPES:
-        problems["wrong dtypes"].append(f"{slot.name}: expected one of {', '.join(WEIGHT_DTYPES)}, got {info.dtype}")
-        return
-    elif scale_name(slot.name) in files.tensors:
-        problems["scales of tensors that are not FP8"].append(f"{scale_name(slot.name)} beside {info.dtype}")
-    (plan.repeats if slot.repeats else plan.reads).append(Read(slot, info, scale))
-
-
-def _resolve_scale(slot: TensorSlot, files: _Files, plan: LoadPlan) -> TensorInfo | None:
-    info = files.tensors.get(scale_name(slot.name))
-    if info is not None:
-        return check_scale(slot, info, lambda block_size: block_grid(slot.shape, block_size), plan)
-    if not files.in_broken_shard(scale_name(slot.name)):
-        plan.problems["FP8 tensors without weight_scale_inv"].append(slot.name)
-    return None
-
-
-def check_scale(
-    tensor: Stored, info: TensorInfo, grid_of: Callable[[tuple[int, int]], tuple[int, ...]], plan: LoadPlan
-) -> TensorInfo | None:
-    """The stored scales of an FP8 tensor if they fit it; else None, and the problem is in the plan.
-
-    Args:
-        tensor: what they scale, by its name and shape in the checkpoint.
-        grid_of: block size -> the shape that they must have.
-    """
-    problems, block_size = plan.problems, plan.selection.source.weight_block_size
-    if block_size is None:
-        problems["FP8 tensors, but no quantization_config in config.json to say the block size"].append(tensor.name)
-    elif info.shape != (grid := grid_of(block_size)):
-        problems["wrong scale grids"].append(
-            f"{info.name}: expected {list(grid)} for {list(tensor.shape)} in blocks of {list(block_size)}, "
-            f"got {list(info.shape)}"
-        )
-    elif info.dtype not in _SCALE_DTYPES:
-        problems["wrong dtypes"].append(f"{info.name}: expected one of {', '.join(_SCALE_DTYPES)}, got {info.dtype}")
-    else:
-        return info
-    return None
-
-
-def _classify_others(slots: dict[str, TensorSlot], files: _Files, plan: LoadPlan) -> None:
-    """Sorts the tensors that the selection does not ask for into skipped, deselected and unexpected."""
-    source = plan.selection.source
-    known = {slot.name for slot in layout(source)}
-    # A config that says 0 beside files that have such layers: a deliberate choice of whoever wrote it.
-    undeclared = set()
-    first_unwanted = source.num_hidden_layers + plan.selection.config.num_nextn_predict_layers
-    if source.num_nextn_predict_layers == 0:
-        undeclared = {layer_of(n) for n in files.names if n.split(".")[3:] == ["eh_proj", "weight"]} - {None}
-    for name in files.names:
-        weight = name.removesuffix("_scale_inv")
-        if name in slots or (weight != name and weight in slots):
-            continue
-        layer = layer_of(name)
-        unwanted = layer is not None and layer >= first_unwanted
-        if is_stray(name) or (unwanted and (weight in known or layer in undeclared)):
-            plan.skipped.append(name)
-        elif weight not in known:
-            plan.problems["unexpected tensors"].append(name)
+def _part(info: TensorInfo, slot: TensorSlot, name: str) -> TensorInfo:
+    """Returns the part of a stacked tensor that is the published tensor of `slot`."""
+    experts, rows, columns = info.shape
+    nbytes = info.nbytes // (experts * slot.parts_per_expert)
+    shape = (rows // slot.parts_per_expert, columns)
+    return TensorInfo(name, info.dtype, shape, info.file, info.offset + slot.stack_position * nbytes, nbytes)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..layout.parameter_map import scale_name
+from ..layout.parameter_map import TensorSlot, scale_name
 from ..models.allocate import allocate
 from ..models.causal_lm import DeepseekLM
 from ..quant.fp8_blocks import decode_scale, dequantize_blocks, scale_format_of
 from ..quant.fp8_convert import keep_fp8
 from .files.progress import progress
-from .files.reader import DTYPES, ShardError, TensorReader, memory_of
-from .load_plan import CheckpointError, LoadPlan, Read
-from .stacking import plan_of
+from .files.reader import DTYPES, ShardError, TensorInfo, TensorReader, memory_of
+from .load_plan import LoadPlan, plan_load
+from .problems import CheckpointError, Problem, ProblemKind
 
 __all__ = ["LoadReport", "load"]
 
@@ -113,25 +113,25 @@ def load(
     device = _check_device(device)
     if fp8 not in ("keep", "dequantize"):
         raise ValueError(f"expected fp8 'keep' or 'dequantize', got {fp8!r}")
-    plan = plan_of(path, layers, experts, mtp)
+    plan = plan_load(path, layers, experts, mtp)
     dtype = _check_dtype(dtype, plan)
-    kept = plan.kept_parameters if fp8 == "keep" else set()
-    if fp8 == "keep" and plan.mixed_experts:
-        plan.problems["experts that are FP8 in part, which only fp8='dequantize' loads"].extend(plan.mixed_experts)
+    fp8_parameters = plan.fp8_parameters if fp8 == "keep" else set()
+    if fp8 == "keep":
+        plan.report(ProblemKind.FP8_IN_PART, *plan.mixed_experts)
     plan.raise_problems()
-    model = _build(plan, dtype, kept)
+    model = _build(plan, dtype, fp8_parameters)
     report = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings)
-    total = sum(read.nbytes for read in (*plan.reads, *plan.repeats))
+    total = sum(plan.nbytes(slot) for slot in (*plan.slots, *plan.repeats))
     with TensorReader() as reader, progress(f"loading {plan.folder.name}", total) as bar:
         try:
             scales = _read_scales(plan, reader)
             allocate(model, device)
-            _fill(model, plan, kept, scales, reader, report, bar)
+            _fill(model, plan, fp8_parameters, scales, reader, report, bar)
             _compare_repeats(model, plan, reader, report, bar)
         except ShardError as error:
-            raise CheckpointError(plan.folder, {"shards": [str(error)]}) from None
+            raise CheckpointError(plan.folder, [Problem(ProblemKind.SHARDS, str(error))]) from None
     report.bytes_read = reader.bytes_read
-    report.shards = sorted({read.tensor.file.name for read in (*plan.reads, *plan.repeats)})
+    report.shards = sorted({info.file.name for info in plan.sources.values()})
     report.seconds = time.perf_counter() - started
     for message in report.warnings:
         warnings.warn(f"{plan.folder}: {message}", stacklevel=2)
@@ -154,45 +154,44 @@ def _check_dtype(dtype: torch.dtype | str | None, plan: LoadPlan) -> torch.dtype
     if dtype is None:
         said = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
         if said.get("torch_dtype") or said.get("dtype"):
-            dtype = plan.selection.source.dtype
+            dtype = plan.subset.source.dtype
         else:  # not the config class's default, which would round a float32 checkpoint
-            embedding = (read.tensor.dtype for read in plan.reads if read.slot.name == "model.embed_tokens.weight")
-            dtype = DTYPES[next(embedding, "BF16")]
+            embedding = plan.sources.get("model.embed_tokens.weight")
+            dtype = torch.bfloat16 if embedding is None else DTYPES[embedding.dtype]
     name = str(dtype).removeprefix("torch.")
     if name not in _FLOATS:
         raise ValueError(f"expected dtype to be one of {', '.join(_FLOATS)}, got {dtype!r}")
     return _FLOATS[name]
 
 
-def _build(plan: LoadPlan, dtype: torch.dtype, kept: set[str]) -> DeepseekLM:
-    """The model without memory, its `kept` parameters in FP8."""
-    quantization = plan.selection.source.quantization_config
-    config = plan.selection.config.replace(dtype=str(dtype), quantization_config=quantization if kept else None)
+def _build(plan: LoadPlan, dtype: torch.dtype, fp8_parameters: set[str]) -> DeepseekLM:
+    """Returns the model without memory, its `fp8_parameters` in FP8."""
+    quantization = plan.subset.source.quantization_config if fp8_parameters else None
+    config = plan.subset.config.replace(dtype=str(dtype), quantization_config=quantization)
     model = DeepseekLM(config, device="meta", dtype=dtype)
-    if kept:
+    if fp8_parameters:
         if dtype == torch.float64:
             raise ValueError("expected dtype float32, bfloat16 or float16 beside weights kept in FP8, got float64")
         assert quantization is not None and config.weight_block_size is not None
-        keep_fp8(model, config.weight_block_size, kept, scale_format_of(quantization))
+        keep_fp8(model, config.weight_block_size, fp8_parameters, scale_format_of(quantization))
     return model
 
 
 def _read_scales(plan: LoadPlan, reader: TensorReader) -> dict[str, Tensor]:
-    """The scales of all FP8 tensors, float32, by the name of the tensor they scale.
+    """Returns the scales of all FP8 tensors, float32, by the name of the tensor that they scale.
 
     Read first, since a tensor and its scales may lie in any two shards; they are 1/16384 of the elements.
     """
     scales, problems = {}, []
-    reads = [(read.scale, read.slot) for read in plan.fp8_reads if read.scale is not None]
-    for info, slot in sorted(reads, key=lambda pair: (pair[0].file.name, pair[0].offset)):
+    for name, info in sorted(plan.scales.items(), key=lambda item: (item[1].file.name, item[1].offset)):
         try:
-            scales[slot.name] = decode_scale(reader.rows(info, 0, info.shape[0])).clone()
+            scales[name] = decode_scale(reader.rows(info, 0, info.shape[0])).clone()
         except ShardError:
             raise
         except ValueError as error:
-            problems.append(f"{info.name}: {error}")
+            problems.append(Problem(ProblemKind.SCALE_VALUES, f"{info.name}: {error}"))
     if problems:
-        raise CheckpointError(plan.folder, {"scales": problems})
+        raise CheckpointError(plan.folder, problems)
     return scales
 
 
@@ -206,69 +205,75 @@ def _bands(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, 
 def _fill(
     model: DeepseekLM,
     plan: LoadPlan,
-    kept: set[str],
+    fp8_parameters: set[str],
     scales: dict[str, Tensor],
     reader: TensorReader,
     report: LoadReport,
     bar: tqdm,
 ) -> None:
-    """Reads every tensor into its place, in file order."""
+    """Reads every tensor into its place, in the order of the files."""
     state = model.state_dict()
-    unfilled = set(state) - {read.slot.parameter for read in plan.reads} - {scale_name(name) for name in kept}
+    unfilled = set(state) - {slot.parameter for slot in plan.slots} - {scale_name(name) for name in fp8_parameters}
     # A parameter that no tensor fills would stay random: the table of names and the modules disagree.
     assert unfilled <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()), unfilled
-    block_size = plan.selection.source.weight_block_size
-    for read in plan.reads:
-        target = read.slot.of(state)
-        if read.slot.parameter in kept:
+    block_size = plan.subset.source.weight_block_size
+    for slot in plan.slots:
+        source, target = plan.sources[slot.name], slot.of(state)
+        if slot.parameter in fp8_parameters:
             assert block_size is not None
-            _fill_plain(target, read, reader)
-            read.slot.scale_of(state, block_size[0]).copy_(scales.pop(read.slot.name))
+            _fill_as_stored(target, slot, source, reader)
+            slot.scale_of(state, block_size[0]).copy_(scales.pop(slot.name))
             report.kept += 1
-        elif read.scale is not None:
+        elif slot.name in scales:
             assert block_size is not None
-            _fill_dequantized(target, read, scales.pop(read.slot.name), block_size, reader)
+            _fill_dequantized(target, slot, source, scales.pop(slot.name), block_size, reader)
             report.dequantized += 1
         else:
-            _fill_plain(target, read, reader)
-            report.cast += target.dtype != DTYPES[read.tensor.dtype]
+            _fill_as_stored(target, slot, source, reader)
+            report.cast += target.dtype != DTYPES[source.dtype]
         report.loaded += 1
-        bar.update(read.nbytes)
-        if read.slot.name.endswith(".e_score_correction_bias") and not target.isfinite().all():
-            report.warnings.append(f"{read.slot.name} has values that are not finite; routing by it is undefined")
+        bar.update(plan.nbytes(slot))
+        if slot.name.endswith(".e_score_correction_bias") and not target.isfinite().all():
+            report.warnings.append(f"{slot.name} has values that are not finite; routing by it is undefined")
 
 
-def _fill_plain(target: Tensor, read: Read, reader: TensorReader) -> None:
-    rows = read.slot.rows
-    if target.device.type == "cpu" and target.dtype == DTYPES[read.tensor.dtype] and target.is_contiguous():
-        reader.read_into(read.tensor, memory_of(target))
+def _fill_as_stored(target: Tensor, slot: TensorSlot, source: TensorInfo, reader: TensorReader) -> None:
+    """Reads the rows of a tensor into `target`, cast to its dtype."""
+    if target.device.type == "cpu" and target.dtype == DTYPES[source.dtype] and target.is_contiguous():
+        reader.read_into(source, memory_of(target))
         return
-    for first, last in _bands(rows, read.nbytes // rows):
-        target[first:last].copy_(reader.rows(read.tensor, first, last))
+    for first, last in _bands(slot.rows, source.nbytes // slot.shape[0]):
+        target[first:last].copy_(reader.rows(source, first, last))
 
 
 def _fill_dequantized(
-    target: Tensor, read: Read, scale: Tensor, block_size: tuple[int, int], reader: TensorReader
+    target: Tensor,
+    slot: TensorSlot,
+    source: TensorInfo,
+    scale: Tensor,
+    block_size: tuple[int, int],
+    reader: TensorReader,
 ) -> None:
-    rows, (block_rows, _) = read.slot.rows, block_size
-    for first, last in _bands(rows, read.nbytes // rows, multiple=block_rows):
-        codes = reader.rows(read.tensor, first, last).to(target.device)
+    """Reads the rows of an FP8 tensor into `target` as the values that codes and scales mean."""
+    block_rows = block_size[0]
+    for first, last in _bands(slot.rows, source.nbytes // slot.shape[0], multiple=block_rows):
+        codes = reader.rows(source, first, last).to(target.device)
         part = scale[first // block_rows : -(-last // block_rows)].to(target.device)
         dequantize_blocks(codes, part, block_size, out=target[first:last])
 
 
 def _compare_repeats(model: DeepseekLM, plan: LoadPlan, reader: TensorReader, report: LoadReport, bar: tqdm) -> None:
-    """Checks that second copies of the embedding and the head are what the trunk has (TRAPS F6)."""
+    """Checks that second copies of the embedding and the head are what the main model has (TRAPS F6)."""
     state, different = model.state_dict(), []
-    for read in plan.repeats:
-        target = read.slot.of(state)
-        for first, last in _bands(read.slot.rows, read.nbytes // read.slot.rows):
+    for slot in plan.repeats:
+        source, target = plan.sources[slot.name], slot.of(state)
+        for first, last in _bands(slot.rows, source.nbytes // slot.rows):
             # Compared as bytes: equal copies are, whatever they hold.
-            copy = reader.rows(read.tensor, first, last).to(target.device, target.dtype)
+            copy = reader.rows(source, first, last).to(target.device, target.dtype)
             if not torch.equal(copy.view(torch.uint8), target[first:last].view(torch.uint8)):
-                different.append(f"{read.slot.name} is not {read.slot.parameter}")
+                different.append(Problem(ProblemKind.REPEATS_DIFFER, f"{slot.name} is not {slot.parameter}"))
                 break
-        report.aliases.append(read.slot.name)
-        bar.update(read.nbytes)
+        report.aliases.append(slot.name)
+        bar.update(plan.nbytes(slot))
     if different:
-        raise CheckpointError(plan.folder, {"repeated tensors that differ": different})
+        raise CheckpointError(plan.folder, different)

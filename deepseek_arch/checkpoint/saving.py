@@ -1,8 +1,7 @@
-"""`DeepseekLM` -> published safetensors, and published safetensors -> a part of them."""
+"""`DeepseekLM` -> published safetensors: `save`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +10,14 @@ from torch import Tensor, nn
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import TensorSlot, layout, scale_name
+from ..layout.published_tensors import TensorSpec
 from ..quant.fp8_blocks import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks, scale_format_of
 from ..quant.fp8_convert import fp8_layers
 from .files.progress import progress
-from .files.reader import DTYPE_NAMES, DTYPES, TensorInfo, TensorReader
-from .files.writer import CheckpointWriter, TensorSpec, parse_size, plan_shards
-from .load_plan import INDEX_NAME, Read
-from .stacking import plan_of
+from .files.reader import DTYPE_NAMES, DTYPES
+from .files.writer import CheckpointWriter, parse_size, plan_shards
 
-__all__ = ["FP8_QUANTIZATION", "SaveReport", "save", "slice_checkpoint"]
-
-_COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-_BAND_BYTES = 64 * 2**20
+__all__ = ["FP8_QUANTIZATION", "SaveReport", "save"]
 
 
 @dataclass(frozen=True)
@@ -116,9 +111,11 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig, _
     wrong = []
     for slot in slots:
         tensor = state.get(slot.parameter)
-        shape = None if tensor is None else slot.of(state).shape
-        if shape != slot.shape:
-            wrong.append(f"{slot.parameter}: expected {list(slot.shape)} for {slot.name}, got {shape and list(shape)}")
+        if tensor is None:
+            wrong.append(f"{slot.parameter}: expected {list(slot.shape)} for {slot.name}, got None")
+        elif slot.of(state).shape != slot.shape:
+            shape = list(slot.of(state).shape)
+            wrong.append(f"{slot.parameter}: expected {list(slot.shape)} for {slot.name}, got {shape}")
         elif tensor.is_meta:
             wrong.append(f"{slot.parameter}: expected a tensor with memory, got one on device meta")
         elif type(tensor) not in (Tensor, nn.Parameter):
@@ -183,70 +180,3 @@ def _tensors(
         return quantize_blocks(tensor, config.weight_block_size, scale_format_of(config.quantization_config))
     except ValueError as error:
         raise ValueError(f"{slot.name}: {error}") from None
-
-
-def slice_checkpoint(
-    path: str | Path,
-    out: str | Path,
-    layers: Iterable[int] | None = None,
-    experts: int | None = None,
-    mtp: bool = True,
-    max_shard_size: int | str = "5GB",
-) -> SaveReport:
-    """Writes part of a checkpoint as a checkpoint: fewer layers, fewer experts, no multi-token-prediction layers.
-
-    Tensors are copied as they are, FP8 codes and scales included, a piece at a time; the config says what is left.
-    Tokenizer and other small text files come along, unless `out` has its own.
-
-    Args:
-        layers, experts, mtp: see `selection.select`.
-
-    Raises:
-        CheckpointError: the checkpoint is not what its config says; nothing is written.
-        ValueError: an argument is wrong, or `out` is the checkpoint itself.
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    max_bytes = parse_size(max_shard_size)
-    plan = plan_of(path, layers, experts, mtp)
-    plan.raise_problems()
-    if Path(out).exists() and Path(out).samefile(path):
-        raise ValueError(f"expected another folder to write to than the checkpoint's own, got {str(out)!r}")
-    selection = plan.selection
-    reads = {read.slot.name: read for read in (*plan.reads, *plan.repeats)}
-    # In the order of the layers, whatever the order of the source.
-    ordered = [reads[slot.name] for slot in layout(selection) if slot.name in reads]
-    copies = [list(_copies(read, selection.source.weight_block_size)) for read in ordered]
-    groups = [[TensorSpec(name, info.dtype, (rows, *info.shape[1:])) for name, info, rows in group] for group in copies]
-    with (
-        CheckpointWriter(out, plan_shards(groups, max_bytes)) as writer,
-        TensorReader() as reader,
-        progress(f"slicing {plan.folder.name}", writer.nbytes) as bar,
-    ):
-        for name, info, rows in (copy for group in copies for copy in group):
-            row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
-            step = max(1, _BAND_BYTES // max(1, row_bytes))
-            for first in range(0, rows, step):
-                last = min(first + step, rows)
-                writer.write(name, reader.rows(info, first, last), first * row_bytes)
-                bar.update((last - first) * row_bytes)
-        files = writer.commit(selection.config.to_dict(), _companions(plan.folder))
-    quantized = sum(len(group) == 2 for group in groups)
-    tensors = sum(len(group) for group in groups)
-    return SaveReport(Path(out), selection.config, tuple(files), tensors, writer.nbytes, quantized)
-
-
-def _copies(read: Read, block_size: tuple[int, int] | None) -> Iterator[tuple[str, TensorInfo, int]]:
-    """(new name, stored tensor, leading rows) of a tensor and of its scales."""
-    yield read.slot.new_name, read.tensor, read.slot.rows
-    if read.scale is not None:
-        assert block_size is not None
-        yield scale_name(read.slot.new_name), read.scale, -(-read.slot.rows // block_size[0])
-
-
-def _companions(folder: Path) -> list[Path]:
-    weights = ("config.json", INDEX_NAME)
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix in _COMPANION_SUFFIXES and file.name not in weights and file.name[0] != "."
-    )

@@ -8,27 +8,46 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .json_format import (
-    ARCHITECTURES,
-    DTYPES,
-    MODEL_TYPES,
-    REQUIRED,
-    V4,
-    ConfigError,
-    UnsupportedModelError,
-    read_fields,
-    rope_type,
-)
+from .errors import ConfigError, UnsupportedModelError
+from .families import ARCHITECTURES, V4
+from .json_format import read_fields, rope_type
+from .presets import presets, read_preset
+from .validation import DTYPES, check_fields, check_relations
 from .yarn import Yarn
 
 __all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """Sizes of the mixture of experts of a config that has one; none is None.
+
+    Attributes:
+        routed: `n_routed_experts`, E; chosen: `num_experts_per_tok`, K; width: `moe_intermediate_size` of each.
+        shared_width: intermediate size of all shared experts together, which are one MLP; 0 without any.
+        groups, kept_groups: `n_group` and `topk_group`; 1 and 1 without group-limited routing.
+    """
+
+    routed: int
+    chosen: int
+    width: int
+    shared_width: int
+    groups: int
+    kept_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexerSizes:
+    """Sizes of V3.2's indexer: `index_n_heads`, `index_head_dim`, and the `index_topk` keys a query attends to."""
+
+    heads: int
+    head_dim: int
+    topk: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +139,7 @@ class DeepseekConfig:
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{path}: expected JSON in UTF-8, got {error}") from None
         elif str(source) in presets():
-            text, origin = _preset_file(str(source)).read_text(encoding="utf-8"), f"preset {source}"
+            text, origin = read_preset(str(source)), f"preset {source}"
         elif str(source).startswith("deepseek-v4"):
             raise UnsupportedModelError(f"{source}: expected a model with latent attention; {V4}")
         else:
@@ -225,6 +244,31 @@ class DeepseekConfig:
         )
 
     @property
+    def expert_sizes(self) -> ExpertSizes:
+        """The sizes of the mixture of experts, as integers.
+
+        Raises:
+            ConfigError: the model has no routed experts.
+        """
+        routed, chosen, width = self.n_routed_experts, self.num_experts_per_tok, self.moe_intermediate_size
+        if not routed or chosen is None or width is None:
+            raise ConfigError(f"expected a model with routed experts, got n_routed_experts={routed}")
+        grouped = self.topk_method != "greedy"
+        groups, kept_groups = (self.n_group or 1, self.topk_group or 1) if grouped else (1, 1)
+        return ExpertSizes(routed, chosen, width, (self.n_shared_experts or 0) * width, groups, kept_groups)
+
+    @property
+    def indexer_sizes(self) -> IndexerSizes:
+        """The sizes of the indexer of sparse attention, as integers.
+
+        Raises:
+            ConfigError: the model has no indexer.
+        """
+        if self.index_n_heads is None or self.index_head_dim is None or self.index_topk is None:
+            raise ConfigError(f"expected a model with an indexer, got index_topk={self.index_topk}")
+        return IndexerSizes(self.index_n_heads, self.index_head_dim, self.index_topk)
+
+    @property
     def is_sparse_attention(self) -> bool:
         """Whether the model selects its keys with an indexer (V3.2)."""
         return self.index_topk is not None
@@ -258,158 +302,8 @@ class DeepseekConfig:
             set_("dtype", str(self.dtype).removeprefix("torch."))
             if self.dtype not in DTYPES:
                 problems.append(f"expected dtype to be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        self._check_numbers(problems)
+        check_fields(self, problems)
         if not problems:
-            self._check_relations(problems)
+            check_relations(self, problems)
         if problems:
             raise ConfigError("; ".join(problems))
-
-    def _check_numbers(self, problems: list[str]) -> None:
-        """Types and ranges, field by field; integers given for floats become floats."""
-        positive = {
-            *REQUIRED,
-            "moe_intermediate_size",
-            "n_shared_experts",
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "n_group",
-            "topk_group",
-            "q_lora_rank",
-            "num_key_value_heads",
-            "moe_layer_freq",
-            "max_position_embeddings",
-            "index_n_heads",
-            "index_head_dim",
-            "index_topk",
-        }
-        zero_allowed = {"num_nextn_predict_layers", "first_k_dense_replace"}
-        optional = {f.name for f in dataclasses.fields(self) if "None" in str(f.type)}
-        for name in sorted(positive | zero_allowed):
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            least = 0 if name in zero_allowed or name == "n_shared_experts" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"expected {name} to be an integer >= {least}, got {value!r}")
-        floats = (
-            "rms_norm_eps",
-            "latent_norm_eps",
-            "rope_theta",
-            "routed_scaling_factor",
-            "initializer_range",
-            "attention_dropout",
-        )
-        for name in (*floats, "aux_loss_alpha"):
-            value = getattr(self, name)
-            if value is None and name == "aux_loss_alpha":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                problems.append(f"expected {name} to be a finite number >= 0, got {value!r}")
-            else:
-                object.__setattr__(self, name, float(value))
-        for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"expected {name} to be true or false, got {getattr(self, name)!r}")
-        for name, allowed in (
-            ("model_type", tuple(MODEL_TYPES)),
-            ("scoring_func", ("sigmoid", "softmax")),
-            ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
-            ("hidden_act", ("silu",)),
-            ("mtp_input", ("post_norm", "pre_norm")),
-            ("mtp_chain", ("block", "head_norm")),
-        ):
-            if getattr(self, name) not in allowed:
-                problems.append(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-
-    def _check_relations(self, problems: list[str]) -> None:
-        """What must hold between fields."""
-        if self.qk_rope_head_dim % 2:
-            problems.append(f"expected an even qk_rope_head_dim (rotary pairs), got {self.qk_rope_head_dim}")
-        if self.num_key_value_heads != self.num_attention_heads:
-            problems.append(
-                "expected num_key_value_heads to equal num_attention_heads (latent attention shares no heads), "
-                f"got {self.num_key_value_heads} and {self.num_attention_heads}"
-            )
-        if self.n_routed_experts:
-            _check_routing(self, problems)
-        if self.rope_theta <= 1:
-            problems.append(f"expected rope_theta > 1, got {self.rope_theta}")
-        if not 0 <= self.attention_dropout < 1:
-            problems.append(f"expected attention_dropout in [0, 1), got {self.attention_dropout}")
-        _check_rope_scaling(self, problems)
-        indexer = (self.index_n_heads, self.index_head_dim, self.index_topk)
-        if any(v is None for v in indexer) != all(v is None for v in indexer):
-            problems.append(f"expected all or none of index_n_heads, index_head_dim, index_topk, got {indexer}")
-        if self.is_sparse_attention and self.q_lora_rank is None:
-            problems.append("expected a q_lora_rank with an indexer (it reads the query latent), got null")
-        quantization = self.quantization_config or {}
-        blocks = quantization.get("weight_block_size")
-        if quantization.get("quant_method") == "fp8" and blocks is not None:
-            valid = isinstance(blocks, list | tuple) and len(blocks) == 2
-            if not valid or not all(isinstance(b, int) and b > 0 for b in blocks):
-                problems.append(f"expected weight_block_size to be two positive integers, got {blocks!r}")
-
-
-def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
-    if c.moe_intermediate_size is None or c.num_experts_per_tok is None:
-        problems.append(
-            f"expected moe_intermediate_size and num_experts_per_tok beside n_routed_experts={c.n_routed_experts}, "
-            f"got {c.moe_intermediate_size} and {c.num_experts_per_tok}"
-        )
-        return
-    assert c.n_routed_experts is not None
-    if (c.topk_method == "noaux_tc") != (c.scoring_func == "sigmoid"):
-        problems.append(
-            "expected noaux_tc with sigmoid scores, greedy or group_limited_greedy with softmax scores, "
-            f"got topk_method {c.topk_method} with scoring_func {c.scoring_func}"
-        )
-    groups, kept = c.n_group or 1, c.topk_group or 1
-    if c.topk_method == "greedy":
-        groups = kept = 1
-    if c.n_routed_experts % groups:
-        problems.append(f"expected n_routed_experts to be divisible by n_group, got {c.n_routed_experts} and {groups}")
-        return
-    per_group = c.n_routed_experts // groups
-    if kept > groups:
-        problems.append(f"expected topk_group <= n_group, got {kept} and {groups}")
-    if c.topk_method == "noaux_tc" and groups > 1 and per_group < 2:
-        problems.append(
-            "expected at least 2 experts in a group (a group's score is the sum of its two best), "
-            f"got {c.n_routed_experts} experts in {groups} groups"
-        )
-    if c.num_experts_per_tok > kept * per_group:
-        problems.append(
-            f"expected num_experts_per_tok <= {kept * per_group} (the experts of the kept groups), "
-            f"got {c.num_experts_per_tok}"
-        )
-
-
-def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
-    if c.rope_scaling is None:
-        return
-    kind = rope_type(c.rope_scaling)
-    if kind not in ("default", "yarn"):
-        problems.append(f"expected rope_scaling of type yarn or default, got {kind!r}")
-        return
-    if kind == "default":
-        return
-    least = {"factor": 1, "original_max_position_embeddings": 1}
-    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", *least):
-        value, bound = c.rope_scaling.get(name), least.get(name, 0)
-        if value is None and name != "factor":
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        positive = name.startswith("beta")
-        if not number or value < bound or (positive and value == 0):
-            relation = ">" if positive else ">="
-            problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {value!r}")
-
-
-def _preset_file(name: str) -> Any:
-    return resources.files(__package__) / "presets" / f"{name}.json"
-
-
-def presets() -> list[str]:
-    """Names that `DeepseekConfig.from_pretrained` knows without a file."""
-    folder = resources.files(__package__) / "presets"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))

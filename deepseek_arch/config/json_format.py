@@ -9,45 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = [
-    "ARCHITECTURES",
-    "DTYPES",
-    "MODEL_TYPES",
-    "REQUIRED",
-    "V4",
-    "ConfigError",
-    "UnsupportedModelError",
-    "read_fields",
-    "rope_type",
-]
+from .errors import ConfigError, UnsupportedModelError
+from .families import ARCHITECTURES, MODEL_TYPES, V4
 
+__all__ = ["REQUIRED", "read_fields", "rope_type"]
 
-class ConfigError(ValueError):
-    """A config that cannot describe a model; the message lists every problem found."""
-
-
-class UnsupportedModelError(ConfigError, NotImplementedError):
-    """A config that is valid for its model, but that this package cannot build."""
-
-
-# What a file of each model type leaves out, because its authors' code has it as a default. Published files of these
-# model types differ in nothing else that changes the computation.
-_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
-    "deepseek_v3": _SIGMOID,
-    "deepseek_v32": _SIGMOID,
-    "kimi_k2": _SIGMOID,
-    "glm4_moe_lite": {**_SIGMOID, "first_k_dense_replace": 1},
-}
-DTYPES = ("bfloat16", "float16", "float32", "float64")
-ARCHITECTURES = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v32": "DeepseekV32ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
-}
 # Other names of the same thing: transformers 5 writes some of them, some third-party converters the others.
 _ALIASES = {
     "num_local_experts": "n_routed_experts",
@@ -67,10 +33,6 @@ REQUIRED = (
     "qk_rope_head_dim",
     "v_head_dim",
     "intermediate_size",
-)
-V4 = (
-    "V4 replaced latent attention by compressed sparse attention and hyper-connections, so none of these modules can "
-    "compute it"
 )
 _PUBLISHED_ONLY_OFF = {"mlp_bias": (False, None), "pretraining_tp": (1, None), "rope_interleave": (True, None)}
 

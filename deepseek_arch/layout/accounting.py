@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..config.deepseek_config import DeepseekConfig
 from .published_tensors import (
+    DTYPE_BYTES,
     Weight,
     layer_weights,
     model_weights,
@@ -28,8 +29,6 @@ __all__ = [
     "kv_cache_bytes",
     "weight_bytes",
 ]
-
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +87,8 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
     # Layers of one kind are alike, so one of each tells all.
     dense = list(layer_weights(c, sparse.index(False))) if False in sparse else []
     moe = list(layer_weights(c, sparse.index(True))) if True in sparse else []
-    expert = _elements(moe, "experts") // c.n_routed_experts if moe else 0
-    idle_experts = sparse.count(True) * (c.n_routed_experts - c.num_experts_per_tok) if moe else 0
+    expert = _elements(moe, "experts") // c.expert_sizes.routed if moe else 0
+    idle_experts = sparse.count(True) * (c.expert_sizes.routed - c.expert_sizes.chosen) if moe else 0
 
     stack = sparse.count(True) * _elements(moe) + sparse.count(False) * _elements(dense) + c.hidden_size
     active_stack = stack - idle_experts * expert
@@ -128,7 +127,7 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
 
 def checkpoint_bytes(config: DeepseekConfig) -> int:
     """Payload bytes of the published safetensors of `config`; DeepSeek-V3: 688,574,839,360."""
-    return sum(math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for tensor in published_tensors(config))
+    return sum(tensor.nbytes for tensor in published_tensors(config))
 
 
 def weight_bytes(config: DeepseekConfig, dtype: str = "bf16", *, mtp: bool = False) -> int:
@@ -176,7 +175,8 @@ def indexer_cache_bytes(config: DeepseekConfig, tokens: int = 1) -> int:
     """Bytes of DeepSeek-V3.2's indexer keys beside the latents: FP8 with a float32 scale per 128; else 0."""
     if not config.is_sparse_attention:
         return 0
-    return (config.index_head_dim + 4 * -(-config.index_head_dim // 128)) * config.num_hidden_layers * tokens
+    width = config.indexer_sizes.head_dim
+    return (width + 4 * -(-width // 128)) * config.num_hidden_layers * tokens
 
 
 # ----------------------------------------------------------------------- FLOPs
@@ -185,7 +185,7 @@ def indexer_cache_bytes(config: DeepseekConfig, tokens: int = 1) -> int:
 def _matmul_parameters(c: DeepseekConfig, weights: Iterable[Weight]) -> int:
     """Elements a token is multiplied with: all matrices, of the routed experts only the chosen ones."""
     return sum(
-        math.prod(weight.shape) * (c.num_experts_per_tok if weight.part == "experts" else 1)
+        math.prod(weight.shape) * (c.expert_sizes.chosen if weight.part == "experts" else 1)
         for weight in weights
         if len(weight.shape) == 2
     )
@@ -227,8 +227,8 @@ def flops_per_token(config: DeepseekConfig, context_length: int, *, training: bo
     visible = context_length * (context_length + 1) // 2  # (query, key) pairs of the sequence
     scored = 0
     if c.is_sparse_attention:
-        scored, short = visible, min(context_length, c.index_topk)
-        visible = short * (short + 1) // 2 + (context_length - short) * c.index_topk
+        scored, short = visible, min(context_length, c.indexer_sizes.topk)
+        visible = short * (short + 1) // 2 + (context_length - short) * c.indexer_sizes.topk
     pair_flops = visible * 2 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
     pair_flops += scored * 2 * (c.index_n_heads or 0) * (c.index_head_dim or 0)
     forward = _linear_flops(c, mtp) + pair_flops * _attention_layers(c, mtp) // context_length

@@ -1,6 +1,6 @@
 """Published tensor names <-> our parameters.
 
-`inventory` lists what a published checkpoint holds; this file says where each of those tensors lives in a
+`published_tensors` lists what a published checkpoint holds; this file says where each of those tensors lives in a
 `DeepseekLM`. Most have the same name in both. The exceptions are the tables below: experts, one tensor each in the
 files, are stacked; multi-token-prediction layers, `model.layers.{num_hidden_layers + k}` in the files, are `mtp.{k}`;
 and the files repeat the embedding and the head in each of those.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.deepseek_config import DeepseekConfig
 from .published_tensors import Weight, layer_weights, mtp_weights
-from .subset import Selection, select
+from .subset import Subset, select_subset
 
 __all__ = ["TensorSlot", "is_stray", "layer_of", "layout", "scale_name"]
 
@@ -55,6 +55,40 @@ class TensorSlot:
     fp8: bool = False
     repeats: bool = False
 
+    @property
+    def stack(self) -> str | None:
+        """Name of the tensor that this one is part of in a checkpoint that stacks the experts of a layer.
+
+        transformers 5 writes `mlp.experts.gate_up_proj` [E, 2I, H], each expert's gate rows above its up rows, and
+        `mlp.experts.down_proj` [E, H, I]. The layer's number is the checkpoint's. None for what is never stacked.
+        """
+        if self.index is None:
+            return None
+        return f"{self.name.partition('.experts.')[0]}.experts.{self.parameter.rpartition('.')[2]}"
+
+    @property
+    def parts_per_expert(self) -> int:
+        """How many published tensors of one expert its stacked tensor has: 2 for gate above up, else 1."""
+        return 2 if self.parameter.endswith(".gate_up_proj") else 1
+
+    @property
+    def stack_position(self) -> int:
+        """Position among the published tensors of the stacked one, in the order of their bytes."""
+        assert self.index is not None
+        expert, first, end = self.index
+        return expert * self.parts_per_expert + first // (end - first)
+
+    def stack_shape(self, experts: int, block_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """Shape of the stacked tensor of `experts` experts; with a `block_size`, of its FP8 scales.
+
+        Gate and up have a grid of blocks each, so that no block reaches from one into the other where I is no multiple
+        of the block.
+        """
+        rows, columns = self.shape
+        if block_size is not None:
+            rows, columns = -(-rows // block_size[0]), -(-columns // block_size[1])
+        return experts, self.parts_per_expert * rows, columns
+
     def of(self, state: dict[str, Tensor]) -> Tensor:
         """The view of the model's tensors that this published tensor fills, [rows, ...]."""
         tensor = state[self.parameter]
@@ -76,9 +110,9 @@ class TensorSlot:
         return scale[expert, part * down : (part + 1) * down]
 
 
-def layout(chosen: Selection | DeepseekConfig) -> Iterator[TensorSlot]:
+def layout(chosen: Subset | DeepseekConfig) -> Iterator[TensorSlot]:
     """Every published tensor of a model, or of part of one, without FP8 scales (see `scale_name`)."""
-    chosen = select(chosen) if isinstance(chosen, DeepseekConfig) else chosen
+    chosen = select_subset(chosen) if isinstance(chosen, DeepseekConfig) else chosen
     c = chosen.source
     for name, shape in (
         ("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),
@@ -96,7 +130,7 @@ def layout(chosen: Selection | DeepseekConfig) -> Iterator[TensorSlot]:
             yield from _slots(weight, f"model.layers.{layer}.", f"model.layers.{new_layer}.", ours, chosen)
 
 
-def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Selection) -> Iterator[TensorSlot]:
+def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Subset) -> Iterator[TensorSlot]:
     name, shape, fp8 = weight.name, weight.shape, weight.kind == "projection"
     if name in _STACKED:
         parameter, part = _STACKED[name]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config.deepseek_config import DeepseekConfig
 
 __all__ = [
-    "PublishedTensor",
+    "DTYPE_BYTES",
+    "TensorSpec",
     "Weight",
     "layer_weights",
     "model_weights",
@@ -24,8 +26,45 @@ __all__ = [
 ]
 
 
+# Bytes of a value, by the dtype's name in a safetensors header.
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a safetensors file, by what its header says; `dtype` is spelled as there: BF16, F32, F8_E4M3."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.itemsize
+
+
 class Weight(NamedTuple):
-    """One tensor of the inventory, or `copies` equal ones (the experts of a layer)."""
+    """A tensor that a layer has by its config, or `copies` equal ones (its experts)."""
 
     name: str  # below its layer; {expert} stands for the expert's number
     shape: tuple[int, ...]
@@ -62,7 +101,8 @@ def _indexer(c: DeepseekConfig) -> Iterator[Weight]:
     """DeepSeek-V3.2's selection of keys. Its key norm is a LayerNorm: weight and bias, kept in float32."""
     if not c.is_sparse_attention:
         return
-    heads, width = c.index_n_heads, c.index_head_dim
+    assert c.q_lora_rank is not None  # checked with the config: the indexer reads the query latent
+    heads, width = c.indexer_sizes.heads, c.indexer_sizes.head_dim
     yield Weight("self_attn.indexer.wq_b.weight", (heads * width, c.q_lora_rank), "indexer", "projection")
     yield Weight("self_attn.indexer.wk.weight", (width, c.hidden_size), "indexer", "projection")
     yield Weight("self_attn.indexer.k_norm.weight", (width,), "indexer", "norm")
@@ -77,14 +117,13 @@ def _mlp(c: DeepseekConfig, prefix: str, width: int, part: str, copies: int = 1)
 
 
 def _moe(c: DeepseekConfig) -> Iterator[Weight]:
-    yield Weight("mlp.gate.weight", (c.n_routed_experts, c.hidden_size), "router")
+    experts = c.expert_sizes
+    yield Weight("mlp.gate.weight", (experts.routed, c.hidden_size), "router")
     if c.topk_method == "noaux_tc":
-        yield Weight("mlp.gate.e_score_correction_bias", (c.n_routed_experts,), "router", "float32")
-    yield from _mlp(c, "mlp.experts.{expert}", c.moe_intermediate_size, "experts", c.n_routed_experts)
-    if c.n_shared_experts:
-        # One MLP, however many experts the config says it stands for.
-        width = c.n_shared_experts * c.moe_intermediate_size
-        yield from _mlp(c, "mlp.shared_experts", width, "shared_experts")
+        yield Weight("mlp.gate.e_score_correction_bias", (experts.routed,), "router", "float32")
+    yield from _mlp(c, "mlp.experts.{expert}", experts.width, "experts", experts.routed)
+    if experts.shared_width:
+        yield from _mlp(c, "mlp.shared_experts", experts.shared_width, "shared_experts")
 
 
 def layer_weights(c: DeepseekConfig, layer_idx: int) -> Iterator[Weight]:
@@ -125,14 +164,6 @@ def model_weights(c: DeepseekConfig, mtp: bool) -> Iterator[Weight]:
             yield from (weight for weight in mtp_weights(c) if weight.part != "duplicate")
 
 
-class PublishedTensor(NamedTuple):
-    """A tensor of the published safetensors; `dtype` is spelled as in their headers: BF16, F32, F8_E4M3."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def scale_shape(c: DeepseekConfig, shape: tuple[int, ...]) -> tuple[int, int]:
     """One float32 scale per block; blocks at the right and lower edge are partial."""
     rows, columns = c.weight_block_size or (128, 128)
@@ -148,7 +179,7 @@ def published_dtype(c: DeepseekConfig, kind: str, fp8: bool) -> str:
     return "BF16"
 
 
-def published_tensors(config: DeepseekConfig) -> Iterator[PublishedTensor]:
+def published_tensors(config: DeepseekConfig) -> Iterator[TensorSpec]:
     """Every tensor that a published checkpoint of `config` holds, FP8 scales and duplicates included.
 
     DeepSeek-V3: 91,991 tensors. Strays that loaders skip (Kimi-K2's rotary tables) are not among them.
@@ -156,13 +187,13 @@ def published_tensors(config: DeepseekConfig) -> Iterator[PublishedTensor]:
     c = config
     fp8 = c.weight_block_size is not None
 
-    def stored(prefix: str, weight: Weight) -> Iterator[PublishedTensor]:
+    def stored(prefix: str, weight: Weight) -> Iterator[TensorSpec]:
         for expert in range(weight.copies):
             name = prefix + weight.name.replace("{expert}", str(expert))
             dtype = published_dtype(c, weight.kind, fp8)
-            yield PublishedTensor(name, weight.shape, dtype)
+            yield TensorSpec(name, dtype, weight.shape)
             if dtype == "F8_E4M3":
-                yield PublishedTensor(f"{name}_scale_inv", scale_shape(c, weight.shape), "F32")
+                yield TensorSpec(f"{name}_scale_inv", "F32", scale_shape(c, weight.shape))
 
     for weight in _trunk(c):
         yield from stored("", weight)

@@ -8,11 +8,11 @@ from typing import Any
 
 from ..config.deepseek_config import DeepseekConfig
 
-__all__ = ["Selection", "select"]
+__all__ = ["Subset", "select_subset"]
 
 
 @dataclass(frozen=True)
-class Selection:
+class Subset:
     """What to take from a checkpoint of `source`, and the config of what that makes.
 
     Attributes:
@@ -33,12 +33,12 @@ class Selection:
         return [(layer, i) for i, layer in enumerate(self.layers)] + [(first + k, first_kept + k) for k in depths]
 
 
-def select(
+def select_subset(
     source: DeepseekConfig,
     layers: Iterable[int] | None = None,
     experts: int | None = None,
     mtp: bool = True,
-) -> Selection:
+) -> Subset:
     """Chooses part of a model.
 
     Args:
@@ -61,7 +61,7 @@ def select(
         changes |= _keep_experts(source, experts)
     if not mtp and source.num_nextn_predict_layers:
         changes["num_nextn_predict_layers"] = 0
-    return Selection(source, source.replace(**changes) if changes else source, kept)
+    return Subset(source, source.replace(**changes) if changes else source, kept)
 
 
 def _is_count(value: object) -> bool:

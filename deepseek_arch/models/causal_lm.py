@@ -43,10 +43,13 @@ class DeepseekLM(nn.Module):
         capacity: V2's token dropping in training, None for none.
         mtp_detached: whether `mtp_loss` trains the multi-token-prediction layers alone, and neither the trunk nor the
             embedding and the head that they share with it: what reinforcement learning wants (TRAPS F12).
+        load_report: `checkpoint.LoadReport` of a model that `load` made, else None.
 
     Raises:
         UnsupportedModelError: the config describes a model with sparse attention.
     """
+
+    load_report: Any = None
 
     def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
         super().__init__()

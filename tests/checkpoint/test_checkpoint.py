@@ -20,7 +20,7 @@ from deepseek_arch.checkpoint import LoadReport, load, save, slice_checkpoint
 from deepseek_arch.checkpoint.inspection import inspect_checkpoint
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 from deepseek_arch.layout.parameter_map import layer_of, layout, scale_name
-from deepseek_arch.layout.subset import select
+from deepseek_arch.layout.subset import select_subset
 from deepseek_arch.quant.fp8_blocks import block_grid, dequantize_blocks, quantize_blocks
 from support import checkpoint_files as files
 from support import published, small_models
@@ -373,7 +373,7 @@ def test_router_biases_that_are_not_finite_are_loaded_with_a_warning(tmp_path):
 )
 def test_selected_layers_keep_their_kind(base, layers, dense):
     source = da.DeepseekConfig.from_pretrained(base)
-    chosen = select(source, layers=layers)
+    chosen = select_subset(source, layers=layers)
     assert chosen.config.first_k_dense_replace == dense
     kinds = [chosen.config.is_moe_layer(i) for i in range(chosen.config.num_hidden_layers)]
     assert kinds == [source.is_moe_layer(layer) for layer in layers]
@@ -383,16 +383,16 @@ def test_selected_layers_keep_their_kind(base, layers, dense):
 
 def test_layers_of_an_alternating_model_must_stay_regular():
     source = small_models.config("v3", num_hidden_layers=6, moe_layer_freq=2)  # dense, dense, E, dense, E, dense
-    assert select(source, layers=[2, 4]).config.moe_layer_freq == 1
-    assert select(source, layers=[0, 1, 2, 3]).config.moe_layer_freq == 2
+    assert select_subset(source, layers=[2, 4]).config.moe_layer_freq == 1
+    assert select_subset(source, layers=[0, 1, 2, 3]).config.moe_layer_freq == 2
     with pytest.raises(ValueError, match="regular pattern"):
-        select(source, layers=[2, 3, 5])
+        select_subset(source, layers=[2, 3, 5])
 
 
 def test_a_dense_prediction_layer_stays_dense():
     source = small_models.config("v3", first_k_dense_replace=5, num_nextn_predict_layers=1)
     assert not source.is_moe_layer(3)
-    assert not select(source, layers=[1]).config.is_moe_layer(1)
+    assert not select_subset(source, layers=[1]).config.is_moe_layer(1)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_a_dense_prediction_layer_stays_dense():
     ],
 )
 def test_selected_experts_are_whole_groups(base, experts, groups, kept_groups, top_k):
-    config = select(da.DeepseekConfig.from_pretrained(base), experts=experts).config
+    config = select_subset(da.DeepseekConfig.from_pretrained(base), experts=experts).config
     assert (config.n_routed_experts, config.num_experts_per_tok) == (experts, top_k)
     assert (config.n_group, config.topk_group) == (groups, kept_groups)
 
@@ -433,7 +433,7 @@ def test_selected_experts_are_whole_groups(base, experts, groups, kept_groups, t
 )
 def test_impossible_selections_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
-        select(da.DeepseekConfig.from_pretrained("deepseek-v3"), **arguments)
+        select_subset(da.DeepseekConfig.from_pretrained("deepseek-v3"), **arguments)
 
 
 def part_of(config, weights: dict, layers: list[int], experts: int, block: int = 1) -> tuple[dict, int]:

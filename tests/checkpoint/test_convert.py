@@ -105,9 +105,9 @@ def test_a_checkpoint_that_is_what_is_asked_for_is_copied(tmp_path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads_gives_the_same_bytes(tmp_path, threads, monkeypatch):
     """In bands of a row of blocks, or 300 bytes; the number of torch's threads is as it was."""
-    from deepseek_arch.checkpoint.conversion import converting
+    from deepseek_arch.checkpoint.conversion import workers
 
-    monkeypatch.setattr(converting, "BAND_BYTES", 300)
+    monkeypatch.setattr(workers, "BAND_BYTES", 300)
     config, before = layouts.small(), torch.get_num_threads()
     known = layouts.all_layouts(config)
     source = layouts.write(tmp_path / "old", config, "fp8 stacked", known["fp8 stacked"])

@@ -411,8 +411,8 @@ sys.path[:0] = {[str(ROOT), str(ROOT / "kernels")]!r}
 import torch
 torch.set_num_threads(1)
 from deepseek_arch.checkpoint import convert, plan_conversion
-from deepseek_arch.checkpoint.conversion import converting, plan
-plan.BAND_BYTES = converting.BAND_BYTES = 10**6
+from deepseek_arch.checkpoint.conversion import plan, workers
+plan.BAND_BYTES = workers.BAND_BYTES = 10**6
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 for source in ("small", "large"):  # the first for imports, and the allocator's own

@@ -124,6 +124,20 @@ def test_stale_derived_fields_do_not_win():
     assert not {"head_dim", "qk_head_dim"} & set(config.to_dict())
 
 
+def test_sizes_of_experts_and_indexer_are_integers_or_an_error():
+    v2 = DeepseekConfig.from_pretrained("deepseek-v2").expert_sizes
+    assert (v2.routed, v2.chosen, v2.width, v2.shared_width, v2.groups, v2.kept_groups) == (160, 6, 1536, 3072, 8, 3)
+    lite = DeepseekConfig.from_pretrained("deepseek-v2-lite").expert_sizes
+    assert (lite.groups, lite.kept_groups) == (1, 1)
+    v32 = DeepseekConfig.from_pretrained("deepseek-v3.2").indexer_sizes
+    assert (v32.heads, v32.head_dim, v32.topk) == (64, 128, 2048)
+    dense = DeepseekConfig(n_routed_experts=None)
+    with pytest.raises(ConfigError, match="expected a model with routed experts, got n_routed_experts=None"):
+        _ = dense.expert_sizes
+    with pytest.raises(ConfigError, match="expected a model with an indexer, got index_topk=None"):
+        _ = dense.indexer_sizes
+
+
 # ------------------------------------------------------- written by transformers
 
 

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...config.deepseek_config import DeepseekConfig
-from ...quant.fp8_blocks import block_grid, dequantize_blocks
+from ..files.companions import companions
 from ..files.progress import progress
-from ..files.reader import DTYPES, ShardError, TensorReader, memory_of
 from ..files.resumable_writer import ResumableWriter
-from ..load_plan import CheckpointError
-from ..saving import _companions
-from .plan import BAND_BYTES, ConversionPlan, plan_conversion
-from .quantizer import Quantizer
-from .steps import TensorStep
+from ..problems import CheckpointError, Problem, ProblemKind
+from .plan import ConversionPlan, plan_conversion
+from .workers import Workers
 
 __all__ = ["ConversionReport", "convert"]
-
-# Takes the name of a new tensor, bytes of it, and where in it they start: writes them, or compares them.
-Put = Callable[[str, Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -133,12 +121,12 @@ def convert(
     plan = plan_conversion(path, out, format, stacked, max_shard_size, scale_format, dtype)
     for message in plan.source.warnings:
         warnings.warn(f"{plan.source.folder}: {message}", stacklevel=2)
-    with ResumableWriter(plan.out, plan.shards, plan.manifest, resume) as writer, _Workers(plan) as workers:
+    with ResumableWriter(plan.out, plan.shards, plan.manifest, resume) as writer, Workers(plan) as workers:
         continued = len(writer.names) - len(writer.unfinished)
         _write(plan, writer, workers)
         if verify:
             _verify(plan, writer, workers)
-        files = writer.commit(plan.config, _companions(plan.source.folder))
+        files = writer.commit(plan.config, companions(plan.source.folder))
     return ConversionReport(
         path=plan.out,
         config=DeepseekConfig.from_pretrained(plan.out),
@@ -155,20 +143,20 @@ def convert(
     )
 
 
-def _write(plan: ConversionPlan, writer: ResumableWriter, workers: _Workers) -> None:
+def _write(plan: ConversionPlan, writer: ResumableWriter, workers: Workers) -> None:
     """Converts the files that are still to be written."""
     unfinished = set(writer.unfinished)
-    left = [(name, pieces) for name, pieces in zip(plan.names, plan.pieces, strict=True) if name in unfinished]
-    total = sum(piece.bytes_read for _, pieces in left for piece in pieces)
+    left = [(name, steps) for name, steps in zip(plan.names, plan.steps, strict=True) if name in unfinished]
+    total = sum(step.bytes_read for _, steps in left for step in steps)
     with progress(f"converting {plan.source.folder.name}", total) as bar:
-        for name, pieces in left:
+        for name, steps in left:
             writer.start(name)
-            workers.run(pieces, writer.put, bar)
+            workers.run(steps, writer.put, bar)
             writer.finish(name)
     writer.settle()
 
 
-def _verify(plan: ConversionPlan, writer: ResumableWriter, workers: _Workers) -> None:
+def _verify(plan: ConversionPlan, writer: ResumableWriter, workers: Workers) -> None:
     """Converts everything again and compares it with what the files hold."""
     found: dict[str, set[str]] = {}
 
@@ -178,10 +166,10 @@ def _verify(plan: ConversionPlan, writer: ResumableWriter, workers: _Workers) ->
             different.add(name)
 
     with progress(f"verifying {plan.out.name}", plan.bytes_read) as bar:
-        for shard, pieces in zip(plan.names, plan.pieces, strict=True):
+        for shard, steps in zip(plan.names, plan.steps, strict=True):
             different: set[str] = set()
             if writer.is_sound(shard):
-                workers.run(pieces, compare, bar)
+                workers.run(steps, compare, bar)
             else:
                 different.add("its header")
             if different:
@@ -189,111 +177,5 @@ def _verify(plan: ConversionPlan, writer: ResumableWriter, workers: _Workers) ->
     if found:
         for shard in found:
             writer.reject(shard)
-        lines = [f"{name} in {shard}" for shard, names in found.items() for name in sorted(names)]
-        raise CheckpointError(plan.out, {"tensors read back otherwise than written": lines})
-
-
-# A piece, and what is done of it at a time: rows, or bytes of what is copied.
-Band = tuple[TensorStep, int, int]
-
-
-class _Workers:
-    """Threads that read, convert and put bands, each with operators of one thread. A context manager."""
-
-    def __init__(self, plan: ConversionPlan) -> None:
-        self._plan = plan
-        self._own = threading.local()
-        self._files = contextlib.ExitStack()
-        self._torch_threads = torch.get_num_threads()
-
-    def __enter__(self) -> _Workers:
-        self._pool = ThreadPoolExecutor(self._torch_threads, initializer=self._start_thread)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._files.close()
-        torch.set_num_threads(self._torch_threads)
-
-    def _start_thread(self) -> None:
-        torch.set_num_threads(1)
-        self._own.converter = _Converter(self._plan, self._files)
-
-    def run(self, pieces: list[TensorStep], put: Put, bar: tqdm) -> None:
-        """Puts all bands of `pieces`; raises what the first to fail raises, when none is at work any more."""
-        bands = [band for piece in pieces for band in _bands(piece, self._plan.block_size[0])]
-        tasks = [self._pool.submit(lambda band=band: self._own.converter.process(*band, put)) for band in bands]
-        try:
-            for task in as_completed(tasks):
-                bar.update(task.result())
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            wait(tasks)
-            raise
-
-
-def _bands(piece: TensorStep, block_rows: int) -> Iterator[Band]:
-    """Cuts a piece into bands of about `BAND_BYTES`, conversions at whole rows of blocks."""
-    if piece.action == "copy":
-        extent, step = piece.source.nbytes, BAND_BYTES
-    else:
-        extent, columns = piece.source.shape
-        wider = max(DTYPES[piece.source.dtype].itemsize, piece.to.tensor.itemsize)
-        step = max(1, BAND_BYTES // (columns * wider) // block_rows) * block_rows
-    for first in range(0, extent, step):
-        yield piece, first, min(first + step, extent)
-
-
-class _Converter:
-    """What one thread converts with: open files, and memory for a band before and after."""
-
-    def __init__(self, plan: ConversionPlan, files: contextlib.ExitStack) -> None:
-        self._plan = plan
-        self._quantizer = Quantizer(plan.block_size, plan.scale_format)
-        self._weights, self._scales = files.enter_context(TensorReader()), files.enter_context(TensorReader())
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def process(self, piece: TensorStep, first: int, last: int, put: Put) -> int:
-        """Reads, converts and puts a band; returns the bytes read."""
-        before = self._weights.bytes_read + self._scales.bytes_read
-        try:
-            getattr(self, f"_{piece.action}")(piece, first, last, put)
-        except ShardError as error:
-            raise CheckpointError(self._plan.source.folder, {"shards": [str(error)]}) from None
-        except ValueError as error:
-            raise ValueError(f"{piece.name}: {error}") from None
-        return self._weights.bytes_read + self._scales.bytes_read - before
-
-    def _result(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory that the next band overwrites."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self._memory.nbytes < nbytes:
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return self._memory[:nbytes].view(dtype).view(shape)
-
-    def _copy(self, piece: TensorStep, first: int, last: int, put: Put) -> None:
-        copied = self._result(torch.uint8, last - first)
-        self._weights.read_into(piece.source, memory_of(copied), first)
-        put(piece.to.tensor.name, copied, piece.to.first + first)
-
-    def _dequantize(self, piece: TensorStep, first: int, last: int, put: Put) -> None:
-        assert piece.scale is not None
-        block_rows, columns = self._plan.block_size[0], piece.source.shape[1]
-        codes = self._weights.rows(piece.source, first, last)
-        scale = self._scales.rows(piece.scale, first // block_rows, -(-last // block_rows))
-        wide = self._result(DTYPES[piece.to.tensor.dtype], last - first, columns)
-        dequantize_blocks(codes, scale, self._plan.block_size, out=wide)
-        put(piece.to.tensor.name, wide, piece.to.first + first * columns * wide.itemsize)
-
-    def _quantize(self, piece: TensorStep, first: int, last: int, put: Put) -> None:
-        assert piece.scale_to is not None
-        block_rows, columns = self._plan.block_size[0], piece.source.shape[1]
-        weight = self._weights.rows(piece.source, first, last)
-        if weight.dtype == torch.float64:
-            weight = weight.float()
-        codes = self._result(torch.float8_e4m3fn, last - first, columns)
-        scale = torch.empty(block_grid(weight.shape, self._plan.block_size), device="cpu")
-        self._quantizer.quantize(weight, codes, scale)
-        put(piece.to.tensor.name, codes, piece.to.first + first * columns)
-        put(piece.scale_to.tensor.name, scale, piece.scale_to.first + first // block_rows * scale[0].nbytes)
+        details = [f"{name} in {shard}" for shard, names in found.items() for name in sorted(names)]
+        raise CheckpointError(plan.out, [Problem(ProblemKind.WRITTEN_OTHERWISE, detail) for detail in details])

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from ...layout.parameter_map import is_stray
+from ...layout.published_tensors import TensorSpec
 from ...quant.fp8_blocks import FP8_QUANTIZATION, scale_format_of
 from ..files.reader import DTYPE_NAMES, DTYPES
 from ..files.resumable_writer import finished_shards
-from ..files.writer import TensorSpec, parse_size, plan_shards, shard_names
+from ..files.writer import parse_size, plan_shards, shard_names
 from ..load_plan import LoadPlan, plan_load
-from ..stacking import adopt_stacked
-from .steps import Routes, TensorStep
+from .steps import ConversionSteps, TensorStep
 
 __all__ = ["BAND_BYTES", "ConversionPlan", "plan_conversion"]
 
@@ -32,7 +32,7 @@ class ConversionPlan:
     """Everything about a conversion but the values.
 
     Attributes:
-        shards: the tensors of each file that will be written; pieces: what they are made from.
+        shards: the tensors of each file that will be written; steps: what they are made from.
         config: the content of the new config.json.
         block_size, scale_format: of the FP8 that is read or written.
         unused: tensors of layers that config.json does not have; they are left out.
@@ -45,7 +45,7 @@ class ConversionPlan:
     format: str
     stacked: bool
     shards: list[list[TensorSpec]]
-    pieces: list[list[TensorStep]]
+    steps: list[list[TensorStep]]
     config: dict[str, Any]
     block_size: tuple[int, int]
     scale_format: str | None
@@ -60,7 +60,7 @@ class ConversionPlan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(piece.bytes_read for pieces in self.pieces for piece in pieces)
+        return sum(step.bytes_read for steps in self.steps for step in steps)
 
     @property
     def shard_bytes(self) -> list[int]:
@@ -86,23 +86,23 @@ class ConversionPlan:
     def memory_needed(self) -> int:
         """Bytes at most, beside the interpreter, PyTorch and the headers: for each thread a band of a tensor before and
         after, at least one row of blocks, and four times a row of blocks in float32 to compute with."""
-        converted = [piece.source for pieces in self.pieces for piece in pieces if piece.action != "copy"]
+        converted = [step.source for steps in self.steps for step in steps if step.action != "copy"]
         row_of_blocks = 4 * self.block_size[0] * max((info.shape[1] for info in converted), default=0)
         return torch.get_num_threads() * (2 * max(BAND_BYTES, row_of_blocks) + 4 * row_of_blocks)
 
     @property
     def actions(self) -> Counter[str]:
         """How many tensors of the published layout are copied, dequantized and quantized."""
-        return Counter(piece.action for pieces in self.pieces for piece in pieces)
+        return Counter(step.action for steps in self.steps for step in steps)
 
     @property
     def classes(self) -> dict[tuple[str, str, str], tuple[int, int, int]]:
         """(part of the model, dtype before, dtype after) -> (tensors, bytes read, bytes written)."""
         found: dict[tuple[str, str, str], tuple[int, int, int]] = {}
-        for piece in (piece for pieces in self.pieces for piece in pieces):
-            key = piece.part, piece.source.dtype, piece.to.tensor.dtype
+        for step in (step for steps in self.steps for step in steps):
+            key = step.part, step.source.dtype, step.to.tensor.dtype
             count, read, written = found.get(key, (0, 0, 0))
-            found[key] = count + 1, read + piece.bytes_read, written + piece.bytes_written
+            found[key] = count + 1, read + step.bytes_read, written + step.bytes_written
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,18 +147,17 @@ def plan_conversion(
     """
     max_bytes, new_dtype = parse_size(max_shard_size), _check(format, scale_format, dtype)
     plan = plan_load(path, open_all=True)
-    was_stacked = adopt_stacked(plan) > 0
     plan.raise_problems()
     if Path(out).exists() and Path(out).samefile(path):
         raise ValueError(f"expected another folder to write to than the checkpoint's own, got {str(out)!r}")
-    stacked = was_stacked if stacked is None else stacked
+    stacked = plan.stacked > 0 if stacked is None else stacked
     scale_format = _scale_format(plan, scale_format)
-    routes = Routes(plan, format == "fp8", stacked, DTYPE_NAMES[new_dtype])
-    shards = plan_shards(routes.groups.values(), max_bytes)
+    made = ConversionSteps(plan, format == "fp8", stacked, DTYPE_NAMES[new_dtype])
+    shards = plan_shards(made.groups.values(), max_bytes)
     shard_of = {spec.name: number for number, shard in enumerate(shards) for spec in shard}
-    pieces: list[list[TensorStep]] = [[] for _ in shards]
-    for piece in routes.pieces:
-        pieces[shard_of[piece.to.tensor.name]].append(piece)
+    steps: list[list[TensorStep]] = [[] for _ in shards]
+    for step in made.steps:
+        steps[shard_of[step.to.tensor.name]].append(step)
     unused = tuple(name for name in plan.skipped if not is_stray(name))
     if unused:
         plan.warnings.append(f"{len(unused):,} tensors of layers that config.json does not have are left out")
@@ -174,9 +173,9 @@ def plan_conversion(
         format=format,
         stacked=stacked,
         shards=shards,
-        pieces=pieces,
+        steps=steps,
         config=_new_config(plan, format, scale_format, new_dtype),
-        block_size=routes.block_size,
+        block_size=made.block_size,
         scale_format=scale_format,
         unused=unused,
         manifest=manifest,
@@ -199,8 +198,8 @@ def _check(format: str, scale_format: str | None, dtype: torch.dtype | str) -> t
 
 def _scale_format(plan: LoadPlan, wanted: str | None) -> str | None:
     """Of new scales: what is asked for, or what the config says."""
-    given = scale_format_of(plan.selection.source.quantization_config)
-    if wanted is not None and plan.fp8_reads and wanted != given:
+    given = scale_format_of(plan.subset.source.quantization_config)
+    if wanted is not None and plan.scales and wanted != given:
         raise ValueError(
             f"expected scale_format None for a checkpoint that is in FP8 already, whose scales stay as they are, got "
             f"{wanted!r}"
@@ -217,11 +216,11 @@ def _new_config(plan: LoadPlan, format: str, scale_format: str | None, new_dtype
         scales = {"scale_fmt": scale_format} if scale_format else {}
         return config | {"quantization_config": given | missing | scales}
     config.pop("quantization_config", None)  # TRAPS E12
-    if plan.fp8_reads:
+    if plan.scales:
         # One word for all tensors: wide enough for those that were kept and those that are new.
-        said = plan.selection.source.dtype
-        embedding = next(read for read in plan.reads if read.slot.name == "model.embed_tokens.weight")
-        old = getattr(torch, said) if said else DTYPES[embedding.tensor.dtype]
+        said = plan.subset.source.dtype
+        embedding = plan.sources["model.embed_tokens.weight"]
+        old = getattr(torch, said) if said else DTYPES[embedding.dtype]
         both = str(torch.promote_types(old, new_dtype)).removeprefix("torch.")
         config["dtype" if "dtype" in config else "torch_dtype"] = both
     return config

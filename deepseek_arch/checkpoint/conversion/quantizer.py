@@ -1,4 +1,4 @@
-"""Weights to FP8 in a stream: `Quantizer`."""
+"""Quantization of weights to FP8 in a stream: `Quantizer`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepseek_kernels.quant.fp8_quantize.reference import WEIGHT_FLOOR, scale_of
+import deepseek_kernels as kernels
 
 from ...quant.fp8_blocks import FP8_MAX
 
@@ -17,13 +17,14 @@ _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 
 
 class Quantizer:
-    """`fp8.quantize_blocks`, bit for bit, for one band after the other on a CPU.
+    """Quantizes one band of a weight after the other on a CPU; the bits are those of `fp8_blocks.quantize_blocks`.
 
-    Half as much again as fast: maxima are taken of integers, which also tells whether all values are finite, and every
-    buffer is used again, since fresh memory costs as much as the arithmetic.
+    About a fifth faster than it on bfloat16, and as fast on float32 (time of one thread): maxima are taken of integers,
+    which also tells whether all values are finite, and buffers are used again, since fresh memory costs as much as the
+    arithmetic.
 
     Args:
-        scale_format: None or "ue8m0", see `fp8.quantize_blocks`.
+        scale_format: None or "ue8m0", see `fp8_blocks.quantize_blocks`.
     """
 
     def __init__(self, block_size: tuple[int, int], scale_format: str | None = None) -> None:
@@ -40,16 +41,18 @@ class Quantizer:
             ValueError: a value is not finite.
         """
         (block_rows, block_columns), columns = self.block_size, weight.shape[1]
+        down, across = scale.shape
+        largest = torch.stack([self._largest(part) for part in weight.split(block_rows)])
+        amax = F.pad(largest, (0, across * block_columns - columns)).view(down, across, block_columns).amax(2)
+        # The operator knows the rule for scales: it is given the maxima, each as a block of one value.
+        scale.copy_(kernels.quantize_blocks(amax.view(1, -1), (1, 1), self.scale_format)[1].view(down, across))
         for part, target, own in zip(weight.split(block_rows), codes.split(block_rows), scale, strict=True):
-            padded = F.pad(self._largest(part), (0, len(own) * block_columns - columns))
-            amax = padded.view(len(own), block_columns).amax(1)
-            own.copy_(scale_of(amax, WEIGHT_FLOOR, self.scale_format == "ue8m0"))
-            wide = self._buffer(part.shape, torch.float32).copy_(part)
-            wide.div_(own.repeat_interleave(block_columns)[:columns])
-            target.copy_(wide.clamp_(-FP8_MAX, FP8_MAX))  # TRAPS E6
+            values = self._buffer(part.shape, torch.float32).copy_(part)
+            values.div_(own.repeat_interleave(block_columns)[:columns])
+            target.copy_(values.clamp_(-FP8_MAX, FP8_MAX))  # TRAPS E6
 
     def _largest(self, weight: Tensor) -> Tensor:
-        """[C] float32: the largest magnitude of each column."""
+        """Returns [C] float32, the largest magnitude of each column."""
         bits = weight.view(_BITS[weight.dtype])
         magnitude = self._buffer(bits.shape, bits.dtype)
         torch.bitwise_and(bits, torch.iinfo(bits.dtype).max, out=magnitude)
@@ -59,7 +62,8 @@ class Quantizer:
         return largest
 
     def _buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        held = self._buffers.get(dtype)
-        if held is None or held.numel() < shape.numel():
-            held = self._buffers[dtype] = torch.empty(shape.numel(), dtype=dtype, device="cpu")
-        return held[: shape.numel()].view(shape)
+        """Returns memory that the next call with this dtype overwrites."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < shape.numel():
+            buffer = self._buffers[dtype] = torch.empty(shape.numel(), dtype=dtype, device="cpu")
+        return buffer[: shape.numel()].view(shape)

@@ -8,11 +8,12 @@ beside the copy that is made of it, so that a model would weigh twice its size w
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class TensorReader:
     def __init__(self) -> None:
         self.bytes_read = 0
         self._file: Path | None = None
-        self._stream: BinaryIO | None = None
+        self._stream: io.FileIO | None = None
         self._staging = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def __enter__(self) -> TensorReader:
@@ -153,7 +154,7 @@ class TensorReader:
         """
         if info.file != self._file:
             self.__exit__()
-            self._stream, self._file = info.file.open("rb", buffering=0), info.file
+            self._stream, self._file = io.FileIO(info.file), info.file
         assert self._stream is not None
         self._stream.seek(info.offset + offset)
         done = 0

@@ -15,9 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..load_plan import INDEX_NAME
+from ...layout.published_tensors import TensorSpec
 from .reader import memory_of
-from .writer import CheckpointWriter, TensorSpec
+from .shards import INDEX_NAME
+from .writer import CheckpointWriter
 
 try:
     import fcntl

@@ -5,43 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ..load_plan import INDEX_NAME
-from .reader import DTYPE_NAMES, DTYPES, memory_of
+from ...layout.published_tensors import TensorSpec
+from .reader import DTYPE_NAMES, memory_of
+from .shards import INDEX_NAME
 
-__all__ = ["CheckpointWriter", "TensorSpec", "parse_size", "plan_shards", "shard_names"]
+__all__ = ["CheckpointWriter", "parse_size", "plan_shards", "shard_names"]
 
 _CONFIG_NAME = "config.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor that will be written; `dtype` in safetensors' notation."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
 
 
 def parse_size(size: int | str) -> int:
