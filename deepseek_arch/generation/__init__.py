@@ -1,1 +1,1 @@
-"""Decoding: plain, with drafts, compiled."""
+"""Decoding: plain, with drafts, compiled; sampling; routing of what was generated."""

@@ -1,4 +1,4 @@
-"""Plain decoding steps, one token for every row, as they come or with all of a step's work fixed beforehand."""
+"""Plain decoding steps, one token for every row, with all work fixed beforehand."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _WARM_UP = 2  # calls before a graph is captured: kernels are compiled and works
 
 
 def fixed_capacity(tokens: int) -> int:
-    """Slots for so many tokens, rounded up so that most lengths of prompts share a compiled step."""
+    """Returns slots for so many tokens, rounded up so that most lengths of prompts share a compiled step."""
     return -(-tokens // _SLOTS) * _SLOTS
 
 
 class CompiledDecodeStep:
-    """One token for every row through a static cache, without Python between the kernels.
+    """Decodes one token for every row through a static cache, without Python between the kernels.
 
     On a GPU the step is captured as a CUDA graph, elsewhere compiled (`torch.compile`, once for a model and a shape).
     Small batches gain most: there the launches take longer than the kernels.
@@ -54,22 +54,22 @@ class CompiledDecodeStep:
 
     @torch.no_grad()
     def _captured(self) -> Callable[[Tensor], Tensor]:
-        held = torch.zeros(self.cache.batch_size, 1, dtype=torch.int64, device=self.cache.device)
+        inputs = torch.zeros(self.cache.batch_size, 1, dtype=torch.int64, device=self.cache.device)
         lengths = self.cache.device_lengths.clone()
-        stream = torch.cuda.Stream(held.device)
-        stream.wait_stream(torch.cuda.current_stream(held.device))
+        stream = torch.cuda.Stream(inputs.device)
+        stream.wait_stream(torch.cuda.current_stream(inputs.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                _step(self.model, self.cache, held)
-        torch.cuda.current_stream(held.device).wait_stream(stream)
-        # What was written are slots beyond the tokens held, where the first real step writes again.
+                _step(self.model, self.cache, inputs)
+        torch.cuda.current_stream(inputs.device).wait_stream(stream)
+        # The slots written so far lie beyond the tokens of the cache; the first real step writes there again.
         self.cache.rewind(lengths)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = _step(self.model, self.cache, held)
+            logits = _step(self.model, self.cache, inputs)
 
         def replay(tokens: Tensor) -> Tensor:
-            held.copy_(tokens)
+            inputs.copy_(tokens)
             graph.replay()
             return logits
 

@@ -1,180 +1,128 @@
-"""Drafts of multi-token-prediction modules, and how many to make."""
+"""Drafts of the multi-token-prediction modules, whose caches follow what was accepted."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..models.causal_lm import DeepseekLM
 from ..models.outputs import TrunkOutput
+from .sampling import Sampler
 
-__all__ = ["DraftLength", "Drafter"]
-
-
-class DraftLength:
-    """Chooses how many tokens to draft: the most expected tokens a second, by what was measured so far.
-
-    Expected tokens of a step with k drafts: 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k, where a_j is the share of drafts at
-    position j that were kept, given that those before were. Seconds: what steps with k drafts took. Both are
-    exponential averages, so that they follow the text; k = 0 is plain decoding, measured from time to time.
-
-    Args:
-        most: drafts at most.
-        adapt: False always drafts `most`, but for a step in 64 without drafts, which is timed for comparison.
-    """
-
-    _MEMORY = 0.95
-    _PRIOR = 0.8  # optimistic: a position that was never tried is
-    _EXPLORE = 12  # steps after which a neighbour of the best length is measured again
-
-    def __init__(self, most: int, adapt: bool = True) -> None:
-        self.most, self.adapt = most, adapt
-        self.rates = [self._PRIOR] * most
-        self.seconds: list[float | None] = [None] * (most + 1)
-        self._plain: list[float] = []
-        self._step = 0
-
-    def next(self) -> int:
-        """Drafts for the next step."""
-        self._step += 1
-        if self._step % 64 == 4:  # what plain decoding costs, for the report and for the choice
-            return 0
-        if not self.adapt:
-            return self.most
-        unknown = [k for k in range(self.most + 1) if self.seconds[k] is None]
-        if unknown:
-            return unknown[-1]
-        best = max(range(self.most + 1), key=self._value)
-        if self._step % self._EXPLORE == 0:
-            up = (self._step // self._EXPLORE) % 2
-            return min(best + 1, self.most) if up else max(best - 1, 1)
-        return best
-
-    def _value(self, count: int) -> float:
-        expected = chain = 1.0
-        for rate in self.rates[:count]:
-            chain *= rate
-            expected += chain
-        return expected / (self.seconds[count] or 1e-9)
-
-    def observe(self, count: int, seconds: float, looked_at: list[int], kept: list[int]) -> None:
-        """Takes in a step: its drafts, its time, and by position how many drafts were looked at and kept."""
-        if count == 0:
-            self._plain.append(seconds)
-        known = self.seconds[count]
-        # The least of two counts too: the first time of a length includes what is done once.
-        self.seconds[count] = seconds if known is None else min(seconds, 0.8 * known + 0.2 * seconds)
-        for position, (a, d) in enumerate(zip(kept, looked_at, strict=True)):
-            weight = self._MEMORY**d
-            if d:
-                self.rates[position] = weight * self.rates[position] + (1 - weight) * a / d
-
-    @property
-    def plain_seconds(self) -> float:
-        """Median time of a step without drafts."""
-        ordered = sorted(self._plain)
-        return ordered[len(ordered) // 2] if ordered else 0.0
+__all__ = ["Drafter"]
 
 
 class Drafter:
-    """Drafts tokens with the prediction layers, and keeps their caches in step with what was accepted.
+    """Drafts tokens with the MTP modules, and keeps their caches in step with what was accepted.
 
-    Between steps it holds the trunk's hidden states of the positions that the prediction layers have yet to run on:
-    all those behind their caches, at least the last D, since layer d's view of the newest positions came from drafts.
+    Between steps it holds the main model's hidden states of the positions that the modules have yet to run on: all
+    those behind their caches, at least the last D, since module d's view of the newest positions came from drafts.
 
     Args:
-        model: has at least one prediction layer.
-        depth: tokens drafted at most; beyond the number of layers, the last one is applied again to what it made.
+        model: has at least one MTP module.
+        depth: tokens drafted at most; beyond the number of modules, the last one is applied again to its own output.
         history: int64 [B, capacity], token i of row r at [r, i]; read, and written to beyond the known tokens.
+        slots: that the caches start with (default: `capacity`).
+
+    Attributes:
+        lengths: int64 [B], L, the tokens of each row that the main model has run on.
     """
 
-    def __init__(self, model: DeepseekLM, depth: int, history: Tensor) -> None:
+    def __init__(self, model: DeepseekLM, depth: int, history: Tensor, slots: int | None = None) -> None:
         self.model, self.depth, self.history = model, depth, history
-        self.layers = min(depth, len(model.mtp))
+        self.modules = min(depth, len(model.mtp))
         batch, capacity = history.shape
-        self.caches = [model.new_mtp_cache(batch, capacity, depth=layer) for layer in range(self.layers)]
+        self.caches = [model.new_mtp_cache(batch, slots or capacity, depth=module) for module in range(self.modules)]
         width = model.config.hidden_size
         self.trail = torch.empty(batch, 0, width, device=history.device, dtype=model.dtype)  # columns end at L - 1
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=history.device)  # L
-        self.starts = torch.zeros_like(self.lengths)  # what the caches hold: the trail's first position
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=history.device)
+        self.starts = torch.zeros_like(self.lengths)  # tokens in the caches: the trail's first position
 
-    def prefill(self, trunk: TrunkOutput, valid: Tensor | None) -> None:
+    def prefill(self, main: TrunkOutput, valid: Tensor | None) -> None:
         """Takes in the next piece of the prompts: rows end together, padding stands on the left.
 
         Args:
             valid: bool [B, T], or None where nothing is padding.
         """
-        hidden = self.model.mtp_hidden(trunk)
+        hidden = self.model.mtp_hidden(main)
         self.trail = torch.cat((self.trail, hidden), dim=1)
         self.lengths = self.lengths + (hidden.shape[1] if valid is None else valid.sum(-1))
-        ready = self.trail.shape[1] - self.layers
+        ready = self.trail.shape[1] - self.modules
         if ready > 0:
             hidden = self.trail[:, :ready]
-            for layer in range(self.layers):
-                hidden, _ = self._apply(layer, hidden, self.lengths - self.layers)
-            self.starts = (self.lengths - self.layers).clamp(min=0)
+            for module in range(self.modules):
+                hidden, _ = self._apply(module, hidden, self.lengths - self.modules)
+            self.starts = (self.lengths - self.modules).clamp(min=0)
             self.trail = self.trail[:, ready:]
 
-    def _apply(self, layer: int, hidden: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer on the columns of `hidden`, whose last belongs to position `ends` - 1 -> what `mtp_states` gives.
+    def _apply(self, module: int, hidden: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs one module on the columns of `hidden`, whose last belongs to position `ends` - 1.
 
         Columns of positions that its cache holds are passed over.
+
+        Returns:
+            As `DeepseekLM.mtp_states`.
         """
-        cache, width = self.caches[layer], hidden.shape[1]
+        cache, width = self.caches[module], hidden.shape[1]
         positions = ends[:, None] - width + torch.arange(width, device=ends.device)  # [B, W]
         valid = positions >= torch.tensor(cache.lengths, device=ends.device)[:, None]
-        ids = self.history.gather(1, (positions + layer + 1).clamp(0, self.history.shape[1] - 1))
+        ids = self.history.gather(1, (positions + module + 1).clamp(0, self.history.shape[1] - 1))
         with cache.append(width, valid) as slots:
             mask = cache.spans(slots, valid)
             rope = self.model.model.rope(slots)
-            return self.model.mtp_states(hidden, ids, layer, rope=rope, mask=mask, cache=cache)
+            return self.model.mtp_states(hidden, ids, module, rope=rope, mask=mask, cache=cache)
 
-    def draft(
-        self, count: int, choose: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
+    def draft(self, count: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
         """Drafts `count` tokens behind the known ones.
 
         Args:
-            count: from 1 to `depth`.
-            choose: logits [B, vocab_size] -> tokens [B] and, when sampling, what they were drawn from.
+            count: from 0, where nothing is run, to `depth`.
 
         Returns:
-            int64 [B, count], and float32 [B, count, vocab_size] or None.
+            int64 [B, count], and the distributions that they were drawn from, float32 [B, count, vocab_size], or None
+            when greedy or without drafts.
         """
+        if not count:
+            return self.lengths.new_empty(len(self.lengths), 0), None
         rows = torch.arange(len(self.history), device=self.history.device)
         drafts, drawn_from = [], []
         hidden, ends = self.trail, self.lengths
-        for step in range(max(count, self.layers)):
-            layer = min(step, self.layers - 1)
-            if step >= self.layers:
-                # The last layer again, one position on: what it made of a position stands for the next one's state.
+        for step in range(max(count, self.modules)):
+            module = min(step, self.modules - 1)
+            if step >= self.modules:
+                # The last module again, one position on: its output at a position stands for the next one's state.
                 hidden, ends = hidden[:, -1:], ends + 1
-            hidden, normed = self._apply(layer, hidden, ends)
+            hidden, normed = self._apply(module, hidden, ends)
             if step < count:
-                token, probabilities = choose(self.model.lm_head(normed[:, -1]))
+                token, probabilities = sampler.choose(self.model.lm_head(normed[:, -1]))
                 self.history[rows, self.lengths + 1 + step] = token
                 drafts.append(token)
                 if probabilities is not None:
                     drawn_from.append(probabilities)
         return torch.stack(drafts, 1), torch.stack(drawn_from, 1) if drawn_from else None
 
-    def advance(self, trunk: TrunkOutput, gained: Tensor, drafted: bool) -> None:
-        """Takes in the trunk's pass over the newest token and the drafts.
+    def advance(self, main: TrunkOutput, gained: Tensor, drafted: bool) -> None:
+        """Takes in the main model's pass over the newest token and the drafts; rolls the caches back behind it.
 
         Args:
-            gained: int64 [B], by how much L grows: 1 + the drafts kept, or 0 for a row that stands still.
-            drafted: whether the layers ran before this pass.
+            gained: int64 [B], by how much L grows: 1 + the drafts accepted, or 0 for a row that has finished.
+            drafted: True if the modules ran before this pass.
         """
         old, width = self.lengths, self.trail.shape[1]
         self.lengths = old + gained
-        if drafted:  # layer d read token i + d + 1 at position i, which is certain up to the last known one
-            self.starts = torch.minimum(old, self.lengths - self.layers).clamp(min=0)
+        if drafted:  # module d read token i + d + 1 at position i, which is certain up to the last known one
+            self.starts = torch.minimum(old, self.lengths - self.modules).clamp(min=0)
             for cache in self.caches:
                 cache.rewind(self.starts)
         behind = int((self.lengths - self.starts).max())
         last = width + gained - 1  # each row's newest column
         columns = (last[:, None] - behind + 1 + torch.arange(behind, device=last.device)).clamp(min=0)
-        combined = torch.cat((self.trail, self.model.mtp_hidden(trunk)), dim=1)
+        combined = torch.cat((self.trail, self.model.mtp_hidden(main)), dim=1)
         self.trail = combined.gather(1, columns[..., None].expand(-1, -1, combined.shape[-1]))
+
+    def keep_rows(self, index: Tensor) -> None:
+        """Leaves only the rows `index`, int64."""
+        for cache in self.caches:
+            cache.reorder(index)
+        self.history, self.trail = self.history[index], self.trail[index]
+        self.lengths, self.starts = self.lengths[index], self.starts[index]

@@ -1,8 +1,8 @@
-"""Which way a checkpoint's prediction layers want to be fed, by what is accepted of their drafts.
+"""Measures which way of feeding a checkpoint's multi-token-prediction modules gets most drafts accepted.
 
-A mistake in the mapping of these layers changes no output, only how many drafts are kept (TRAPS F13); and which hidden
-state they read, before or after the trunk's final norm, and what is passed on from one draft to the next, is settled by
-no published text (TRAPS F2, F3). So it is measured.
+A mistake in the mapping of these modules changes no output, only how many drafts are accepted (TRAPS F13). No published
+text settles which hidden state they read, before or after the main model's final norm, and what is passed on from one
+draft to the next (TRAPS F2, F3). So it is measured.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["MTPProbe", "probe_mtp"]
 
 @dataclass(frozen=True)
 class MTPProbe:
-    """What one way of feeding the prediction layers got accepted.
+    """Acceptance of drafts with one way of feeding the MTP modules.
 
     Attributes:
         mtp_input: "post_norm" or "pre_norm", see `DeepseekConfig`.
         mtp_chain: "block" or "head_norm".
-        acceptance: by position in the draft; None where no draft was looked at.
-        drafted: by position, how many were looked at.
-        tokens_per_step: tokens that a row gained in a pass of the trunk.
-        configured: whether this is what the model's config says.
+        acceptance: share accepted, by position in the draft; None where no draft was looked at.
+        drafted: number of drafts looked at, by position.
+        tokens_per_step: tokens that a row gained in a pass of the main model.
+        configured: True for the way that the model's config names.
     """
 
     mtp_input: str
@@ -53,7 +53,7 @@ def probe_mtp(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[MTPProbe]:
-    """Continues the prompts once for each way of feeding the prediction layers; the best way first.
+    """Continues the prompts once for each way of feeding the MTP modules, and returns the best way first.
 
     Args:
         input_ids, attention_mask, max_new_tokens, mtp_depth, temperature: see `generate`. Drafts of one token pass
@@ -61,13 +61,15 @@ def probe_mtp(
         seed: of sampling.
 
     Raises:
-        ValueError: as `generate`.
+        ValueError: as `generate`, and for `mtp_depth` 0, which drafts nothing.
     """
+    if isinstance(mtp_depth, int) and mtp_depth < 1:
+        raise ValueError(f"expected mtp_depth >= 1, got {mtp_depth}")
     configured, probes = model.config, []
     try:
         for mtp_input, mtp_chain in product(("post_norm", "pre_norm"), ("block", "head_norm")):
             model.config = configured.replace(mtp_input=mtp_input, mtp_chain=mtp_chain)
-            _, report = generate(
+            result = generate(
                 model,
                 input_ids,
                 attention_mask,
@@ -79,6 +81,8 @@ def probe_mtp(
                 adaptive=False,
                 return_report=True,
             )
+            assert isinstance(result, tuple)
+            report = result[1]
             probes.append(
                 MTPProbe(
                     mtp_input,

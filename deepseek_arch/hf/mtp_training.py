@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from ..models.mtp_chain import mtp_chain_losses
 from ..models.mtp_layer import MTPLayer
-from ..models.mtp_loss import mtp_losses
 from ..models.outputs import TrunkOutput
 from ..moe.balance_loss import BalanceLoss
 from ..moe.routing import Routing
@@ -113,22 +113,15 @@ def prediction_losses(
     config = model.config.to_core()
     loss = replace(BalanceLoss.from_config(config), sequence=1.0) if balanced else None
     routing = Routing(tuple(input_ids.shape), valid, loss=loss) if model.training else None
-    embed = model.model.embed_tokens
-
-    def run(hidden: Tensor, next_ids: Tensor, depth: int, part: Routing | None) -> tuple[Tensor, Tensor]:
-        embeddings = embed(next_ids).detach() if model.mtp_detached else embed(next_ids)
-        hidden, normed = model.mtp[depth](hidden, embeddings, trunk.rope, mask=trunk.mask, routing=part)
-        return normed if config.mtp_chain == "head_norm" else hidden, normed
-
-    losses, accuracy = mtp_losses(
-        run,
-        len(model.mtp),
+    losses, accuracy = mtp_chain_losses(
+        model.mtp,
+        config,
+        model.model.embed_tokens,
         model.lm_head,
-        trunk.hidden_states if config.mtp_input == "post_norm" else trunk.pre_norm,
+        trunk,
         input_ids,
         labels if valid is None else labels.masked_fill(~valid, -100),
         padding=None if valid is None else ~valid,
-        documents=trunk.documents,
         routing=routing,
         detached=model.mtp_detached,
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
@@ -20,8 +19,9 @@ from ..moe.token_dropping import TokenDropping
 from .allocate import allocate
 from .losses import cross_entropy, head_losses, ignore
 from .main_model import DeepseekModel
+from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
-from .mtp_loss import mtp_losses, shift_labels
+from .mtp_loss import shift_labels
 from .outputs import CausalLMOutput, TrunkOutput
 
 __all__ = ["DeepseekLM"]
@@ -197,7 +197,19 @@ class DeepseekLM(nn.Module):
             else:
                 out.loss = head_losses(self.lm_head, [hidden], [targets])[0][0]
             if len(self.mtp) and input_ids is not None and cache is None:
-                out.mtp_losses, out.mtp_accuracy = self._mtp_losses(trunk, input_ids, padding, labels, routing)
+                out.mtp_losses, out.mtp_accuracy = mtp_chain_losses(
+                    self.mtp,
+                    self.config,
+                    self.model.embed,
+                    self.lm_head,
+                    trunk,
+                    input_ids,
+                    labels,
+                    padding=padding,
+                    routing=routing,
+                    detached=self.mtp_detached,
+                    recompute=self.model.gradient_checkpointing and self.training,
+                )
                 out.mtp_loss = out.mtp_losses.mean()
         if routing is not None:
             routing.commit()
@@ -235,7 +247,7 @@ class DeepseekLM(nn.Module):
 
     def mtp_hidden(self, trunk: TrunkOutput) -> Tensor:
         """The trunk's hidden state that the first prediction depth reads (TRAPS F2)."""
-        return trunk.hidden_states if self.config.mtp_input == "post_norm" else trunk.pre_norm
+        return mtp_input(trunk, self.config)
 
     def mtp_forward(
         self,
@@ -276,32 +288,17 @@ class DeepseekLM(nn.Module):
         routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`mtp_forward` without the head -> the hidden state [B, T, H] for the next depth, and the head's input."""
-        layer = self.mtp[depth]
+        recompute = self.model.gradient_checkpointing and self.training and cache is None
         embeddings = self.model.embed(next_ids)
-        embeddings = embeddings.detach() if self.mtp_detached else embeddings
-        if self.model.gradient_checkpointing and self.training and cache is None:
-            hidden, normed = checkpoint(layer, hidden, embeddings, rope, mask, None, routing, use_reentrant=False)
-        else:
-            hidden, normed = layer(hidden, embeddings, rope, mask, cache, routing)
-        return normed if self.config.mtp_chain == "head_norm" else hidden, normed
-
-    def _mtp_losses(
-        self, trunk: TrunkOutput, input_ids: Tensor, padding: Tensor | None, labels: Tensor, routing: Routing | None
-    ) -> tuple[Tensor, Tensor]:
-        """`mtp.mtp_losses` on this model's layers."""
-
-        def run(hidden: Tensor, next_ids: Tensor, depth: int, part: Routing | None) -> tuple[Tensor, Tensor]:
-            return self.mtp_states(hidden, next_ids, depth, rope=trunk.rope, mask=trunk.mask, routing=part)
-
-        return mtp_losses(
-            run,
-            len(self.mtp),
-            self.lm_head,
-            self.mtp_hidden(trunk),
-            input_ids,
-            labels,
-            padding=padding,
-            documents=trunk.documents,
-            routing=routing,
+        return mtp_step(
+            self.mtp[depth],
+            self.config,
+            hidden,
+            embeddings,
+            rope,
+            mask,
+            cache,
+            routing,
             detached=self.mtp_detached,
+            recompute=recompute,
         )

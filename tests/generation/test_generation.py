@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from deepseek_arch.generation.entry import generate, sample, sampling_probabilities
+from deepseek_arch.generation.entry import generate
+from deepseek_arch.generation.sampling import Sampler, sampling_probabilities
 from support.small_models import config, model, tokens
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -127,7 +128,8 @@ def test_probabilities(temperature, top_k, top_p):
 def test_samples_follow_the_probabilities():
     logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]]).expand(20000, -1)
     generator = torch.Generator().manual_seed(0)
-    counts = sample(logits, temperature=1.0, top_k=3, generator=generator).bincount(minlength=4)
+    sampler = Sampler(len(logits), temperature=1.0, top_k=3, generator=generator)
+    counts = sampler.choose(logits)[0].bincount(minlength=4)
     expected = sampling_probabilities(logits[:1], 1.0, 3)[0]
     # Five standard deviations of a binomial count.
     assert ((counts / 20000 - expected).abs() < 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-12).all()
@@ -135,7 +137,7 @@ def test_samples_follow_the_probabilities():
 
 
 def test_equal_logits_take_the_smaller_id():
-    assert sample(torch.tensor([[0.0, 3.0, 3.0, 1.0]])).tolist() == [1]
+    assert Sampler(1).choose(torch.tensor([[0.0, 3.0, 3.0, 1.0]]))[0].tolist() == [1]
 
 
 def test_callback_sees_every_step(lm):

@@ -7,6 +7,7 @@ import torch
 
 import deepseek_arch as da
 from deepseek_arch.moe.routing_record import routing_agreement
+from support.agreeing import agreeing
 from support.small_models import config, error, model, tokens
 
 # Generating and training multiply the same numbers in another order.
@@ -18,6 +19,22 @@ def replayed(lm, out, routing):
     mask = None if routing.valid is None else routing.valid.long()
     labels = out if mask is None else out.masked_fill(mask == 0, -100)
     return lm.train()(out, mask, labels=labels, record_routing=True, replay_routing=routing)
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_accepted_drafts_are_recorded_as_they_were_run(drafts):
+    """Drafts that are right some of the time; the routing is that of a pass over the text."""
+    lm = agreeing(noise=0.1)
+    ids = tokens(lm.config, 4, 5)
+    settings = {"max_new_tokens": 40, "eos_token_id": [], "mtp_depth": drafts, "adaptive": False}
+    out, report = da.generate(lm, ids, record_routing=True, **settings)
+    assert 0.1 < report.acceptance[0] < 0.95, "a test of nothing"
+    own = lm(out, record_routing=True)
+    assert report.routing.shape == out.shape and report.routing.valid is None
+    assert set(routing_agreement(report.routing, own.routing).same.values()) == {1.0}
+    plain, expected = da.generate(lm, ids, max_new_tokens=40, eos_token_id=[], record_routing=True)
+    assert torch.equal(plain, out)
+    assert all(torch.equal(report.routing.ids[layer], expected.routing.ids[layer]) for layer in (1, 2))
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -32,7 +49,7 @@ def test_a_rollout_is_replayed_whole(temperature, chunk):
     assert report.steps == 5  # the pass for the last token's routing makes none
     again = replayed(lm, out, report.routing)
     recorded = report.routing.ids.keys()
-    assert recorded == {1, 2}  # the trunk's layers; the prediction layer decides for itself
+    assert recorded == {1, 2}  # the main model's layers; the MTP module decides for itself
     again.routing.ids = {layer: again.routing.ids[layer] for layer in recorded}
     assert set(routing_agreement(report.routing, again.routing).same.values()) == {1.0}
     again.loss.backward()
@@ -54,14 +71,19 @@ def test_a_model_that_moved_on_takes_the_rollouts_decisions():
     assert error(again.logits, model(config("v3"))(out).logits) < ROUNDING
 
 
+@pytest.mark.parametrize("how", ["plain", "dropping rows", "drafts", "drafts, dropping rows"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_ended_rows_are_marked(side):
-    lm = model(config("v3"))
+def test_padding_and_ended_rows_are_marked(side, how):
+    """In every way of decoding: rejected drafts leave no trace, and every token's decisions are there once."""
+    lm = model(config("v3", num_nextn_predict_layers=1))
+    ways = {"mtp_depth": 2 if "drafts" in how else 0, "drop_finished": "dropping" in how}
     ids, mask = tokens(lm.config, 3, 6), torch.ones(3, 6, dtype=torch.long)
     mask[1, slice(2) if side == "left" else slice(4, 6)] = 0
     free = da.generate(lm, ids, mask, max_new_tokens=6, eos_token_id=[])
     end = int(free[0, 7])  # the first row ends with its second token
-    out, report = da.generate(lm, ids, mask, max_new_tokens=6, eos_token_id=end, pad_token_id=0, record_routing=True)
+    settings = {"max_new_tokens": 6, "eos_token_id": end, "pad_token_id": 0}
+    out, report = da.generate(lm, ids, mask, record_routing=True, **ways, **settings)
+    assert torch.equal(out, da.generate(lm, ids, mask, **settings))
     routing = report.routing
     assert routing.shape == out.shape
     assert torch.equal(routing.valid[:, :6], mask.bool())
@@ -71,9 +93,14 @@ def test_padding_and_ended_rows_are_marked(side):
     assert not routing.valid[0, 8:].any() and routing.valid[0, :8].all()
     assert int(routing.valid.sum(-1).min()) < routing.shape[1]
     again = replayed(lm, out, routing)
+    again.routing.ids = {layer: again.routing.ids[layer] for layer in routing.ids}
+    assert routing.ids.keys() == {1, 2}
     assert set(routing_agreement(routing, again.routing).same.values()) == {1.0}
     # The decisions are those of a pass over the same tokens, not only taken again: ties aside, it would decide so.
     own = lm.eval()(out, routing.valid.long(), record_routing=True)
+    assert own.routing.ids.keys() == routing.ids.keys()
+    for layer, margins in routing.margins.items():
+        assert (margins[routing.valid] - own.routing.margins[layer][routing.valid]).abs().max() < ROUNDING
     assert set(routing_agreement(routing, own.routing).same.values()) == {1.0}
 
 
@@ -88,8 +115,8 @@ def test_every_row_ending_at_once():
 def test_what_cannot_be_recorded():
     lm = model(config("v3", num_nextn_predict_layers=1))
     ids = tokens(lm.config, 1, 4)
-    with pytest.raises(ValueError, match="mtp_depth 0 with record_routing"):
-        da.generate(lm, ids, mtp_depth=1, record_routing=True)
+    with pytest.raises(ValueError, match="compiled=False with record_routing"):
+        da.generate(lm, ids, compiled=True, record_routing=True)
     with pytest.raises(ValueError, match="max_new_tokens >= 1"):
         da.generate(lm, ids, max_new_tokens=0, record_routing=True)
     with pytest.raises(ValueError, match="model with experts"):
