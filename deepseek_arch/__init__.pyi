@@ -54,6 +54,18 @@ from .moe.routing_record import RoutingRecord as RoutingRecord
 from .moe.routing_record import routing_agreement as routing_agreement
 from .moe.token_dropping import TokenDropping as TokenDropping
 
+# Many devices
+from .layout.parallel_layout import LayoutError as LayoutError
+from .layout.parallel_layout import ParallelLayout as ParallelLayout
+from .planning.inference import InferencePlan as InferencePlan
+from .planning.inference import InferenceSetup as InferenceSetup
+from .planning.inference import plan_inference as plan_inference
+from .planning.search import search_inference as search_inference
+from .planning.search import search_training as search_training
+from .planning.setup import TrainingSetup as TrainingSetup
+from .planning.training import TrainingPlan as TrainingPlan
+from .planning.training import plan_training as plan_training
+
 # FP8
 from .quant.fp8_convert import dequantize as dequantize
 from .quant.fp8_convert import keep_fp8 as keep_fp8

@@ -26,6 +26,7 @@ TRAINERS = ("r1/trainer/",)
 ORDER = [
     "config",
     "layout",
+    "planning",
     "layers",
     "moe",
     "quant",
