@@ -79,13 +79,65 @@ def plan(
         list[float] | None,
         typer.Option(help="Memory of a device in GB (10^9 bytes); repeatable.", show_default="24, 40, 80, 141"),
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan training and serving on so many devices.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --gpus: h800, h100, h200, h20, a100, b200, gb200.")] = "h800",
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="With --gpus: sizes of pp, dp_replicate, dp_shard, cp, tp, ep, etp, as pp=16,ep=64.",
+            show_default="the fastest",
+        ),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="With --gpus: the best ten layouts; --layout fixes some axes.")
+    ] = False,
+    step_batch: Annotated[int, typer.Option(min=1, help="With --gpus: sequences of a training step.")] = 15360,
+    micro_batch: Annotated[int, typer.Option(min=1, help="With --gpus: sequences that run at a time.")] = 1,
+    schedule: Annotated[
+        Literal["1f1b", "interleaved", "zero_bubble", "zbv", "dualpipe", "dualpipev"] | None,
+        typer.Option(help="With --gpus: order of the pipeline.", show_default="the fastest"),
+    ] = None,
+    zero: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=3, help="With --gpus: share optimizer states, gradients, weights.", show_default="the fastest"
+        ),
+    ] = None,
+    recompute: Annotated[
+        Literal["none", "selective", "full"] | None,
+        typer.Option(help="With --gpus: activations computed again.", show_default="the fastest"),
+    ] = None,
+    precision: Annotated[
+        Literal["fp8", "bf16"] | None,
+        typer.Option(help="With --gpus: of products and served weights.", show_default="fp8 if published so"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, FLOPs, cache and weight memory of a model, from its config alone."""
+    """Parameters, FLOPs, cache and weight memory of a model, from its config alone.
+
+    With --gpus: memory, traffic and time of a training step and of serving on many devices.
+    """
     from ..config.deepseek_config import DeepseekConfig
     from .memory_plan import DEVICE_GIGABYTES, plan_memory
 
-    made = plan_memory(DeepseekConfig.from_pretrained(model), context, batch, memory or DEVICE_GIGABYTES)
+    config = DeepseekConfig.from_pretrained(model)
+    if gpus is not None:
+        from .device_plan import PlanRequest, plan_devices, print_device_plans
+
+        request = PlanRequest(
+            gpus, device, layout, search, context, batch, step_batch, micro_batch, schedule, zero, recompute, precision
+        )
+        plans = plan_devices(config, request)
+        if as_json:
+            _print_json({"model": model, **plans.to_dict()})
+        else:
+            print_device_plans(model, plans)
+        return
+    if layout is not None or search:
+        raise typer.BadParameter("expected --gpus with --layout and --search", param_hint="--gpus")
+    made = plan_memory(config, context, batch, memory or DEVICE_GIGABYTES)
     if as_json:
         _print_json({"model": model, **made.to_dict()})
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from .tables import _facts, _scaled, _table
+from .tables import facts_table, new_table, scaled
 
 if TYPE_CHECKING:
     from ..checkpoint import ConversionPlan
@@ -20,7 +20,7 @@ _DTYPES = {"F8_E4M3": "FP8"}
 def print_conversion(plan: ConversionPlan) -> None:
     """What each kind of tensor becomes, and what it takes."""
     console = Console()
-    table = _table(f"{plan.source.folder} -> {plan.out}", "tensors", "", "from", "to", "bytes read", "bytes written")
+    table = new_table(f"{plan.source.folder} -> {plan.out}", "tensors", "", "from", "to", "bytes read", "bytes written")
     for (part, old, new), (count, read, written) in plan.classes.items():
         names = (_DTYPES.get(dtype, dtype) for dtype in (old, new))
         table.add_row(part.replace("_", " "), f"{count:,}", *names, f"{read:,}", f"{written:,}")
@@ -31,12 +31,12 @@ def print_conversion(plan: ConversionPlan) -> None:
     enough = "" if plan.disk_needed <= plan.disk_free else ", too little"
     facts = {
         "experts": "one tensor for a layer and projection" if plan.stacked else "one tensor each",
-        "files": f"{len(plan.shards):,}, the largest {_scaled(max(plan.shard_bytes), 'B')}",
-        "disk needed": f"{_scaled(plan.disk_needed, 'B')}; free: {_scaled(plan.disk_free, 'B')}{enough}",
-        "memory needed": f"{_scaled(plan.memory_needed, 'B')} beside PyTorch",
+        "files": f"{len(plan.shards):,}, the largest {scaled(max(plan.shard_bytes), 'B')}",
+        "disk needed": f"{scaled(plan.disk_needed, 'B')}; free: {scaled(plan.disk_free, 'B')}{enough}",
+        "memory needed": f"{scaled(plan.memory_needed, 'B')} beside PyTorch",
     }
     if plan.finished:
         facts["files there already"] = f"{len(plan.finished):,} of an interrupted conversion, which would go on"
-    console.print(_facts("to write", facts))
+    console.print(facts_table("to write", facts))
     for warning in plan.source.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")

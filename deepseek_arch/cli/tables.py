@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from ..checkpoint import CheckpointReport
     from .memory_plan import Fit, MemoryPlan
 
-__all__ = ["print_doctor", "print_inspection", "print_plan"]
+__all__ = ["facts_table", "new_table", "print_doctor", "print_inspection", "print_plan", "scaled"]
 
 _SHOWN = 20  # problems of a kind before the rest is only counted
 
 
-def _scaled(value: float, unit: str = "", prefixes: str = " kMGT") -> str:
+def scaled(value: float, unit: str = "", prefixes: str = " kMGT") -> str:
     """Four digits of a number in decimal units: 671_026_419_200 bytes -> "671.0 GB"."""
     steps = 0
     while abs(value) >= 999.95 and steps + 1 < len(prefixes):
@@ -28,17 +28,17 @@ def _scaled(value: float, unit: str = "", prefixes: str = " kMGT") -> str:
 
 def _count(value: int) -> str:
     """Four digits of a count, in the field's thousand, million, billion."""
-    return _scaled(value, prefixes=" kMBT").replace(" ", "")
+    return scaled(value, prefixes=" kMBT").replace(" ", "")
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
 
 
-def _facts(title: str, rows: dict[str, str]) -> Table:
+def facts_table(title: str, rows: dict[str, str]) -> Table:
     table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False)
     for name, value in rows.items():
         table.add_row(name, escape(value))
@@ -48,7 +48,7 @@ def _facts(title: str, rows: dict[str, str]) -> Table:
 def print_plan(model: str, plan: MemoryPlan) -> None:
     """Parameters, FLOPs, cache, weights, and what fits where."""
     console, count = Console(), plan.parameters
-    table = _table(f"{model}: parameters", "", "exact", "")
+    table = new_table(f"{model}: parameters", "", "exact", "")
     rows = {
         "main model": count.total,
         "activated by a token": count.activated,
@@ -67,25 +67,25 @@ def print_plan(model: str, plan: MemoryPlan) -> None:
             table.add_row(name, f"{value:,}", _count(value))
     console.print(table)
 
-    table = _table(f"a token, context {plan.context:,}", "", "")
+    table = new_table(f"a token, context {plan.context:,}", "", "")
     for name, flops in {
         "prefill (average of the context)": plan.prefill_flops,
         "decode (one token after the context)": plan.decode_flops,
         "training (average of the context)": plan.training_flops,
     }.items():
-        table.add_row(name, _scaled(flops, "FLOP"))
+        table.add_row(name, scaled(flops, "FLOP"))
     table.add_row("latent cache, bf16", f"{plan.latent_cache_bytes_per_token:,} B")
     if plan.indexer_cache_bytes_per_token:
         table.add_row("indexer cache, fp8", f"{plan.indexer_cache_bytes_per_token:,} B")
     table.add_row("keys and values of all heads instead", f"{plan.expanded_cache_bytes_per_token:,} B")
     console.print(table)
 
-    table = _table("memory", "", *plan.weight_bytes)
-    table.add_row("weights", *(_scaled(size, "B") for size in plan.weight_bytes.values()))
+    table = new_table("memory", "", *plan.weight_bytes)
+    table.add_row("weights", *(scaled(size, "B") for size in plan.weight_bytes.values()))
     if count.mtp:
         mtp = plan.mtp_weight_bytes
-        table.add_row("  for multi-token prediction", *(_scaled(mtp[dtype], "B") for dtype in plan.weight_bytes))
-    cache = _scaled(plan.cache_bytes, "B")
+        table.add_row("  for multi-token prediction", *(scaled(mtp[dtype], "B") for dtype in plan.weight_bytes))
+    cache = scaled(plan.cache_bytes, "B")
     table.add_row(f"cache, {plan.batch:,} x {plan.context:,} tokens", *(cache for _ in plan.weight_bytes))
     for size in dict.fromkeys(fit.gigabytes for fit in plan.fits):
         fits = {fit.dtype: fit for fit in plan.fits if fit.gigabytes == size}
@@ -106,7 +106,7 @@ def _fit(fit: Fit) -> str:
 def print_inspection(found: CheckpointReport) -> None:
     """Tensors by dtype, what loads, what is wrong."""
     console = Console()
-    table = _table(f"{found.path}: {found.config.model_type}", "dtype", "tensors", "bytes")
+    table = new_table(f"{found.path}: {found.config.model_type}", "dtype", "tensors", "bytes")
     for dtype, (tensors, size) in found.dtypes.items():
         table.add_row(dtype, f"{tensors:,}", f"{size:,}")
     table.add_section()
@@ -119,7 +119,7 @@ def print_inspection(found: CheckpointReport) -> None:
         rows["repeated embedding and head"] = f"{len(found.aliases):,}"
     if found.skipped:
         rows["skipped"] = _some(found.skipped)
-    console.print(_facts("loading", rows))
+    console.print(facts_table("loading", rows))
     for warning in found.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
     for kind, details in found.problems.items():
@@ -145,15 +145,15 @@ def print_doctor(found: dict[str, Any]) -> None:
     console = Console()
     versions = {"python": found["python"], "system": found["system"]}
     versions |= {name: version or "not installed" for name, version in found["packages"].items()}
-    console.print(_facts("versions", versions))
+    console.print(facts_table("versions", versions))
     devices = {}
     for device in found["devices"]:
         details = {key: value for key, value in device.items() if key != "device"}
         if "memory_bytes" in details:
-            details["memory"] = _scaled(details.pop("memory_bytes"), "B")
+            details["memory"] = scaled(details.pop("memory_bytes"), "B")
         name = details.pop("name")
         devices[device["device"]] = ", ".join([name, *(f"{key} {value}" for key, value in details.items())])
-    console.print(_facts("devices", devices))
+    console.print(facts_table("devices", devices))
     table = Table(title="operators", title_justify="left", title_style="bold")
     for column in ("operator", "implementation", "why"):
         table.add_column(column)
