@@ -17,7 +17,7 @@ PACKAGE = ROOT / "deepseek_arch"
 KERNELS = ROOT / "kernels" / "deepseek_kernels"
 
 # What is imported only after Triton has been chosen.
-KERNEL_FILES = ("kernel.py", "backward.py", "scratch.py")
+KERNEL_FILES = ("kernel.py", "backward.py", "tiles.py", "descriptors.py")
 
 # What trains with transformers and TRL; the rest of `r1` needs neither.
 TRAINERS = ("r1/trainer/",)

@@ -34,7 +34,7 @@ from deepseek_kernels import (
     unpermute,
     use_backend,
 )
-from deepseek_kernels.quant.fp8_quantize.reference import empty_codes, empty_scales
+from deepseek_kernels.common.fp8 import empty_codes, empty_scales
 
 from ..operators.declare import Mismatch, Operator, Random, Shape, operators, require_close, require_equal
 from ..operators.fp8_operands import BF16_ROUNDING, CODES_OFF, PRODUCT_ERROR, ceil_div, wide

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import dequantize_blocks, fp8_weight_gemm, fp8_weight_grouped_gemm
-from deepseek_kernels.gemm.fp8_weight_gemm.expansion import Expansion
+from deepseek_kernels.gemm.fp8_weight_gemm.reference import Expansion
 
 from ..core.isolated import ROOT, _status
 from ..core.report import OURS, Report, Row, Samples, interleave, load_average

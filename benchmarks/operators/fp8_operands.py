@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import quantize_blocks, quantize_rows, quantize_transposed, use_backend
-from deepseek_kernels.quant.fp8_quantize.reference import GROUP, decode
+from deepseek_kernels.common.fp8 import GROUP, decode
 
 from .declare import Random
 

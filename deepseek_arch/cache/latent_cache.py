@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels.attention.latent_write import latent_write
-from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 
 __all__ = ["LatentCache", "key_mask_for_slots", "spans_up_to"]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deepseek_kernels.attention.mla_decode.packing import pack
+from deepseek_kernels.attention.packed_latents import pack
 
 from .latent_cache import LatentCache, _Append, spans_up_to
 

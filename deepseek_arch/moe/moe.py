@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepseek_kernels.moe.fused_moe import fused_moe
-from deepseek_kernels.moe.topk_gate import topk_gate
-from deepseek_kernels.moe.topk_gate.reference import group_scores, limit_to_groups, weigh
+from deepseek_kernels.moe.topk_gate import group_scores, limit_to_groups, topk_gate, weigh
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.mlp import MLP

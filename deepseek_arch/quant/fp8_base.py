@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from deepseek_kernels import dequantize_blocks, dispatch, fp8_gemm, fp8_grouped_gemm, quantize_rows
 from deepseek_kernels.gemm.fp8_gemm import unsupported_by_triton
-from deepseek_kernels.gemm.fp8_weight_gemm.reference import product as weight_product
+from deepseek_kernels.gemm.fp8_weight_gemm import fp8_weight_product as weight_product
 
 from ..layout.parameter_map import scale_name
 from .fp8_blocks import block_grid, quantize_blocks

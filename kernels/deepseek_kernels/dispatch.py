@@ -47,7 +47,7 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for one operator, and why."""
+    """Implementation that runs for one operator, and the reason."""
 
     op: str
     implementation: str
@@ -193,7 +193,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def describe() -> list[Choice]:
-    """What runs for each operator on this machine, and why; "none" where what was asked for by name cannot."""
+    """Returns the implementation of each operator on this machine, and why; "none" if one named cannot run."""
     name = requested()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choices = []

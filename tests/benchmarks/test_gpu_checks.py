@@ -13,7 +13,7 @@ from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu.checks import FULL, SMALL, Skipped, checks, repeats
 from benchmarks.operators.declare import Mismatch, operators, select
 from benchmarks.operators.scales import scale
-from deepseek_kernels.quant.fp8_quantize.reference import decode
+from deepseek_kernels.common.fp8 import decode
 
 CPU = torch.device("cpu")
 ALL = checks(SMALL)

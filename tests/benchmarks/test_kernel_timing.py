@@ -19,7 +19,7 @@ from benchmarks.core import machine as environment
 from benchmarks.core import timing
 from benchmarks.operators import fp8_operands as fp8
 from benchmarks.operators.declare import Random
-from deepseek_kernels.quant.fp8_quantize.reference import empty_codes, empty_scales
+from deepseek_kernels.common.fp8 import empty_codes, empty_scales
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -18,8 +18,8 @@ from deepseek_arch.cache.latent_cache import LatentCache
 from deepseek_arch.config.deepseek_config import DeepseekConfig
 from deepseek_arch.generation.entry import generate
 from deepseek_arch.layers.rope import RotaryEmbedding
-from deepseek_kernels.attention.mla_decode import packed as packed_attention
-from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.attention.mla_decode import reference as packed_attention
+from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 from support.small_models import config, error, model, tokens
 
 # Three layers of about twenty products each round differently in different chunks.

@@ -1,4 +1,4 @@
-"""Which implementation runs on which machine, for an operator that has Triton kernels (`fp8_quantize`)."""
+"""The implementation that runs, by machine, for an operator that has Triton kernels (`fp8_quantize`)."""
 
 from __future__ import annotations
 

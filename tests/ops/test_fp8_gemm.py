@@ -77,14 +77,6 @@ def test_autocast_does_not_round_the_reference(monkeypatch):
 # The three products of a linear layer, both implementations alike.
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
-
 def test_forward_and_both_gradients_of_a_layer(backend, device):
     x, w, dy = (torch.randn(shape, device=device) for shape in ((37, 150), (260, 150), (37, 260)))
     with use_backend("reference"):

@@ -180,10 +180,10 @@ H200 = 132  # processors
 @pytest.mark.parametrize(
     ("m", "n", "k", "by_rows", "config", "splits"),
     [
-        (4096, 7168, 16384, False, SPECIALIZED, 1),  # KERNELS.md rows 3a, 3b and 3d
+        (4096, 7168, 16384, False, SPECIALIZED, 1),  # a prompt's and training's products
         (4096, 4096, 7168, False, SPECIALIZED, 1),
         (18432, 7168, 8192, True, SPECIALIZED, 1),
-        (64, 7168, 16384, False, FEW[2], 8),  # row 3c
+        (64, 7168, 16384, False, FEW[2], 8),  # decoding
         (1, 7168, 2048, False, FEW[0], 8),
         (17, 24576, 1536, False, FEW[1], 2),
         (1, 576, 7168, False, FEW[0], 16),  # V3's kv_a_proj: five tiles of the weight
@@ -217,8 +217,8 @@ def test_every_choice_can_be_launched(m, n, k, by_rows, processors):
 def test_the_gate_compiles_every_configuration(triton_backend):
     from deepseek_kernels.gemm.fp8_gemm.compile_cases import compile_cases
 
-    cases = [case for case in compile_cases() if "ROWS" in case.constants]
-    found = {(case.constants["ROWS"], case.constants["COLUMNS"], case.kernel.__name__) for case in cases}
+    cases = [case for case in compile_cases() if "TILE" in case.constants]
+    found = {(*case.constants["TILE"], case.kernel.__name__) for case in cases}
     for config in (SPECIALIZED, PLAIN, *FEW):
         name = "specialized_kernel" if config.specialized else "plain_kernel"
         assert (config.rows, config.columns, name) in found

@@ -37,13 +37,13 @@ PRODUCTS = {"specialized": SPECIALIZED, "plain": PLAIN, **{f"{config.columns} to
 GRADIENTS = {"specialized": SPECIALIZED, "plain": PLAIN_ROWS}
 few_examples = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-# Rows of each expert, then nobody's.
+# Rows of each expert, then unassigned ones.
 SHARES = {
     "one token": ([0, 0, 1, 0], 0),
     "all to one expert": ([0, 140, 0], 0),
     "one expert": ([33], 0),
-    "nobody's rows at the end": ([5, 0, 19], 7),
-    "only nobody's rows": ([0, 0], 20),
+    "unassigned rows at the end": ([5, 0, 19], 7),
+    "only unassigned rows": ([0, 0], 20),
     "across tiles": ([3, 130, 0, 70], 66),
 }
 
@@ -82,14 +82,6 @@ def assert_gradient(got: Tensor, grad, grad_scale, x, x_scale, ends, exact: bool
     assert got.shape == (len(ends), grad.shape[0], x.shape[0])
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
-
 # The products.
 
 
@@ -117,7 +109,7 @@ def test_every_configuration_is_exact_on_integers(triton_backend, monkeypatch, d
 
 @given(
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=5),
-    nobody=st.integers(0, 5),
+    unassigned=st.integers(0, 5),
     half=st.integers(1, 140),
     k=st.integers(1, 300),
     parts=st.sampled_from([1, 2]),
@@ -125,9 +117,9 @@ def test_every_configuration_is_exact_on_integers(triton_backend, monkeypatch, d
     seed=st.integers(0, 2**32 - 1),
 )
 @few_examples
-def test_any_share_in_any_configuration(triton_backend, device, counts, nobody, half, k, parts, name, seed):
+def test_any_share_in_any_configuration(triton_backend, device, counts, unassigned, half, k, parts, name, seed):
     torch.manual_seed(seed)
-    given_operands = grouped_operands(counts, nobody, 2 * half, k, parts)
+    given_operands = grouped_operands(counts, unassigned, 2 * half, k, parts)
     with pytest.MonkeyPatch.context() as monkeypatch, use_backend("triton"):
         force(monkeypatch, PRODUCTS[name])
         got = fp8_grouped_gemm(*on(device, given_operands), torch.float32, parts)
@@ -295,7 +287,7 @@ H200 = 132  # processors
 @pytest.mark.parametrize(
     ("rows", "experts", "n", "config"),
     [
-        (32768, 8, 4096, SPECIALIZED),  # KERNELS.md row 4a
+        (32768, 8, 4096, SPECIALIZED),  # 8 experts of V3
         (65536, 256, 4096, SPECIALIZED),  # a prompt of 8192 tokens, all experts here: 256 rows each, in the mean
         (16384, 256, 4096, FEW[2]),
         (20000, 256, 4096, PLAIN),
@@ -310,7 +302,7 @@ def test_configuration_of_published_shapes(rows, experts, n, config):
 
 
 def test_gradient_configuration():
-    assert gradient_config(32768 + 8 * 128, 8, True) == SPECIALIZED  # KERNELS.md row 4c
+    assert gradient_config(32768 + 8 * 128, 8, True) == SPECIALIZED
     assert gradient_config(16384, 256, True) == gradient_config(32768, 8, False) == PLAIN_ROWS
 
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek_kernels import use_backend
 from deepseek_kernels.quant.fp8_quantize import (
     dequantize_blocks,
     quantize_both,
@@ -29,15 +28,6 @@ from support.fp8_definition import (
     on_triton,
     plain_loop,
 )
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
 
 # The reference against the definition.
 
@@ -79,14 +69,6 @@ def test_what_comes_back_is_within_half_a_step(scale_format):
 # The kernels against the reference.
 
 
-@pytest.fixture(params=["few", "many"])
-def tile(request, triton_backend, monkeypatch):
-    """Either tile of the row-wise kernel, whatever the size."""
-    from deepseek_kernels.quant.fp8_quantize import launch
-
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 0 if request.param == "many" else math.inf)
-
-
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"),
@@ -96,7 +78,7 @@ def tile(request, triton_backend, monkeypatch):
         (9, 1100, torch.float16),  # the last row and column tiles partial, the last group too
     ],
 )
-def test_row_kernel_is_bitwise(tile, device, rows, columns, dtype, scale_format):
+def test_row_kernel_is_bitwise(quantization_tile, device, rows, columns, dtype, scale_format):
     x = matrix(rows, columns, dtype).to(device)
     assert_all_bitwise(on_triton(quantize_rows, x, scale_format), on_reference(quantize_rows, x, scale_format))
 
@@ -106,9 +88,9 @@ def test_row_kernel_is_bitwise(tile, device, rows, columns, dtype, scale_format)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("quantize", [quantize_rows, quantize_transposed, quantize_both], ids=lambda f: f.__name__)
 def test_kernels_are_bitwise_on_hostile_values(triton_backend, monkeypatch, device, quantize, name, scale_format):
-    from deepseek_kernels.quant.fp8_quantize import launch
+    from deepseek_kernels.quant.fp8_quantize import configs
 
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 0)  # fewer programs, which the interpreter takes one by one
+    monkeypatch.setattr(configs, "ENOUGH_PROGRAMS", 0)  # fewer programs, which the interpreter takes one by one
     x = INPUTS[name]().to(device)
     x = x.T.contiguous() if quantize is quantize_transposed else x
     assert_all_bitwise(on_triton(quantize, x, scale_format), on_reference(quantize, x, scale_format))
@@ -139,10 +121,10 @@ ROUTINGS = {
     "one token": (1, ends_of(0, 1, 0)),
     "one expert": (130, ends_of(130)),
     "all to one of many": (200, ends_of(0, 0, 200, 0, 0)),
-    "empty experts around": (300, ends_of(0, 128, 0, 0, 129, 0)),  # and 43 rows that belong to nobody
+    "empty experts around": (300, ends_of(0, 128, 0, 0, 129, 0)),  # and 43 unassigned rows
     "full groups": (256, ends_of(128, 128)),
     "an expert each": (5, ends_of(1, 1, 1, 1, 1)),
-    "nobody's": (7, ends_of(0, 0)),
+    "unassigned": (7, ends_of(0, 0)),
     "no expert": (7, ends_of()),
     "no token": (0, ends_of(0, 0, 0)),
 }
@@ -153,7 +135,7 @@ ROUTINGS = {
 def test_grouped_is_each_expert_transposed(backend, device, name, scale_format):
     rows, ends = ROUTINGS[name]
     x, ends = matrix(rows, 70, torch.bfloat16).to(device), ends.to(device)
-    x[int(ends[-1]) if len(ends) else 0 :] = math.nan  # nobody's rows are not even looked at
+    x[int(ends[-1]) if len(ends) else 0 :] = math.nan  # unassigned rows are not read
     codes, scales = quantize_grouped_transposed(x, ends, scale_format)
     capacity = -(-(rows + 127 * min(len(ends), rows)) // 128)
     assert codes.shape == (70, 128 * capacity) and scales.shape == (70, capacity)
@@ -174,14 +156,14 @@ def test_grouped_is_each_expert_transposed(backend, device, name, scale_format):
 
 @given(
     counts=st.lists(st.integers(0, 140), min_size=1, max_size=4),
-    nobody=st.integers(0, 3),
+    unassigned=st.integers(0, 3),
     columns=st.integers(1, 70),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 @few_examples
-def test_grouped_kernel_is_bitwise_at_any_size(triton_backend, device, counts, nobody, columns, dtype):
+def test_grouped_kernel_is_bitwise_at_any_size(triton_backend, device, counts, unassigned, columns, dtype):
     torch.manual_seed(sum(counts) * 100 + columns)
-    x, ends = matrix(sum(counts) + nobody, columns, dtype).to(device), ends_of(*counts).to(device)
+    x, ends = matrix(sum(counts) + unassigned, columns, dtype).to(device), ends_of(*counts).to(device)
     arguments = (quantize_grouped_transposed, x, ends)
     assert_all_bitwise(on_triton(*arguments), on_reference(*arguments))
 

@@ -29,14 +29,6 @@ from support.fp8_definition import (
 FLOOR = 448 * 2.0**-126  # the scale of a block is a normal number
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
-
 def stack(experts: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return matrix(experts * rows, columns, dtype).view(experts, rows, columns)
 

@@ -17,7 +17,7 @@ from deepseek_kernels import (
     quantize_blocks,
     use_native_half_matmul,
 )
-from deepseek_kernels.gemm.fp8_weight_gemm import expansion, reference
+from deepseek_kernels.gemm.fp8_weight_gemm import reference
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 FEW, MANY = 3, reference.FEW_ROWS + 5  # rows of activations: each way of applying the scales
@@ -77,7 +77,7 @@ def assert_product(got: Tensor, x: Tensor, w: Tensor) -> None:
 @pytest.fixture(params=["one tile", "several tiles"])
 def tile(request, monkeypatch) -> None:
     if request.param == "several tiles":
-        monkeypatch.setattr(expansion, "TILE", SMALL_TILE)
+        monkeypatch.setattr(reference, "TILE", SMALL_TILE)
 
 
 # Values.
@@ -131,7 +131,7 @@ def test_shapes_that_others_read_wrongly(shape, grid):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape(native, rows, height, columns, block_size, parts, most, dtype, data, seed):
-    """Stacked experts of stacked parts, any block, any split of the rows among experts, some rows nobody's."""
+    """Stacked experts of stacked parts, any block, any split of the rows among experts, some rows unassigned."""
     torch.manual_seed(seed)
     weight = random_codes(3, parts * height, columns)
     scale = random_scale(weight, block_size, parts)
@@ -139,7 +139,7 @@ def test_any_shape(native, rows, height, columns, block_size, parts, most, dtype
     x = torch.randn(rows, columns).to(dtype).requires_grad_()
     grad = torch.randn(rows, parts * height).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expansion, "TILE", most)
+        patch.setattr(reference, "TILE", most)
         y = fp8_weight_grouped_gemm(x, weight, scale, ends, block_size, parts)
         y.backward(grad)
     start = 0
@@ -230,10 +230,10 @@ def test_activations_and_scales_that_are_not_finite_spread_as_in_the_dequantized
 
 
 def test_experts_without_rows_are_not_read(tile, monkeypatch):
-    """Nor are rows of nobody."""
-    read, codes = set(), expansion.Expansion.codes
+    """Nor are unassigned rows."""
+    read, codes = set(), reference.Expansion.codes
     monkeypatch.setattr(
-        expansion.Expansion,
+        reference.Expansion,
         "codes",
         lambda self, weight, tile: read.add(weight.data_ptr()) or codes(self, weight, tile),
     )

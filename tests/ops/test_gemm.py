@@ -117,13 +117,13 @@ class _Products(TorchDispatchMode):
 
 def test_expanded_products_stay_expanded_under_autocast():
     """Autocast reaches into custom operators: it would undo the expansion, and make it pay for nothing."""
-    from deepseek_kernels.gemm.dense_gemm import reference
+    from deepseek_kernels.common import half_products
 
     x, weight, grad = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((20, 16), (6, 16), (20, 6)))
     with torch.autocast("cpu", dtype=torch.bfloat16), _Products() as seen:
-        reference.multiply(x, weight)
-        reference.input_gradient(grad, weight)
-        reference.weight_gradient(grad, x, torch.empty_like(weight))
+        half_products.multiply(x, weight)
+        half_products.input_gradient(grad, weight)
+        half_products.weight_gradient(grad, x, torch.empty_like(weight))
     assert seen.dtypes == {torch.float32}
 
 
@@ -148,7 +148,7 @@ def test_grouped_gemm_names_what_does_not_fit(x, weight, ends, words):
     seed=st.integers(0, 2**16),
 )
 def test_dense_gemm_any_shape(rows, width, out, seed):
-    from deepseek_kernels.gemm.dense_gemm.reference import multiply
+    from deepseek_kernels.common.half_products import multiply
 
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=random).bfloat16()

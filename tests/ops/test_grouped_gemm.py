@@ -49,7 +49,7 @@ def assert_product(got: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def assert_grouped(y: Tensor, x: Tensor, weight: Tensor, grad: Tensor, counts: list[int]) -> None:
-    """The product and both gradients, in `x.grad` and `weight.grad`; rows beyond the counts are nobody's."""
+    """The product and both gradients, in `x.grad` and `weight.grad`; rows beyond the counts are unassigned."""
     assert (y.shape, x.grad.shape, weight.grad.shape) == ((x.shape[0], weight.shape[1]), x.shape, weight.shape)
     assert y.dtype == x.grad.dtype == weight.grad.dtype == x.dtype
     for expert, rows in enumerate(slices(counts)):
@@ -59,9 +59,9 @@ def assert_grouped(y: Tensor, x: Tensor, weight: Tensor, grad: Tensor, counts: l
         assert_product(y[rows], x[rows], weight[expert].T)
         assert_product(x.grad[rows], grad[rows], weight[expert])
         assert_product(weight.grad[expert], grad[rows].T, x[rows])
-    nobody = slice(sum(counts), None)
-    assert torch.equal(y[nobody], torch.zeros_like(y[nobody]))
-    assert torch.equal(x.grad[nobody], torch.zeros_like(x[nobody]))
+    unassigned = slice(sum(counts), None)
+    assert torch.equal(y[unassigned], torch.zeros_like(y[unassigned]))
+    assert torch.equal(x.grad[unassigned], torch.zeros_like(x[unassigned]))
 
 
 def run(x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ def run(x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor) -> Tensor:
     return y
 
 
-def operands(counts: list[int], n: int, k: int, dtype: torch.dtype, device, nobody: int = 0):
+def operands(counts: list[int], n: int, k: int, dtype: torch.dtype, device, unassigned: int = 0):
     """x, weight, ends, grad; NaN wherever nothing may be read that counts."""
-    rows, experts = sum(counts) + nobody, len(counts)
+    rows, experts = sum(counts) + unassigned, len(counts)
     x, grad = torch.randn(rows, k, dtype=dtype), torch.randn(rows, n, dtype=dtype)
     weight = torch.randn(experts, n, k, dtype=dtype)
     x[sum(counts) :], grad[sum(counts) :] = NAN, NAN
@@ -84,21 +84,21 @@ def operands(counts: list[int], n: int, k: int, dtype: torch.dtype, device, nobo
 
 
 @pytest.fixture
-def kernel(triton_backend):
-    from deepseek_kernels.moe.grouped_gemm import kernel
+def launch(triton_backend):
+    from deepseek_kernels.moe.grouped_gemm import launch
 
     with use_backend("triton"):
-        yield kernel
+        yield launch
 
 
 CONFIGS = {name.lower(): config for name, config in vars(configs).items() if isinstance(config, configs.Config)}
 
 
 @pytest.fixture(params=CONFIGS)
-def config(request, kernel, device, monkeypatch) -> configs.Config:
+def config(request, launch, device, monkeypatch) -> configs.Config:
     """Each configuration, whatever the size."""
     chosen = CONFIGS[request.param]
-    if chosen.specialized and device.type == "cuda" and not kernel._hopper(device):
+    if chosen.specialized and device.type == "cuda" and not launch.hopper(device):
         pytest.skip("needs a Hopper GPU")
     used = []
 
@@ -107,8 +107,8 @@ def config(request, kernel, device, monkeypatch) -> configs.Config:
         used.append(chosen)
         return chosen
 
-    monkeypatch.setattr(kernel, "_hopper", lambda device: chosen.specialized)
-    monkeypatch.setattr(kernel, "product_config", product_config)
+    monkeypatch.setattr(launch, "hopper", lambda device: chosen.specialized)
+    monkeypatch.setattr(launch, "product_config", product_config)
     monkeypatch.setattr(configs, "_LONG", 0)
     yield chosen
     assert used
@@ -120,7 +120,9 @@ def config(request, kernel, device, monkeypatch) -> configs.Config:
 def test_product_and_gradients_in_every_configuration(config, device):
     counts = [5, 0, config.rows + 2, 1]  # a full tile; partial ones; an expert without any
     # Columns: more than one tile, the last one partial. Depth: a whole and a partial step.
-    x, weight, ends, grad = operands(counts, config.columns + 64, config.depth + 8, torch.bfloat16, device, nobody=3)
+    x, weight, ends, grad = operands(
+        counts, config.columns + 64, config.depth + 8, torch.bfloat16, device, unassigned=3
+    )
     y = run(x, weight, ends, grad)
     assert_grouped(y, x, weight, grad, counts)
     first = y, x.grad, weight.grad
@@ -128,10 +130,10 @@ def test_product_and_gradients_in_every_configuration(config, device):
         assert_bitwise(a, b)  # TRAPS C14
 
 
-@pytest.mark.parametrize(("dtype", "nobody"), [(torch.bfloat16, 5), (torch.float16, 0)])
+@pytest.mark.parametrize(("dtype", "unassigned"), [(torch.bfloat16, 5), (torch.float16, 0)])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_product_and_gradients_by_rule(kernel, device, counts, nobody, dtype):
-    x, weight, ends, grad = operands(counts, 72, 40, dtype, device, nobody)
+def test_product_and_gradients_by_rule(launch, device, counts, unassigned, dtype):
+    x, weight, ends, grad = operands(counts, 72, 40, dtype, device, unassigned)
     y = run(x, weight, ends, grad)
     assert_grouped(y, x, weight, grad, counts)
 
@@ -140,13 +142,13 @@ def test_product_and_gradients_by_rule(kernel, device, counts, nobody, dtype):
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=5),
     n=st.integers(1, 80),
     k=st.integers(1, 80),
-    nobody=st.integers(0, 3),
+    unassigned=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_size(kernel, device, counts, n, k, nobody, dtype):
+def test_any_size(launch, device, counts, n, k, unassigned, dtype):
     torch.manual_seed(n * 100 + k)
-    x, weight, ends, grad = operands(counts, n, k, dtype, device, nobody)
+    x, weight, ends, grad = operands(counts, n, k, dtype, device, unassigned)
     y = run(x, weight, ends, grad)
     assert_grouped(y, x, weight, grad, counts)
 
@@ -166,10 +168,10 @@ def test_what_one_expert_has_stays_with_it(config, device):
     assert y[5:25].isnan().all() and x.grad[5:25].isnan().all() and weight.grad[1].isnan().all()
 
 
-def test_descriptors_do_not_run_over_into_the_next_expert(kernel, device, monkeypatch):
+def test_descriptors_do_not_run_over_into_the_next_expert(launch, device, monkeypatch):
     """Backward they would: the depth of 72 ends within a step of 64, and the next rows are the next expert's."""
-    monkeypatch.setattr(kernel, "_hopper", lambda device: True)
-    monkeypatch.setattr(kernel, "product_config", lambda *sizes: configs.WIDE if sizes[-1] else configs.PLAIN)
+    monkeypatch.setattr(launch, "hopper", lambda device: True)
+    monkeypatch.setattr(launch, "product_config", lambda *sizes: configs.WIDE if sizes[-1] else configs.PLAIN)
     x, weight, ends, grad = operands([5, 0], 72, 40, torch.bfloat16, device)  # expert 1 holds NaN
     y = run(x, weight, ends, grad)
     assert_grouped(y, x, weight, grad, [5, 0])
@@ -188,7 +190,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(kernel, device, name):
+def test_layouts(launch, device, name):
     counts = [7, 0, 18]
     x, weight, ends, grad = operands(counts, 24, 40, torch.bfloat16, device)
     of_x, of_weight = LAYOUTS[name]
@@ -198,7 +200,7 @@ def test_layouts(kernel, device, name):
     assert_grouped(y, x, weight, grad, counts)
 
 
-def test_gradient_of_a_sum_is_read_in_place(kernel, device):
+def test_gradient_of_a_sum_is_read_in_place(launch, device):
     """Its gradient is one number, expanded."""
     x, weight, ends, _ = operands([3, 4], 24, 40, torch.bfloat16, device)
     y = grouped_gemm(x, weight, ends)
@@ -208,7 +210,7 @@ def test_gradient_of_a_sum_is_read_in_place(kernel, device):
 
 @pytest.mark.parametrize(("n", "k"), [(0, 8), (8, 0), (0, 0)])
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0]])
-def test_matrices_without_rows_or_columns(kernel, device, counts, n, k):
+def test_matrices_without_rows_or_columns(launch, device, counts, n, k):
     x, weight, ends, grad = operands(counts, n, k, torch.bfloat16, device)
     y = run(x, weight, ends, grad)
     for got, like in ((y, grad), (x.grad, x), (weight.grad, weight)):
@@ -216,14 +218,14 @@ def test_matrices_without_rows_or_columns(kernel, device, counts, n, k):
 
 
 @pytest.mark.parametrize(("need_x", "need_weight"), [(True, False), (False, True)])
-def test_only_the_gradient_that_is_needed(kernel, device, need_x, need_weight):
+def test_only_the_gradient_that_is_needed(launch, device, need_x, need_weight):
     x, weight, ends, grad = operands([3, 4], 24, 40, torch.bfloat16, device)
     x, weight = x.detach().requires_grad_(need_x), weight.detach().requires_grad_(need_weight)
     run(x, weight, ends, grad)
     assert (x.grad is not None, weight.grad is not None) == (need_x, need_weight)
 
 
-def test_reads_no_more_of_ends_than_it_owns(kernel, device):
+def test_reads_no_more_of_ends_than_it_owns(launch, device):
     """Ends beyond the rows cannot be refused without waiting for the device; they must not reach other memory."""
     x, weight, _, grad = operands([4, 4], 24, 40, torch.bfloat16, device)
     y = run(x, weight, torch.tensor([4, 2**33], device=device), grad)
@@ -233,7 +235,7 @@ def test_reads_no_more_of_ends_than_it_owns(kernel, device):
 @pytest.mark.parametrize("counts", [[3, 0, 20], [0, 0], [4]])
 def test_the_reference_leaves_nothing_unwritten(device, counts, native):
     """It zeroes only what no product writes; `torch.empty` is full of NaN here."""
-    x, weight, ends, grad = operands(counts, 24, 40, torch.bfloat16, device, nobody=3)
+    x, weight, ends, grad = operands(counts, 24, 40, torch.bfloat16, device, unassigned=3)
     with use_backend("reference"):
         y = run(x, weight, ends, grad)
     assert_grouped(y, x, weight, grad, counts)
@@ -248,7 +250,7 @@ def test_the_reference_leaves_nothing_unwritten(device, counts, native):
     [*COUNTS.values(), [1] * 40, [0] * 300 + [5], list(range(30))],
     ids=[*COUNTS, "a row each", "more experts than rows", "rising"],
 )
-def test_tile_table(kernel, device, counts, block):
+def test_tile_table(launch, device, counts, block):
     rows = sum(counts) + 20
     ends = torch.tensor(counts).cumsum(0).to(device)
     expected = [
@@ -256,19 +258,23 @@ def test_tile_table(kernel, device, counts, block):
         for expert, own in enumerate([*slices(counts), slice(sum(counts), rows)])
         for first in range(own.start, own.stop, block)
     ]
-    table = kernel.tile_table(ends, rows, block)
-    assert table.dtype == torch.int32 and table.shape == (1 + kernel.tile_capacity(rows, len(counts), block), 3)
+    from deepseek_kernels.common import tiles as common
+
+    table = common.tile_table(ends, rows, block)
+    assert table.dtype == torch.int32 and table.shape == (1 + common.tile_capacity(rows, len(counts), block), 3)
     (used, *_), *tiles = table.tolist()
     assert used == len(expected) and tiles[:used] == expected
     assert all(tile == [-1, 0, 0] for tile in tiles[used:])
 
 
-def test_tile_capacity_is_what_the_worst_case_needs(kernel):
+def test_tile_capacity_is_what_the_worst_case_needs(launch):
+    from deepseek_kernels.common.tiles import tile_capacity
+
     for rows, experts, block in [(1, 1, 16), (17, 3, 16), (100, 300, 16), (1000, 7, 128)]:
         owners = min(experts + 1, rows)
-        # Everybody has one row more than whole tiles, as far as the rows go.
+        # Every expert has one row more than whole tiles, as far as the rows go.
         counts = [1] * (owners - 1) + [rows - owners + 1]
-        assert sum(-(-count // block) for count in counts) == kernel.tile_capacity(rows, experts, block)
+        assert sum(-(-count // block) for count in counts) == tile_capacity(rows, experts, block)
 
 
 # Choosing.
@@ -328,7 +334,7 @@ def test_float64_runs_on_the_reference(device, triton_backend):
 # Around the kernels.
 
 
-def test_follows_autocast(kernel, device):
+def test_follows_autocast(launch, device):
     x, weight, ends, grad = operands([3, 0, 4], 24, 40, torch.float32, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         y = run(x, weight, ends, grad.bfloat16())
@@ -336,7 +342,7 @@ def test_follows_autocast(kernel, device):
     assert_product(y[:3], x[:3].bfloat16(), weight[0].bfloat16().T)
 
 
-def test_compiled_gives_the_same(kernel, device):
+def test_compiled_gives_the_same(launch, device):
     torch.compiler.reset()
     x, weight, ends, grad = operands([3, 0, 4], 24, 40, torch.bfloat16, device)
     eager = run(x, weight, ends, grad), x.grad, weight.grad
@@ -347,6 +353,6 @@ def test_compiled_gives_the_same(kernel, device):
         assert_bitwise(a, b)
 
 
-def test_custom_operator_is_registered_properly(kernel, device):
+def test_custom_operator_is_registered_properly(launch, device):
     x, weight, ends, _ = operands([3, 0, 4], 24, 40, torch.bfloat16, device)
-    torch.library.opcheck(kernel.grouped_gemm, (x, weight.detach().nan_to_num().requires_grad_(), ends))
+    torch.library.opcheck(launch.grouped_gemm, (x, weight.detach().nan_to_num().requires_grad_(), ends))

@@ -176,7 +176,7 @@ def check_arithmetic() -> None:
     x, y = a.double(), b.double()
     exact = [x + y, x - y, x * y, x.maximum(y), x.minimum(y), -x, x.abs(), x.where(x < y, y), x * y + x]
     for got, expected in zip(out, exact, strict=True):
-        zero = torch.zeros_like(got)  # which zero max(0, -0) is, and what -(0) is in Triton 3.6, is nobody's business
+        zero = torch.zeros_like(got)  # the sign of max(0, -0), and of -(0) in Triton 3.6, is not specified
         assert_bitwise(torch.where(got == 0, zero, got), torch.where(expected == 0, zero, nearest(expected, got.dtype)))
     for got, expected in zip(truth, [x < y, x >= y, x == y], strict=True):
         assert torch.equal(got, expected)
@@ -256,7 +256,7 @@ def test_corrected(name):
 
 
 def failing() -> list[str]:
-    """Which checks fail as the interpreter stands."""
+    """Names of the checks that fail with the interpreter uncorrected."""
     torch.manual_seed(0)
     found = []
     for name, check in CHECKS.items():
@@ -282,7 +282,7 @@ def in_new_process(code: str, **environment: str) -> str:
 
 
 def test_every_correction_is_still_needed():
-    """When this fails, a new Triton does by itself what is corrected here: drop the correction for it."""
+    """If this fails, a new Triton does by itself what is corrected here: drop the correction for it."""
     code = "import json, test_interpreter as t; print(json.dumps(t.failing()))"
     assert set(WRONG) <= set(json.loads(in_new_process(code, TRITON_INTERPRET="1")))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
 from deepseek_kernels.attention.latent_write import latent_write, latent_write_paged
-from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 from deepseek_kernels.norm.rms_norm import rms_norm
 from deepseek_kernels.testing.numeric import assert_bitwise
 
@@ -26,14 +26,6 @@ DTYPES = [  # of kv, of the weight, and of the cache
     (torch.float32, torch.float32, FP8),
     (torch.float16, torch.bfloat16, torch.float32),
 ]
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
 
 
 def operands(batch: int, tokens: int, latent: int, rotated: int, device, dtype=torch.bfloat16, weight=torch.bfloat16):
@@ -60,7 +52,7 @@ def rotate(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def stored(kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a cache is to hold of each token, by the operators of the backend in force, one after the other."""
+    """Each token as a cache is to hold it, by the operators of the backend in force, one after the other."""
     latent, key = kv[..., : len(weight)], kv[..., len(weight) :]
     states = torch.cat((rms_norm(latent, weight, eps).to(kv.dtype), rotate(key, cos, sin)), -1)
     return pack(states, len(weight)) if dtype == FP8 else states.to(dtype)
@@ -157,9 +149,9 @@ def test_pages(backend, device, cache_dtype):
 @pytest.mark.parametrize("enough", [0, 1000], ids=["many tokens to a program", "one token to a program"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
 def test_either_tile(triton_backend, device, monkeypatch, cache_dtype, enough, tokens):
-    from deepseek_kernels.attention.latent_write import kernel
+    from deepseek_kernels.attention.latent_write import configs
 
-    monkeypatch.setattr(kernel, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(configs, "ENOUGH_PROGRAMS", enough)
     arguments = operands(2, tokens, 132, 8, device)
     cache = new_cache(2, 10, 132, 8, cache_dtype, device)
     slots = torch.stack([torch.randperm(10)[:tokens] for _ in range(2)])
@@ -239,13 +231,13 @@ def test_compiled_gives_the_same(backend, device, cache_dtype):
 
 
 def test_the_custom_operator_is_registered_properly(triton_backend, device):
-    from deepseek_kernels.attention.latent_write import kernel
+    from deepseek_kernels.attention.latent_write import launch
 
     slots = torch.tensor([[4, 0, 6], [1, 2, 3]], device=device)
     for cache_dtype in (torch.bfloat16, FP8):
         cache = new_cache(2, 7, 12, 6, cache_dtype, device)
         arguments = (*operands(2, 3, 12, 6, device), cache, slots, False)
-        torch.library.opcheck(kernel.write, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(launch.write, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 # What users do wrong, and what kernels do not take.

@@ -59,9 +59,9 @@ def scattered(batch: int, queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "spans"])
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_configuration(launch, device, monkeypatch, family, masked):
-    if device.type == "cuda" and family != launch._family(device):
+    if device.type == "cuda" and family != launch.family(device):
         pytest.skip("of another GPU")
-    monkeypatch.setattr(launch, "_family", lambda device: family)
+    monkeypatch.setattr(launch, "family", lambda device: family)
     check(*case(1, 130, 140, 1, TINY, torch.bfloat16, device, scattered(1, 130, 140) if masked else None))
 
 
@@ -72,7 +72,7 @@ def test_specialized_kernel(launch, device, monkeypatch, queries, keys):
         launch, "with_scratch", lambda run, original=launch.with_scratch: (used.append(1), original(run))
     )
     check(*case(1, queries, keys, 1, PUBLISHED, torch.bfloat16, device))
-    assert used or not launch._hopper(device)
+    assert used or not launch.hopper(device)
 
 
 def test_published_sizes_with_spans(launch, device):
@@ -110,7 +110,8 @@ def test_nothing_to_attend_to(launch, device, sizes):
         assert torch.equal(got, torch.zeros_like(like))
 
 
-# Exact results. Where the assembler mixes up registers (KERNELS.md, section 2, item 1), sums are off by whole numbers.
+# Exact results. Where the assembler reuses registers of a running product too early (triton-lang/triton pull request
+# 11781), sums are off by whole numbers.
 
 _EXACT_SCALE = 0.6931471805599453  # times log2(e) it is 1 in float32: weights are powers of two
 
@@ -244,12 +245,12 @@ def test_only_the_gradient_that_is_needed(launch, device, needed):
 
 
 def test_ranges_of_queries(launch, device):
-    """Which queries see each tile of keys, exactly; more queries than a program reads at a time."""
+    """The queries that see each tile of keys, exactly; more queries than a program reads at a time."""
     from deepseek_kernels.attention.mla_attention.configs import Config
 
     queries, keys, columns = 1100, 50, 16
     spans = scattered(2, queries, keys)
-    spans[1, :, 1] = spans[1, :, 1].clamp(max=16)  # in the second row, nobody sees the last tiles
+    spans[1, :, 1] = spans[1, :, 1].clamp(max=16)  # in the second row, no query sees the last tiles
     spans[1, 40:] = 0
     found = launch._ranges(spans.to(device), queries, keys, Config(16, columns, 4, 1)).cpu()
     first, last = spans.clamp(0, keys).unbind(-1)
@@ -295,12 +296,12 @@ def test_custom_operator_is_registered_properly(launch, device):
 )
 def test_every_gpu_gets_tiles_that_fit(monkeypatch, capability, family):
     """A Blackwell of capability 12 has 99 KB of shared memory, which an Ampere's tiles fit into."""
-    from deepseek_kernels.attention.mla_attention import launch
+    from deepseek_kernels.common import host
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    launch._family.cache_clear()
+    host.capability.cache_clear()
     try:
-        assert launch._family(torch.device("cuda", 7)) == family
+        assert host.family(torch.device("cuda", 7)) == family
     finally:
-        launch._family.cache_clear()
+        host.capability.cache_clear()

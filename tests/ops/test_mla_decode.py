@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek_kernels.attention.mla_decode import mla_decode, mla_decode_paged, reference
-from deepseek_kernels.attention.mla_decode import packed as packed_reference
-from deepseek_kernels.attention.mla_decode.packing import aligned, pack, packed_bytes, unpack, views
+from deepseek_kernels.attention.packed_latents import aligned, pack, packed_bytes, unpack, views
 from deepseek_kernels.common.masks import as_dense, causal_mask
 from support.fp8_definition import E4M3, hostile, matrix, quantize_group
 
@@ -239,8 +238,8 @@ def test_any_shape_and_layout_is_packed_alike():
 
 def test_packed_attention_equals_attention_on_the_dequantized_states(monkeypatch):
     """The states' rounding apart, which both have in common."""
-    monkeypatch.setattr(packed_reference, "_TILE", 5)
-    monkeypatch.setattr(packed_reference, "_LEAST", 2)  # tiles of 5, 2 and 2 keys
+    monkeypatch.setattr(reference, "_TILE", 5)
+    monkeypatch.setattr(reference, "_LEAST", 2)  # tiles of 5, 2 and 2 keys
     for batch, queries, heads, keys in ((1, 1, 4, 1), (2, 1, 5, 33), (3, 3, 4, 17), (1, 17, 3, 40)):
         packed = pack(matrix(batch * keys, 150) / 16, 142).view(batch, keys, -1)
         causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
@@ -264,7 +263,7 @@ def test_packed_attention_holds_a_tile_of_keys_at_a_time(monkeypatch):
         held.append(packed.shape[0] * packed.shape[1])
         return unpack(packed, *arguments)
 
-    monkeypatch.setattr(packed_reference, "unpack", watched)
+    monkeypatch.setattr(reference, "unpack", watched)
     for batch, keys, most in ((1, 2500, 1024), (3, 800, 1024), (40, 130, 40 * 64)):
         held.clear()
         packed = torch.zeros(batch, keys, packed_bytes(8, 2), dtype=torch.uint8)
@@ -274,8 +273,8 @@ def test_packed_attention_holds_a_tile_of_keys_at_a_time(monkeypatch):
 
 def test_packed_rows_that_attend_to_nothing_give_zeros(monkeypatch):
     """Nothing at all, or nothing in the first tiles, or in the last."""
-    monkeypatch.setattr(packed_reference, "_TILE", 2)
-    monkeypatch.setattr(packed_reference, "_LEAST", 2)
+    monkeypatch.setattr(reference, "_TILE", 2)
+    monkeypatch.setattr(reference, "_LEAST", 2)
     q, packed = torch.randn(1, 4, 3, WIDTH), pack(torch.randn(1, 6, WIDTH), 20)
     mask = torch.zeros(4, 6, dtype=torch.bool)
     mask[1, 5], mask[2, 0], mask[3] = True, True, True
@@ -289,8 +288,8 @@ def test_packed_rows_that_attend_to_nothing_give_zeros(monkeypatch):
 
 def test_packed_scores_far_apart(monkeypatch):
     """Later tiles with much greater, and much smaller, scores: the running maximum moves, or does not."""
-    monkeypatch.setattr(packed_reference, "_TILE", 2)
-    monkeypatch.setattr(packed_reference, "_LEAST", 2)
+    monkeypatch.setattr(reference, "_TILE", 2)
+    monkeypatch.setattr(reference, "_LEAST", 2)
     sizes = torch.tensor([1.0, 400.0, 1e-3, 3e3, 1.0, -3e3])[None, :, None]
     packed = pack(torch.ones(1, 6, WIDTH) * sizes, 20)
     q = torch.randn(1, 2, 3, WIDTH)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_kernels import BackendError, use_backend
 from deepseek_kernels.attention.mla_decode import configs, mla_decode, mla_decode_paged
-from deepseek_kernels.attention.mla_decode.packing import pack, unpack
+from deepseek_kernels.attention.packed_latents import pack, unpack
 from deepseek_kernels.common.masks import as_dense, causal_mask
 from deepseek_kernels.testing.numeric import assert_bitwise
 
@@ -337,7 +337,7 @@ def test_what_runs_on_the_reference_and_why(launch, device):
             call()
         with use_backend("auto"):
             assert not call().isnan().any()
-    with torch.no_grad():  # the same tensor, and nobody asks for its gradient
+    with torch.no_grad():  # the same tensor, without a gradient
         assert mla_decode(grad, given, LATENT, 0.1).shape == (1, 2, 4, LATENT)
 
 

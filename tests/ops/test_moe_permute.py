@@ -98,11 +98,11 @@ def test_repeats_are_bitwise_equal():
 
 
 @pytest.fixture
-def kernel(triton_backend):
-    from deepseek_kernels.moe.moe_permute import kernel
+def launch(triton_backend):
+    from deepseek_kernels.moe.moe_permute import launch
 
     with use_backend("triton"):
-        yield kernel
+        yield launch
 
 
 def on_reference(function, *arguments):
@@ -119,8 +119,8 @@ HOSTILE_IDS = {
     "one token": (lambda: routing(1, 4, 2), 4),
     "one expert": (lambda: torch.zeros(5, 1, dtype=torch.int64), 1),
     "all to the last expert": (lambda: torch.full((9, 3), 6), 7),  # a router never does; a caller may
-    "all to nobody": (lambda: torch.full((9, 3), 7), 7),
-    "half to nobody": (lambda: routing(50, 8, 4).clamp(max=4), 4),
+    "all unassigned": (lambda: torch.full((9, 3), 7), 7),
+    "half unassigned": (lambda: routing(50, 8, 4).clamp(max=4), 4),
     "no token": (lambda: torch.zeros(0, 4, dtype=torch.int64), 5),
     "no choice": (lambda: torch.zeros(4, 0, dtype=torch.int64), 5),
     "no expert": (lambda: torch.zeros(3, 2, dtype=torch.int64), 0),
@@ -131,13 +131,13 @@ HOSTILE_IDS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_IDS)
-def test_sort_kernel_is_bitwise(kernel, device, name):
+def test_sort_kernel_is_bitwise(launch, device, name):
     make, experts = HOSTILE_IDS[name]
     ids = make().to(device)
     assert_all_bitwise(sort_by_expert(ids, experts), on_reference(sort_by_expert, ids, experts))
 
 
-def test_ids_of_no_expert_at_all_are_nobodys(kernel, device):
+def test_ids_of_no_expert_at_all_are_nobodys(launch, device):
     """They cannot be refused without waiting for the device; they must not reach other memory."""
     ids, tame = torch.tensor([[0, -1], [1000, 1]], device=device), torch.tensor([[0, 2], [2, 1]], device=device)
     assert_all_bitwise(sort_by_expert(ids, 2), sort_by_expert(tame, 2))
@@ -165,7 +165,7 @@ def there_and_back(x: Tensor, y: Tensor, weights: Tensor, grad: Tensor, ids: Ten
         (4, 4, 2, 0),
     ],
 )
-def test_movements_and_gradients_are_bitwise(kernel, device, tokens, experts, choices, width, dtype):
+def test_movements_and_gradients_are_bitwise(launch, device, tokens, experts, choices, width, dtype):
     ids = routing(tokens, experts + 1, choices).to(device) if tokens else torch.zeros(0, choices, dtype=torch.int64)
     x, grad = torch.randn(2, tokens, width, dtype=dtype, device=device)
     y = torch.randn(tokens * choices, width, dtype=dtype, device=device)
@@ -182,7 +182,7 @@ def test_movements_and_gradients_are_bitwise(kernel, device, tokens, experts, ch
 
 
 @pytest.mark.parametrize("width", [3, 5000])
-def test_codes_move_as_bytes(kernel, device, width):
+def test_codes_move_as_bytes(launch, device, width):
     """Quantized rows, whose bytes nothing is computed with."""
     order, inverse, _ = sort_by_expert(routing(6, 5, 2).to(device), 5)
     codes = torch.randint(0, 256, (6, width), dtype=torch.uint8, device=device)
@@ -190,7 +190,7 @@ def test_codes_move_as_bytes(kernel, device, width):
 
 
 @pytest.mark.parametrize("layout", ["columns apart", "wider", "transposed", "one row repeated"])
-def test_other_layouts_give_the_same(kernel, device, layout):
+def test_other_layouts_give_the_same(launch, device, layout):
     def lay(t: Tensor) -> Tensor:
         return {
             "columns apart": lambda: torch.stack([t, t], -1).flatten(1)[:, ::2],
@@ -207,7 +207,7 @@ def test_other_layouts_give_the_same(kernel, device, layout):
     assert_all_bitwise(there_and_back(*moved, ids, 6), there_and_back(*plain, ids, 6))
 
 
-def test_weights_may_be_as_narrow_as_rows(kernel, device):
+def test_weights_may_be_as_narrow_as_rows(launch, device):
     ids = routing(5, 6, 2).to(device)
     x, grad = torch.randn(2, 5, 10, device=device).bfloat16()
     y, weights = torch.randn(10, 10, device=device).bfloat16(), torch.rand(5, 2, device=device).bfloat16()
@@ -219,7 +219,7 @@ def test_weights_may_be_as_narrow_as_rows(kernel, device):
     assert_bitwise(got[4], wide[4].bfloat16())
 
 
-def test_only_the_gradients_that_are_needed(kernel, device):
+def test_only_the_gradients_that_are_needed(launch, device):
     ids = routing(5, 6, 2).to(device)
     order, inverse, _ = sort_by_expert(ids, 6)
     y, weights, grad = torch.randn(10, 8), torch.rand(5, 2), torch.randn(5, 8)
@@ -232,7 +232,7 @@ def test_only_the_gradients_that_are_needed(kernel, device):
         assert_bitwise(leaves[need].grad, both[3 + need])
 
 
-def test_what_is_not_finite_stays_in_its_rows(kernel, device):
+def test_what_is_not_finite_stays_in_its_rows(launch, device):
     ids = routing(4, 5, 2).to(device)
     order, inverse, _ = sort_by_expert(ids, 5)
     y, weights = torch.ones(8, 6, device=device).bfloat16(), torch.ones(4, 2, device=device)
@@ -243,7 +243,7 @@ def test_what_is_not_finite_stays_in_its_rows(kernel, device):
     assert_bitwise(permute(out, order, inverse)[inverse[2, 0]], out[2])
 
 
-def test_compiled_gives_the_same(kernel, device):
+def test_compiled_gives_the_same(launch, device):
     torch.compiler.reset()
     ids = routing(5, 6, 2).to(device)
     x, grad = torch.randn(2, 5, 10, device=device).bfloat16()
@@ -262,22 +262,22 @@ def test_compiled_gives_the_same(kernel, device):
     assert_all_bitwise(*results)
 
 
-def test_custom_operators_are_registered_properly(kernel, device):
+def test_custom_operators_are_registered_properly(launch, device):
     ids = routing(5, 6, 2).to(device)
-    _, inverse, _ = kernel.sort_by_expert(ids, 6)
+    _, inverse, _ = launch.sort_by_expert(ids, 6)
     x, y = torch.randn(5, 8, device=device), torch.randn(10, 8, device=device)
     weights = torch.rand(5, 2, device=device)
     x, y, weights = (t.requires_grad_() for t in (x, y, weights))
-    torch.library.opcheck(kernel.sort_by_expert, (ids, 6))
-    torch.library.opcheck(kernel.spread, (x, inverse))
-    torch.library.opcheck(kernel.combine, (y, weights, inverse))
-    torch.library.opcheck(kernel.combine, (y, None, inverse))
+    torch.library.opcheck(launch.sort_by_expert, (ids, 6))
+    torch.library.opcheck(launch.spread, (x, inverse))
+    torch.library.opcheck(launch.combine, (y, weights, inverse))
+    torch.library.opcheck(launch.combine, (y, None, inverse))
 
 
 # What users do wrong.
 
 
-def test_float64_runs_on_the_reference(kernel, device):
+def test_float64_runs_on_the_reference(launch, device):
     order, inverse, _ = sort_by_expert(torch.tensor([[0, 1]], device=device), 2)
     x, weights = torch.ones(1, 3, device=device), torch.ones(1, 2, device=device)
     with use_backend("auto"):

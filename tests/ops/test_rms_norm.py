@@ -25,14 +25,6 @@ PAIRS = [  # of x and of the weight
 ]
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture
 def launch(triton_backend):
     from deepseek_kernels.norm.rms_norm import launch
@@ -59,7 +51,7 @@ def exact_rstd(x: Tensor, eps: float) -> Tensor:
 
 
 def rstd_error(additions: int) -> float:
-    """How far float32 may be from `exact_rstd`, relatively, if no number goes through more additions than these.
+    """Bound of float32's relative distance from `exact_rstd`, if no number goes through more additions than these.
 
     All terms are positive, so the sum errs by one rounding for each addition and one for the square. Two more for the
     mean, one for eps; the root halves all of it. A CPU's reciprocal root rounds twice, a GPU's errs by 2^-22.9.
@@ -68,7 +60,7 @@ def rstd_error(additions: int) -> float:
 
 
 def unfused(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """What follows the statistics, each step rounded as PyTorch does."""
+    """The steps after the statistics, each rounded as PyTorch does."""
     return weight * (x.float() * rstd[..., None]).to(x.dtype)
 
 
@@ -226,7 +218,7 @@ def test_only_the_gradients_that_are_needed(backend, device):
 
 
 def test_a_gradient_of_one_number_repeated(backend, device):
-    """What `sum` sends back has strides of zero."""
+    """The gradient that `sum` sends back has strides of zero."""
     x, _, weight = operands((6, 130), torch.float32, torch.float32, device)
     leaf = x.clone().requires_grad_()
     rms_norm(leaf, weight, EPS).sum().backward()
@@ -253,12 +245,12 @@ def test_x_and_residual_of_different_dtypes(backend, device):
 @pytest.mark.parametrize("width", [1, 130, 2100])
 def test_a_row_does_not_depend_on_its_company(launch, device, monkeypatch, width):
     """Nor on the tile, nor on what else the kernel does."""
-    from deepseek_kernels.norm.rms_norm import kernel
+    from deepseek_kernels.norm.rms_norm import configs
 
     x, _, weight = operands((19, width), torch.float32, torch.float32, device)
     results = []
     for enough in (0, math.inf):  # many rows to a program, one row to a program
-        monkeypatch.setattr(kernel, "ENOUGH_PROGRAMS", enough)
+        monkeypatch.setattr(configs, "ENOUGH_PROGRAMS", enough)
         results += [launch.rms_norm(x, None, weight, EPS)[2], launch.rms_norm(x, -0.0 * x, weight, EPS)[2]]
         for row in (0, 18):
             assert_bitwise(launch.rms_norm(x[row], None, weight, EPS)[2], results[0][row])

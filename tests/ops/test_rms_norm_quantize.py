@@ -25,14 +25,6 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
-
 def operands(rows: int, columns: int, dtype: torch.dtype, weight_dtype: torch.dtype, device) -> tuple[Tensor, ...]:
     x, residual = matrix(rows, columns), matrix(rows, columns)
     return x.to(device, dtype), residual.to(device, dtype), torch.randn(columns).to(device, weight_dtype)
@@ -59,11 +51,11 @@ def test_quantizes_the_norm_bit_by_bit(backend, device, rows, columns, dtype, we
 @pytest.mark.parametrize(("rows", "columns"), [(19, 130), (5, 1100), (2, 4100)])
 def test_either_tile_quantizes_the_norm_bit_by_bit(triton_backend, device, monkeypatch, enough, rows, columns):
     """The norm itself always with the tile that it would choose: no tile has a sum of its own."""
-    from deepseek_kernels.norm.rms_norm import kernel
+    from deepseek_kernels.norm.rms_norm import configs
 
     x, residual, weight = operands(rows, columns, torch.bfloat16, torch.bfloat16, device)
     expected, total = on_triton(add_rms_norm, x, residual, weight, EPS)
-    monkeypatch.setattr(kernel, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(configs, "ENOUGH_PROGRAMS", enough)
     got = on_triton(add_rms_norm_quantize, x, residual, weight, EPS)
     assert_all_bitwise(got, (*on_reference(quantize_rows, expected), total))
 

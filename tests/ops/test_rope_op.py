@@ -196,11 +196,11 @@ def test_other_layouts_of_angles(triton_backend, device, layout):
 
 
 def test_many_tokens_take_large_tiles(triton_backend, device, monkeypatch):
-    from deepseek_kernels.attention.rope import kernel
+    from deepseek_kernels.attention.rope import configs
 
-    assert kernel._tile(8192, 128, 32) == {"TOKENS": 1, "HEADS": 64, "PAIR_BLOCK": 32}
-    assert kernel._tile(8192, 1, 32) == {"TOKENS": 16, "HEADS": 1, "PAIR_BLOCK": 32}
-    monkeypatch.setattr(kernel, "_FEW", kernel._MANY)
+    assert configs.tile_for(8192, 128, 32) == {"TOKENS": 1, "HEADS": 64, "PAIR_BLOCK": 32}
+    assert configs.tile_for(8192, 1, 32) == {"TOKENS": 16, "HEADS": 1, "PAIR_BLOCK": 32}
+    monkeypatch.setattr(configs, "_FEW", configs._MANY)
     assert_same_both_ways(*operands("several tiles", torch.bfloat16, device))
     assert_same_both_ways(*operands("several tiles of tokens", torch.bfloat16, device))
 
@@ -237,11 +237,11 @@ def test_compiled_gives_the_same(triton_backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.attention.rope import kernel
+    from deepseek_kernels.attention.rope import launch
 
     x, cos, sin = operands("queries", torch.float32, device)
-    torch.library.opcheck(kernel._rope, (x.clone().requires_grad_(), cos, sin, False))
-    torch.library.opcheck(kernel.rope_, (x, cos, sin))
+    torch.library.opcheck(launch._rope, (x.clone().requires_grad_(), cos, sin, False))
+    torch.library.opcheck(launch.rope_, (x, cos, sin))
 
 
 # What users do wrong.

@@ -19,16 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 FLOOR, LARGEST, TINY = 1e-4, 448.0, 2.0**-126
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    with use_backend(request.param):
-        yield request.param
-
-
 def bounds(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What float32 may make of `silu(gate) * up`: the exact value and the least and greatest magnitude, in float64.
+    """Bounds of `silu(gate) * up` in float32: the exact value and the least and greatest magnitude, in float64.
 
     In units of 2^-24, half an ulp: a GPU computes exp(-g) as 2^(g * log2 e), the exponent rounded twice (product and
     constant), 2 |g|, then by an instruction that is right to 4. The sum with 1 adds 1, the division (of 2 ulps) 4, the
@@ -74,14 +66,6 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tenso
     return torch.cat([8 * torch.randn(rows, columns), matrix(rows, columns)], 1).to(dtype)
 
 
-@pytest.fixture(params=["few", "many"])
-def tile(request, triton_backend, monkeypatch):
-    """Either tile of the kernel, whatever the size."""
-    from deepseek_kernels.quant.fp8_quantize import launch
-
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 0 if request.param == "many" else math.inf)
-
-
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"),
@@ -92,7 +76,7 @@ def tile(request, triton_backend, monkeypatch):
         (9, 1100, torch.float16),  # the last row and column tiles partial, the last group too
     ],
 )
-def test_both_tiles_against_float64(tile, device, rows, columns, dtype, scale_format):
+def test_both_tiles_against_float64(quantization_tile, device, rows, columns, dtype, scale_format):
     with use_backend("triton"):
         assert check(inputs(rows, columns, dtype).to(device), scale_format) < 1e-3
 
@@ -183,10 +167,10 @@ def test_compiled_gives_the_same(backend, device):
 
 
 def test_the_custom_operator_is_registered_properly(triton_backend, device):
-    from deepseek_kernels.quant.swiglu_quantize import kernel
+    from deepseek_kernels.quant.swiglu_quantize import launch
 
     x = inputs(5, 200).to(device)
-    torch.library.opcheck(kernel.swiglu_quantize, (x, False), test_utils="test_faketensor")
+    torch.library.opcheck(launch.swiglu_quantize, (x, False), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(

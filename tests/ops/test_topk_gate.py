@@ -176,7 +176,7 @@ def assert_same(scores: Tensor, bias: Tensor | None, routing: Routing) -> None:
     with use_backend("triton"):
         got = topk_gate(scores, bias, routing.top_k, **routing.options())
     assert_bitwise(got[1], expected[1], strides=False)
-    # Which of all NaN comes out is nobody's promise.
+    # The payload of a NaN is not specified.
     assert torch.equal(got[0].isnan(), expected[0].isnan())
     assert_bitwise(got[0].nan_to_num(nan=-1.0), expected[0].nan_to_num(nan=-1.0), strides=False)
     assert got[0].is_contiguous() and got[1].is_contiguous()
@@ -273,7 +273,7 @@ def test_other_layouts_give_the_same(triton_backend, device, layout):
 
 @pytest.mark.parametrize("name", ["V3", "V2-Lite", "groups of two, summed", "most experts"])
 def test_several_tokens_in_a_program_give_the_same(triton_backend, device, monkeypatch, name):
-    from deepseek_kernels.moe.topk_gate import kernel
+    from deepseek_kernels.moe.topk_gate import configs
 
     routing = ROUTINGS[name]
     scores, bias, top_k = routing.operands(5, device)  # the last program's are not all there
@@ -287,8 +287,8 @@ def test_several_tokens_in_a_program_give_the_same(triton_backend, device, monke
         return [ids, weights.detach(), leaf.grad]
 
     alone = results()
-    monkeypatch.setattr(kernel, "_MOST_PROGRAMS", 0)
-    assert kernel._tokens(5, routing.experts) > 1
+    monkeypatch.setattr(configs, "_MOST_PROGRAMS", 0)
+    assert configs.tokens_of(5, routing.experts) > 1
     for mine, theirs in zip(results(), alone, strict=True):
         assert_bitwise(mine, theirs)
     assert_same(scores, bias, routing)
@@ -323,11 +323,11 @@ def test_compiled_gives_the_same(triton_backend, device):
 
 
 def test_custom_operators_are_registered_properly(triton_backend, device):
-    from deepseek_kernels.moe.topk_gate import kernel
+    from deepseek_kernels.moe.topk_gate import launch
 
     scores, bias, top_k = ROUTINGS["groups of two, summed"].operands(4, device)
-    numbers = (top_k, 3, 2, 2, True, 2.5)
-    torch.library.opcheck(kernel.topk_gate, (scores.requires_grad_(), bias, *numbers))
+    numbers = (top_k, (3, 2, 2), True, 2.5)
+    torch.library.opcheck(launch.topk_gate, (scores.requires_grad_(), bias, *numbers))
 
 
 # What users do wrong.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepseek_kernels import use_backend
 from deepseek_kernels.attention.latent_write import latent_write
-from deepseek_kernels.attention.mla_decode.packing import packed_bytes, unpack
+from deepseek_kernels.attention.packed_latents import packed_bytes, unpack
 
 from ..declare import Operator, Provider, Random, Shape, require_close, require_equal
 from ..fp8_operands import BF16_ROUNDING, CODES_OFF

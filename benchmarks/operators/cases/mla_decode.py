@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deepseek_kernels import use_backend
 from deepseek_kernels.attention.mla_decode import mla_decode, mla_decode_paged
-from deepseek_kernels.attention.mla_decode.packing import pack, packed_bytes, unpack
+from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 
 from ..declare import Goal, Operator, Provider, Random, Shape, require_close
 from ..fp8_operands import BF16_ROUNDING

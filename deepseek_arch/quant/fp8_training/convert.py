@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deepseek_kernels.quant.fp8_quantize.reference import WIDE
+from deepseek_kernels.quant.fp8_quantize import HIGH_PRECISION
 
 from ...layers.linear import Linear
 from ...moe.moe import Experts
@@ -159,7 +159,7 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
 
 def _check(weight: _Weight, precision: FP8Precision) -> None:
     module, what = weight.module, f"{weight.name or 'the module'} ({type(weight.module).__name__})"
-    if getattr(weight.tensor, "dtype", None) not in WIDE or hasattr(module, f"{weight.parameter}_scale_inv"):
+    if getattr(weight.tensor, "dtype", None) not in HIGH_PRECISION or hasattr(module, f"{weight.parameter}_scale_inv"):
         dtype = getattr(weight.tensor, "dtype", type(weight.tensor).__name__)
         raise ValueError(
             f"expected master weights in float32, bfloat16 or float16 for FP8 training, got {dtype} in {what}; "

@@ -1,10 +1,10 @@
-"""Who attends to whom, as the attention operators take it in their argument `mask`.
+"""Attention masks: the values that the attention operators take as their argument `mask`.
 
 - None: causal, the last query aligned with the last key (TRAPS B8): of T queries on S keys, query t sees the keys
   0 to S - T + t.
 - int32 [B, T, 2], spans: query t of row b sees the keys from `span[b, t, 0]` to `span[b, t, 1] - 1`. Rows of different
-  length in a cache, padding on the left and packed documents are of this kind. What lies outside the keys is cut off,
-  and an empty span sees nothing.
+  length in a cache, padding on the left and packed documents are of this kind. Parts outside the keys are cut off, and
+  an empty span sees nothing.
 - bool (True attends) or additive float, broadcastable to [B, 1, T, S]: anything else.
 """
 
@@ -17,12 +17,12 @@ __all__ = ["as_dense", "causal_mask", "is_spans"]
 
 
 def is_spans(mask: Tensor | None) -> bool:
-    """Whether `mask` is of the second kind."""
+    """Tells if `mask` is spans, the second kind."""
     return mask is not None and mask.dtype == torch.int32
 
 
 def as_dense(mask: Tensor | None, keys: int) -> Tensor | None:
-    """Spans as bool [B, 1, T, S]; every other mask as it is."""
+    """Returns spans as bool [B, 1, T, S], and every other mask unchanged."""
     if not is_spans(mask):
         return mask
     assert mask is not None
@@ -31,5 +31,5 @@ def as_dense(mask: Tensor | None, keys: int) -> Tensor | None:
 
 
 def causal_mask(queries: int, keys: int, device=None) -> Tensor:
-    """What None means, as bool [T, S]."""
+    """Returns the causal mask, for which None stands, as bool [T, S]."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,11 +1,11 @@
-"""Compiles kernels for GPUs that are not there, and reads from the result what decides whether they are fast.
+"""Compiles kernels without a GPU, for any target, and reads from the result the numbers that decide their speed.
 
     python -m deepseek_kernels.testing.compile_gate [OPERATOR ...] [--target sm_90] [--json]
 
 prints registers, spilled bytes, shared memory and matrix instructions of every kernel in every configuration of its
-table. An operator takes part by `compile_cases()` in its kernel.py, a list of `CompileCase`. The compiler accepts what
-the launch refuses (too much shared memory) and what is slow (spills, `mma.sync` where `wgmma` was meant), so
-`assert_clean` looks at that.
+table. An operator takes part by a module `compile_cases` in its folder, with a function `compile_cases()` that returns
+a list of `CompileCase`. The compiler accepts kernels that the launch refuses (too much shared memory) and slow ones
+(spills, `mma.sync` where `wgmma` was meant): `assert_clean` finds those.
 
 Needs Triton, which brings ptxas and the disassembler, and a process without TRITON_INTERPRET: there, kernels are Python
 functions that no compiler can take.
@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ __all__ = [
     "operators",
 ]
 
+# Type of a kernel's argument: Triton's name ("*bf16", "i32"), with ":16" behind it for an integer that is a multiple of
+# 16; a tuple of types; or, inside a tuple, a number that is a constant to the compiler.
+Kind = str | int | tuple["Kind", ...]
+
 # Bytes of shared memory that one block may have.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
@@ -46,20 +50,20 @@ class CompileCase:
     """One kernel in one configuration, as it would be launched."""
 
     name: str
-    kernel: Any  # what @triton.jit returned
-    arguments: Mapping[str, str]  # parameter -> Triton type ("*bf16", "i32"), without the constants
+    kernel: Any  # a function under @triton.jit
+    arguments: Mapping[str, Kind]  # by parameter, without the constants
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int = 3
     aligned: frozenset[str] = frozenset()  # integers that are multiples of 16, as all pointers are
     targets: tuple[str, ...] = ("sm_90",)
     options: Mapping[str, Any] = field(default_factory=dict)  # further options of the compiler
-    expect: Mapping[str, Any] = field(default_factory=dict)  # what `assert_clean` is to ask for
+    expect: Mapping[str, Any] = field(default_factory=dict)  # arguments of `assert_clean`
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the compiler made of one case for one target; `error` and nothing else where it refused."""
+    """Compiler's result for one case and one target; `error` and nothing else if it refused."""
 
     op: str
     case: str
@@ -117,21 +121,21 @@ def assert_clean(
 
 
 def operators() -> list[str]:
-    """Names of the operators that have Triton kernels; none is imported."""
+    """Returns the names of the operators that have cases; none is imported."""
     return sorted(_modules())
 
 
 def _modules() -> dict[str, str]:
-    """Modules of kernels by operator: `family/operator/kernel.py`."""
-    paths = Path(__file__).parent.parent.glob("*/*/kernel.py")
-    return {path.parent.name: f"deepseek_kernels.{path.parent.parent.name}.{path.parent.name}.kernel" for path in paths}
+    """Returns modules of cases by operator: `family/operator/compile_cases.py`."""
+    paths = Path(__file__).parent.parent.glob("*/*/compile_cases.py")
+    return {path.parent.name: ".".join(["deepseek_kernels", *path.parts[-3:-1], "compile_cases"]) for path in paths}
 
 
 def compile_case(case: CompileCase, target: str, op: str = "", count: bool = False) -> Record:
     """Compiles one case; a refusal of the compiler is recorded, not raised.
 
     Args:
-        op: for the record.
+        op: operator's name, for the record.
         count: whether to count instructions, which takes longer than a compilation that is in Triton's cache.
 
     Raises:
@@ -140,18 +144,7 @@ def compile_case(case: CompileCase, target: str, op: str = "", count: bool = Fal
     compiler = importlib.import_module("triton.compiler")
     if type(case.kernel).__name__ == "InterpretedFunction":
         raise RuntimeError("expected a process without TRITON_INTERPRET, got kernels that are interpreted")
-    names = case.kernel.arg_names
-    # A table of arguments may serve several kernels: what is not a parameter of this one is left out.
-    source = compiler.ASTSource(
-        case.kernel,
-        {name: case.arguments.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in case.constants.items()},
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(names)
-            if name in case.aligned or case.arguments.get(name, "").startswith("*")
-        },
-    )
+    source = compiler.ASTSource(case.kernel, **_specialization(case))
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where the assembler refuses, Triton prints the whole text
@@ -160,8 +153,39 @@ def compile_case(case: CompileCase, target: str, op: str = "", count: bool = Fal
         lines = str(error).strip().splitlines() or [""]
         line = next((line for line in lines if re.match(r"ptxas\S* (fatal|error)", line)), lines[-1])
         return Record(op, case.name, target, error=f"{type(error).__name__}: {line}")
-    found = _read_amd(kernel.asm) if target.startswith("gfx") else _read_nvidia(kernel.asm, count)
-    return Record(op, case.name, target, shared=kernel.metadata.shared, expect=dict(case.expect), **found)
+    read = _read_amd(kernel.asm) if target.startswith("gfx") else _read_nvidia(kernel.asm, count)
+    return Record(op, case.name, target, shared=kernel.metadata.shared, expect=dict(case.expect), **read)
+
+
+def _specialization(case: CompileCase) -> dict[str, Any]:
+    """Returns the types, constants and alignments of a kernel's parameters, as the compiler takes them.
+
+    A table of arguments may serve several kernels: those that are no parameters of this one are left out.
+    """
+    names = case.kernel.arg_names
+    kinds = {name: case.arguments.get(name, "constexpr") for name in names}
+    leaves = [leaf for index, name in enumerate(names) for leaf in _leaves(kinds[name], (index,), name in case.aligned)]
+    constants: dict[tuple[int, ...], Any] = {path: kind for path, kind, _ in leaves if isinstance(kind, int)}
+    return {
+        "signature": {name: _signature(kind) for name, kind in kinds.items()},
+        "constexprs": constants | {(names.index(name),): value for name, value in case.constants.items()},
+        "attrs": {path: [["tt.divisibility", 16]] for path, _, aligned in leaves if aligned},
+    }
+
+
+def _signature(kind: Kind) -> Any:
+    if isinstance(kind, tuple):
+        return tuple(_signature(one) for one in kind)
+    return "constexpr" if isinstance(kind, int) else kind.removesuffix(":16")
+
+
+def _leaves(kind: Kind, path: tuple[int, ...], aligned: bool) -> Iterator[tuple[tuple[int, ...], str | int, bool]]:
+    """Yields the place, the type and the alignment of each argument, those in tuples one by one."""
+    if isinstance(kind, tuple):
+        for index, one in enumerate(kind):
+            yield from _leaves(one, (*path, index), aligned)
+    else:
+        yield path, kind, isinstance(kind, str) and (aligned or kind.startswith("*") or kind.endswith(":16"))
 
 
 def _gpu_target(target: str) -> Any:
@@ -172,7 +196,7 @@ def _gpu_target(target: str) -> Any:
 
 
 def _read_nvidia(asm: Mapping[str, Any], count: bool) -> dict[str, Any]:
-    tools = Path(importlib.import_module("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(str(importlib.import_module("triton").__file__)).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -188,7 +212,7 @@ def _read_nvidia(asm: Mapping[str, Any], count: bool) -> dict[str, Any]:
         *(f"tcgen05 {kind}" for kind in re.findall(r"tcgen05\.mma\.([\w.:]+)", ptx)),
     }
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "registers": _number(r"REG:(\d+)", usage),
         "spill_stores": sum(_bytes(name) for name in code if name.startswith("STL")),
         "spill_loads": sum(_bytes(name) for name in code if name.startswith("LDL")),
         "instructions": sum(name != "NOP" for name in code) if count else 0,
@@ -200,13 +224,9 @@ def _read_nvidia(asm: Mapping[str, Any], count: bool) -> dict[str, Any]:
 
 def _read_amd(asm: Mapping[str, Any]) -> dict[str, Any]:
     text = asm["amdgcn"]
-
-    def number(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
-
-    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    spilled = 4 * sum(_number(rf"\.{kind}_spill_count:\s+(\d+)", text) for kind in ("vgpr", "sgpr"))
     return {
-        "registers": number("vgpr_count"),
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
         "spill_stores": spilled,
         "spill_loads": spilled,
         "instructions": len(re.findall(r"^\s+[sv]_\w+|^\s+(?:ds|buffer|global|flat)_\w+", text, re.M)),
@@ -214,12 +234,19 @@ def _read_amd(asm: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"expected {pattern} in the compiler's output, got {text[:500]!r}")
+    return int(match[1])
+
+
 def _run(*command: str | Path) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
 def _bytes(instruction: str) -> int:
-    """Of a load or store to local memory, per thread: STL.64 has 8."""
+    """Returns the bytes of a load or store to local memory, per thread: STL.64 has 8."""
     width = re.search(r"\.(8|U8|S8|16|U16|S16|64|128)\b", instruction)
     return int(width[1].lstrip("US")) // 8 if width else 4
 
@@ -235,7 +262,7 @@ def _compile(names: Iterable[str], targets: Iterable[str] | None, count: bool) -
 
 
 def compile_in_subprocess(names: Iterable[str], path: Iterable[str] = ()) -> list[Record]:
-    """The records of operators, or of modules found on `path`, from a process that does not interpret.
+    """Returns the records of operators, or of modules found on `path`, from a process that does not interpret.
 
     Raises:
         RuntimeError: that process failed.
@@ -251,7 +278,7 @@ def compile_in_subprocess(names: Iterable[str], path: Iterable[str] = ()) -> lis
 
 def _table(records: Iterable[Record]) -> str:
     head = ("operator", "case", "target", "registers", "spill", "shared", "instructions", "TMA", "matrix instructions")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for r in records:
         spills = f"{r.spill_stores}/{r.spill_loads}"
         numbers = (r.registers, spills, r.shared, r.instructions, r.tma, r.error or ", ".join(r.matrix) or "-")
@@ -267,7 +294,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="records instead of a table")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which has not happened yet
-    # Triton 3.10 will change the default; said here, the numbers do not move with it, and 3.9 does not warn.
+    # Triton 3.10 will change the default: set here, the numbers do not move with it, and 3.9 does not warn.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     records = _compile(options.operators or operators(), options.target, count=not options.json)
     print(json.dumps([asdict(record) for record in records]) if options.json else _table(records))

@@ -4,8 +4,8 @@
 as uint16 and FP8 as uint8 and compute on those integers: a bfloat16 `tl.dot`, sum or comparison works on bit patterns,
 float32 -> bfloat16 truncates, float32 -> e4m3 loses the carry of the mantissa, does not saturate and has no NaN.
 
-`corrected_interpreter` replaces what is wrong by what the hardware does: operands are widened exactly to float32, the
-operation runs there, and its result is rounded once, to nearest even; FP8 saturates. What stays different from a GPU:
+`corrected_interpreter` replaces these operations by those of the hardware: operands are widened exactly to float32, the
+operation runs there, and its result is rounded once, to nearest even; FP8 saturates. Differences from a GPU remain:
 sums have another order, `tl.dot` of float32 is not TF32, and no compiler fuses products into sums.
 """
 
@@ -23,7 +23,7 @@ import torch
 
 __all__ = ["InterpreterChangedError", "corrected_interpreter", "interprets"]
 
-# Triton's name of a type that the interpreter keeps as an integer -> torch's, and what a cast saturates at.
+# Triton's name of a type that the interpreter keeps as an integer -> torch's, and the value at which a cast saturates.
 _NARROW = {
     "bf16": (torch.bfloat16, None),
     "fp8e4nv": (torch.float8_e4m3fn, 448.0),
@@ -31,8 +31,8 @@ _NARROW = {
 }
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# The internals that are replaced, and the parameters they have to have. All of them end up here: `tl.maximum`, say, is
-# `binary_op` with numpy's maximum.
+# The internals that are replaced, and the parameters they must have. All operations pass through them: `tl.maximum`,
+# say, is `binary_op` with numpy's maximum.
 _REPLACED = {
     "InterpreterBuilder": {
         "binary_op": "lhs rhs op",
@@ -56,13 +56,13 @@ class InterpreterChangedError(RuntimeError):
 
 
 def interprets() -> bool:
-    """Whether kernels whose modules are imported from now on run in the interpreter."""
+    """Tells if kernels whose modules are imported from now on run in the interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextmanager
 def corrected_interpreter() -> Iterator[None]:
-    """Interpreted kernels that run inside the block compute bfloat16 and FP8 as a GPU does.
+    """Makes interpreted kernels that run inside the block compute bfloat16 and FP8 as a GPU does.
 
     The kernels' modules must be imported with TRITON_INTERPRET=1 in the environment. Triton itself may have been
     imported without it, by transformers for instance: its library functions (`tl.max`) are interpreted all the same.
@@ -102,7 +102,7 @@ def corrected_interpreter() -> Iterator[None]:
 
 
 def _method(original: Callable, correction: Callable) -> Callable:
-    """A method that hands the correction its own original, bound."""
+    """Returns a method that passes the original, bound, to its correction."""
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
@@ -112,17 +112,17 @@ def _method(original: Callable, correction: Callable) -> Callable:
 
 
 def _check_internals(module: Any) -> None:
-    wanted = {"_convert_float": (module, _CONVERT_PARAMETERS)}
+    expected = {"_convert_float": (module, _CONVERT_PARAMETERS)}
     for owner, methods in _REPLACED.items():
         cls = getattr(module, owner, None)
-        wanted |= {f"{owner}.{name}": (cls, f"self {parameters}") for name, parameters in methods.items()}
-    for name, (owner, parameters) in wanted.items():
+        expected |= {f"{owner}.{name}": (cls, f"self {parameters}") for name, parameters in methods.items()}
+    for name, (owner, parameters) in expected.items():
         function = getattr(owner, name.rpartition(".")[2], None)
-        found = " ".join(inspect.signature(function).parameters) if callable(function) else "nothing"
-        if found != parameters:
+        actual = " ".join(inspect.signature(function).parameters) if callable(function) else "nothing"
+        if actual != parameters:
             version = importlib.import_module("triton").__version__
             raise InterpreterChangedError(
-                f"expected triton.runtime.interpreter.{name} with parameters ({parameters}), got ({found}) in Triton "
+                f"expected triton.runtime.interpreter.{name} with parameters ({parameters}), got ({actual}) in Triton "
                 f"{version}: read what changed, then adapt this module"
             )
 

@@ -1,12 +1,12 @@
 """`latent_write`: the norm of the latent, the rotation of the shared key, and both into the cache, in one reading.
 
-What lies between `kv_a_proj_with_mqa` and attention when no gradient is needed: otherwise four passes over the tokens,
-and two more where the cache holds FP8 (see `mla_decode.packing`). Both are rounded to the dtype of the projection first
-and then stored as `LatentCache` does: what is not fused gives the same. The kernels sum a row in the order of
-`rms_norm`'s, which makes that the same to the bit.
+These are all steps between `kv_a_proj_with_mqa` and attention when no gradient is needed: otherwise four passes over
+the tokens, and two more for a cache in FP8 (`packed_latents`). Both are rounded to the dtype of the projection first
+and then stored as `LatentCache` stores them: the unfused steps give the same result. The kernels sum a row in the order
+of `rms_norm`'s, which makes it the same to the bit.
 
-A token with a negative slot, or with one beyond the capacity, is not stored: that some are cannot be known without
-waiting for the device. Of two tokens with one slot, either may stay.
+A token with a negative slot, or with one beyond the capacity, is not stored: whether there are any cannot be known
+without waiting for the device. Of two tokens with one slot, either may stay.
 
 B batch, T tokens, C kv_lora_rank, R qk_rope_head_dim.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ..mla_decode.packing import aligned, packed_bytes
+from ..packed_latents import aligned, packed_bytes
 from . import reference
 
 __all__ = ["latent_write", "latent_write_paged"]
@@ -40,11 +40,11 @@ def latent_write(
         weight: [C], of the latent's norm.
         eps: of the latent's norm.
         cos, sin: float32 [B or 1, T, R / 2]; the key's pairs are interleaved (TRAPS A1).
-        buffer: [B, capacity, C + R] in a floating dtype, or uint8 [B, capacity, bytes] for `packing.pack`'s order.
-        slots: int64 [B or 1, T], where in its row each token goes; those outside of the row are not stored.
+        buffer: [B, capacity, C + R] in a floating dtype, or uint8 [B, capacity, bytes] from `packed_latents.pack`.
+        slots: int64 [B or 1, T], the place of each token in its row; tokens outside of the row are not stored.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit, or a gradient of kv or weight is wanted.
+        ValueError: the shapes or dtypes do not fit, or kv or weight require a gradient.
     """
     _check(kv, weight, cos, sin, buffer, slots)
     if buffer.shape[0] != kv.shape[0]:
@@ -55,7 +55,7 @@ def latent_write(
 def latent_write_paged(
     kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, pages: Tensor, slots: Tensor
 ) -> None:
-    """`latent_write` to a cache in pages, which belong to any row of the batch.
+    """Stores new tokens in a cache of pages, which belong to any row of the batch, as `latent_write`.
 
     Args:
         kv, weight, eps, cos, sin: as for `latent_write`.
@@ -63,7 +63,7 @@ def latent_write_paged(
         slots: int64 [B or 1, T], `page * P + offset` for each token; those outside of all pages are not stored.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit, or a gradient of kv or weight is wanted.
+        ValueError: the shapes or dtypes do not fit, or kv or weight require a gradient.
     """
     _check(kv, weight, cos, sin, pages, slots)
     _implementation(kv, weight, pages).write(kv.detach(), weight.detach(), eps, cos, sin, pages, slots, True)
@@ -104,9 +104,9 @@ def _implementation(kv: Tensor, weight: Tensor, buffer: Tensor):
     op = "latent_write_fp8" if buffer.dtype == torch.uint8 else "latent_write"
     if dispatch.pick(op, kv.device, _obstacle(kv, weight, buffer)) == "reference":
         return reference
-    from . import kernel
+    from . import launch
 
-    return kernel
+    return launch
 
 
 def _obstacle(kv: Tensor, weight: Tensor, buffer: Tensor) -> str | None:

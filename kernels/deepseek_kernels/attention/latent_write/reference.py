@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...norm.rms_norm.reference import rms_norm
-from ..mla_decode.packing import pack
-from ..rope.reference import rope
+from ...norm.rms_norm import rms_norm_reference
+from ..packed_latents import pack
+from ..rope import rope_reference
+
+__all__ = ["write"]
 
 
 def write(
     kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, buffer: Tensor, slots: Tensor, paged: bool
 ) -> None:
-    batch, tokens, width = kv.shape
-    if not kv.numel() or not buffer.numel():
+    """See `latent_write` and `latent_write_paged`."""
+    if kv.numel() == 0 or buffer.numel() == 0:
         return
+    batch, tokens, width = kv.shape
     latent, key = kv.split([len(weight), width - len(weight)], dim=-1)
-    states = torch.cat((rms_norm(latent, weight, eps).to(kv.dtype), rope(key, cos, sin)), dim=-1)
+    states = torch.cat((rms_norm_reference(latent, weight, eps).to(kv.dtype), rope_reference(key, cos, sin)), dim=-1)
     stored = pack(states, len(weight)) if buffer.dtype == torch.uint8 else states.to(buffer.dtype)
     slots = slots.expand(batch, tokens)
     limit = buffer.shape[1] * (buffer.shape[0] if paged else 1)
@@ -33,9 +36,9 @@ def write(
 
 
 def _store_valid(buffer: Tensor, first: Tensor, second: Tensor, valid: Tensor, stored: Tensor) -> None:
-    """`buffer[first, second] = stored` where valid, in shapes that do not depend on how many are.
+    """Does `buffer[first, second] = stored` where valid, in shapes that do not depend on the number of valid rows.
 
-    Those that are not valid repeat what a valid one does; if there is none, what is at [0, 0] is written to it again.
+    Other rows repeat the assignment of a valid one; if there is none, the value at [0, 0] is written to it again.
     """
     rows = torch.arange(len(valid), device=valid.device)
     chosen = torch.where(valid, rows, valid.int().argmax())

@@ -18,20 +18,21 @@ dispatch.register("mla_attention", "triton")
 def mla_attention(
     q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(scale * q @ k.T) @ v in each head, k a head's own key beside the shared one (V3 report, equation 10).
+    """Computes softmax(scale * q @ k.T) @ v in each head, k a head's own key beside the shared one (V3 report, equation
+    10).
 
     Args:
         q: [B, T, N, P + R], the rotated part last.
         kv: [B, S, N, P + V], each head's own key and its value, as `kv_b_proj` gives them: never split nor copied.
         key: [B, S, R], rotated, of all heads (TRAPS A4): never copied for each head.
         scale: of the scores.
-        mask: as `deepseek_kernels.spans` describes; None is causal, the last query aligned with the last key, so T may
-            be less than S (TRAPS B8). A query that sees nothing gives zeros, and gradients of zero.
-        dropout: probability that a weight is dropped; the others grow by as much. Runs on the reference only.
+        mask: as `deepseek_kernels.common.masks` describes; None is causal, the last query aligned with the last key, so
+            T may be less than S (TRAPS B8). A query that sees nothing gives zeros, and gradients of zero.
+        dropout: probability that a weight is dropped; the others are scaled up. Runs on the reference only.
 
     Returns:
         [B, T, N, V] in `q.dtype`. Differentiable in q, kv and key; on Triton without atomics, so in every run the same.
-        There, too, keys may hold anything before the first and behind the last one that a row's queries see.
+        There, too, keys that no query of a row sees, before the first and behind the last seen one, may hold anything.
 
     Raises:
         ValueError: the shapes or the dtypes do not fit, or `dropout` is no probability.

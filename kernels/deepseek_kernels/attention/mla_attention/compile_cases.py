@@ -1,15 +1,15 @@
-"""What the compile gate compiles of `mla_attention`: every configuration that is launched, at the published sizes."""
+"""Cases of `mla_attention` for the compile gate: every configuration that is launched, at the published sizes."""
 
 from __future__ import annotations
 
-from ...testing.compile_gate import CompileCase
-from . import backward as gradients
-from . import kernel
-from .configs import EXACT, FORWARD, KEYS, QUERIES, SPECIALIZED, Config
+from typing import Any
 
-_INTEGERS = ["queries", "keys", "heads", "pairs", "group", "begin", "some"]
-_STRIDES = [f"{x}_{name}" for x in ("q", "kv", "grad") for name in ("batch", "row", "head")] + ["key_batch", "key_row"]
-_SIZES = {"P": 128, "R": 64, "V": 128, "BLOCK_P": 128, "BLOCK_R": 64, "BLOCK_V": 128}
+from ...testing.compile_gate import CompileCase, Kind
+from . import backward, kernel
+from .configs import DELTA_ROWS, EXACT, FORWARD, KEYS, QUERIES, RANGE_ROWS, SPECIALIZED, Config
+
+_INTEGERS = ["queries", "keys", "heads", "group", "begin", "some"]
+_SIZES = (128, 64, 128)
 # Bytes that do not fit in registers. Three gradients of 128 keys and the products of 32 queries leave a thread none to
 # spare: where spans are looked up as well, two or three values go. Where strides are no multiples of 16, which no
 # published model has, every number has a pointer of its own.
@@ -27,19 +27,27 @@ def _case(
     aligned: bool = True,
     **expect,
 ) -> CompileCase:
-    pointers = dict.fromkeys(["q", "kv", "key", "out", "grad", "q_grad", "kv_grad"], f"*{dtype}")
-    pointers |= dict.fromkeys(["log_sum", "delta", "key_grads"], "*fp32")
-    pointers |= dict.fromkeys(["span", "ranges"], "*i32") if spans else {}
-    constants = {**_SIZES, **config.blocks} | ({} if spans else {"span": None, "ranges": None})
+    stride = "i32:16" if aligned else "i32"
+    arguments: dict[str, Kind] = {
+        **dict.fromkeys(["q", "kv", "grad"], (f"*{dtype}", stride, stride, stride)),
+        "key": (f"*{dtype}", stride, stride),
+        **dict.fromkeys(["out", "q_grad", "kv_grad"], f"*{dtype}"),
+        **{"log_sum": "*fp32", "key_grads": "*fp32", "sums": ("*fp32", "*fp32"), "scale": "fp32"},
+        **dict.fromkeys(_INTEGERS, "i32"),
+    }
+    constants: dict[str, Any] = {"SIZES": _SIZES, "TILE": config.tile}
+    if spans:
+        arguments |= {"span": "*i32", "ranges": "*i32"}
+    else:
+        constants |= {"span": None, "ranges": None}
     case = f"{label}, {'spans' if spans else 'causal'}, {dtype}"
     return CompileCase(
         name=case if aligned else f"{case}, odd strides",
         kernel=function,
-        arguments=pointers | dict.fromkeys([*_INTEGERS, *_STRIDES], "i32") | {"scale": "fp32"},
+        arguments=arguments,
         constants={name: value for name, value in constants.items() if name in function.arg_names},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aligned=frozenset(_STRIDES if aligned else ()),
         targets=targets,
         expect={"spills": (_SPANS if spans else 0) if aligned else _ODD_STRIDES, **expect},
     )
@@ -60,27 +68,28 @@ def compile_cases() -> list[CompileCase]:
     # float16 takes the same registers and memory: only the kind of product differs.
     for label, function, table, kind in (
         ("forward", kernel.forward_kernel, FORWARD, "m64n64k16.f32.bf16"),
-        ("keys", gradients.key_gradient_kernel, KEYS, "m64n128k16.f32.bf16"),
-        ("queries", gradients.query_gradient_kernel, QUERIES, "m64n128k16.f32.bf16"),
+        ("keys", backward.key_gradient_kernel, KEYS, "m64n128k16.f32.bf16"),
+        ("queries", backward.query_gradient_kernel, QUERIES, "m64n128k16.f32.bf16"),
     ):
         for spans in (False, True):
             cases += [_case(label, function, table[target], spans, "bf16", (target,), wgmma=kind) for target in table]
         cases.append(_case(label, function, EXACT, True, "fp32"))
         cases.append(_case(label, function, table["sm_90"], False, aligned=False, no_mma_sync=False))
-    targets = tuple(FORWARD)
-    cases.append(_small("delta", gradients.delta_kernel, {"V": 128, "BLOCK_V": 128, "ROWS": 64}, targets))
-    cases.append(_small("ranges", gradients.range_kernel, {"COLUMNS": 128, "BLOCK": 1024}, targets))
+    cases.append(_small("delta", backward.delta_kernel, {"V": _SIZES[2], "ROWS": DELTA_ROWS}))
+    cases.append(_small("ranges", backward.range_kernel, {"COLUMNS": KEYS["sm_90"].columns, "BLOCK": RANGE_ROWS}))
     return cases
 
 
-def _small(label: str, function, constants: dict[str, int], targets: tuple[str, ...]) -> CompileCase:
-    pointers = dict.fromkeys(["out", "grad"], "*bf16") | {"delta": "*fp32", "span": "*i32", "ranges": "*i32"}
+def _small(label: str, function, constants: dict[str, int]) -> CompileCase:
     return CompileCase(
         name=label,
         kernel=function,
-        arguments=pointers | dict.fromkeys([*_INTEGERS, *_STRIDES], "i32"),
+        arguments={
+            **{"out": "*bf16", "grad": ("*bf16", "i32:16", "i32:16", "i32:16"), "delta": "*fp32"},
+            **{"span": "*i32", "ranges": "*i32"},
+            **dict.fromkeys(["queries", "keys", "heads"], "i32"),
+        },
         constants=constants,
         num_warps=4,
-        aligned=frozenset(_STRIDES),
-        targets=targets,
+        targets=tuple(FORWARD),
     )

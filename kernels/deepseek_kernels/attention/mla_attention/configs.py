@@ -1,4 +1,4 @@
-"""Which tiles the attention kernels run in, and for what: static rules, which need neither Triton nor a GPU.
+"""Tiles of the attention kernels, and the operands they take: static rules, which need neither Triton nor a GPU.
 
 The compile gate shows registers, spills and shared memory of every configuration here. Choices between clean ones are
 from arithmetic, not measured: no GPU was at hand.
@@ -7,19 +7,23 @@ from arithmetic, not measured: no GPU was at hand.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.host import power_of_two
 from ...common.masks import is_spans
 
 __all__ = [
+    "DELTA_ROWS",
     "EXACT",
     "FORWARD",
     "KEYS",
     "L2_BYTES",
     "PARTIAL_BYTES",
     "QUERIES",
+    "RANGE_ROWS",
     "SPECIALIZED",
     "Config",
     "block",
@@ -31,16 +35,17 @@ __all__ = [
 _HALF = (torch.bfloat16, torch.float16)
 _WIDEST = {"P": 128, "R": 64, "V": 128}
 
-# Keys and values that meet their queries at one time: they stay in the L2 cache, 50 MB on a Hopper.
+# Keys and values that are used at one time: they stay in the L2 cache, 50 MB on a Hopper.
 L2_BYTES = 32 << 20
-# The shared key's gradient is made for each head, in float32, and then added up: for so many heads at a time that it
-# takes no more than this (or for one head at a time).
+# Bytes of the shared key's gradients, one for each head in float32, which are then added up: they bound the number of
+# heads that are computed at a time.
 PARTIAL_BYTES = 128 << 20
+DELTA_ROWS, RANGE_ROWS = 64, 1024  # of one program
 
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of ROWS queries against COLUMNS keys."""
+    """A tile of `rows` queries against `columns` keys."""
 
     rows: int
     columns: int
@@ -48,13 +53,14 @@ class Config:
     num_stages: int
 
     @property
-    def blocks(self) -> dict[str, int]:
-        """The kernels' constants."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns}
+    def tile(self) -> tuple[int, int]:
+        """The kernels' constant TILE."""
+        return self.rows, self.columns
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def options(self) -> dict[str, Any]:
+        """Arguments of a launch."""
+        return {"TILE": self.tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 # Of 16-bit floats, for each family of GPUs. Each warp group of a Hopper has 64 queries, or keys, to itself.
@@ -83,17 +89,17 @@ EXACT = Config(16, 32, 8, 1)
 
 
 def block(width: int) -> int:
-    """The power of two that holds `width` columns; products take at least 16."""
-    return max(16, 1 << (width - 1).bit_length())
+    """Returns the power of two that holds `width` columns; products take at least 16."""
+    return max(16, power_of_two(width))
 
 
 def pick(table: dict[str, Config], dtype: torch.dtype, family: str) -> Config:
-    """Of FORWARD, KEYS or QUERIES, what runs for this dtype on this family of GPUs."""
+    """Returns the configuration of FORWARD, KEYS or QUERIES for this dtype on this family of GPUs."""
     return table[family] if dtype in _HALF else EXACT
 
 
 def specializes(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> bool:
-    """Whether the specialized kernel takes these operands: sizes as published, 16-byte rows, nothing but causal."""
+    """Tells if the specialized kernel takes these operands: sizes as published, 16-byte rows, causal without spans."""
     width = key.shape[2]
     if spans is not None or q.dtype not in _HALF or (q.shape[3], width, kv.shape[3]) != (192, 64, 256):
         return False
@@ -106,7 +112,7 @@ def specializes(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> boo
 
 
 def obstacle(q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | None, dropout: float) -> str | None:
-    """Why the kernels cannot take these operands, in words, or None."""
+    """Returns the reason why the kernels cannot take these operands, or None."""
     sizes = {"P": q.shape[3] - key.shape[2], "R": key.shape[2]}
     sizes["V"] = kv.shape[3] - sizes["P"]
     if q.dtype not in (*_HALF, torch.float32):
@@ -114,7 +120,7 @@ def obstacle(q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | No
     if any(not 0 < sizes[name] <= widest for name, widest in _WIDEST.items()):
         return f"its kernels are for P, R and V from 1 to {', '.join(map(str, _WIDEST.values()))}, got {sizes}"
     if mask is not None and not is_spans(mask):
-        return f"its kernels know no mask but spans, got {mask.dtype} {list(mask.shape)}"
+        return f"its kernels have no mask but spans, got {mask.dtype} {list(mask.shape)}"
     if dropout:
         return "its kernels have no dropout"
     if not scale > 0:

@@ -1,12 +1,15 @@
-"""Attention on per-head keys and values in Triton: the forward kernels, and what the gradients share with them.
+"""Attention on per-head keys and values in Triton: the forward kernels, and the parts that the gradients share.
 
 A query, and a key, is two vectors: one of its own head (P wide) and the rotated one (R wide), which for keys all heads
 share. Their scores are two products into one sum, so nothing is joined, copied or padded to a common width. Scores are
 kept in powers of two, `2 ** (s - log_sum)`, which is one instruction.
 
-All kernels compute a tile of queries against a tile of keys. Which keys a query sees is two numbers (`_seen`), whether
-they come from its index or from spans; a key tile that all queries of the tile see whole needs no mask. Where P, R or V
-is no power of two, blocks are the next one (BLOCK_P and so on), and what is beyond is zeros.
+All kernels compute a tile of queries against a tile of keys. The keys that a query sees are two numbers (`seen`), from
+its index or from spans; a key tile that all queries of the tile see whole needs no mask. Where P, R or V is no power of
+two, blocks are the next one (`block`), and columns beyond the width are zeros.
+
+Tensors come as tuples: a pointer, and the strides of batch, row and head (of batch and row for the shared key). Inside,
+a matrix is a pointer and the stride of a row. SIZES is (P, R, V), TILE (queries, keys).
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import configs
+
 LOG2E = tl.constexpr(1.4426950408889634)  # 2 ** (LOG2E * x) = e ** x
-UNSIZED = ["queries", "keys", "heads", "pairs", "group"]  # not worth a kernel for each divisibility
+UNSIZED = ["queries", "keys", "heads", "group"]  # not worth a kernel for each divisibility
+
+block = triton.constexpr_function(configs.block)
 
 
 @triton.jit
 def seen(span, batch, row, queries, keys):
     """The first key that each query of `row` sees, and one past the last.
 
-    Where it sees nothing: 0 and 0 without spans, `keys` and 0 with them. Queries beyond the last one are taken for it,
-    so that they do not widen the range of their tile.
+    For a query that sees nothing: 0 and 0 without spans, `keys` and 0 with them. Queries beyond the last one are taken
+    for it, so that they do not widen the range of their tile.
     """
     row = tl.minimum(row, queries - 1)
     if span is None:
@@ -38,7 +45,7 @@ def seen(span, batch, row, queries, keys):
 
 @triton.jit
 def whole_tiles(first, last, COLUMNS: tl.constexpr):
-    """Of the keys of a tile of queries: start and end, and between them the start and end of tiles that all see whole.
+    """Range of keys that a tile of queries sees, and inside it the range of key tiles that all of them see whole.
 
     Tiles are counted from the start; the four numbers are in order.
     """
@@ -50,8 +57,8 @@ def whole_tiles(first, last, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def looks(column, first, last, CAUSAL: tl.constexpr):
-    """Whether a query sees a key; the three are broadcast against each other."""
+def sees(column, first, last, CAUSAL: tl.constexpr):
+    """True where a query sees a key; the three are broadcast against each other."""
     if CAUSAL:
         return column < last
     else:
@@ -59,13 +66,13 @@ def looks(column, first, last, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def place(pairs, tiles, group):
-    """Which (batch, head) pair, and which of its tiles, this program computes.
+def place(tiles, group):
+    """The (batch, head) pair of this program, and the pair's tile.
 
     A group of pairs whose keys and values fit in the L2 cache takes all its tiles before the next one begins, tile by
     tile, so that all pairs' first tiles, the longest, start first.
     """
-    index = tl.program_id(0)
+    index, pairs = tl.program_id(0), tl.num_programs(0) // tiles
     begin = index // (group * tiles) * group
     rest = index % (group * tiles)
     size = tl.minimum(pairs - begin, group)
@@ -73,24 +80,39 @@ def place(pairs, tiles, group):
 
 
 @triton.jit
-def load(base, row, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a matrix [.., WIDTH] as [rows, BLOCK]; zeros from row `limit` on."""
-    column = tl.arange(0, BLOCK)
+def load(matrix, row, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST to FIRST + WIDTH of these rows as [rows, block]; zeros from row `limit` on."""
+    base, stride = matrix
+    column = tl.arange(0, block(WIDTH))
     inside = (row < limit)[:, None]
-    if WIDTH < BLOCK:
+    if block(WIDTH) > WIDTH:
         inside = inside & (column < WIDTH)[None, :]
-    return tl.load(base + row[:, None].to(tl.int64) * stride + column[None, :], inside, other=0.0)
+    return tl.load(base + FIRST + row[:, None].to(tl.int64) * stride + column[None, :], inside, other=0.0)
 
 
 @triton.jit
-def store(base, tile, row, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store(matrix, tile, row, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """The reverse of `load`; converts."""
-    column = tl.arange(0, BLOCK)
+    base, stride = matrix
+    column = tl.arange(0, block(WIDTH))
     inside = (row < limit)[:, None]
-    if WIDTH < BLOCK:
+    if block(WIDTH) > WIDTH:
         inside = inside & (column < WIDTH)[None, :]
-    at = base + row[:, None].to(tl.int64) * stride + column[None, :]
+    at = base + FIRST + row[:, None].to(tl.int64) * stride + column[None, :]
     tl.store(at, tile.to(base.dtype.element_ty), inside)
+
+
+@triton.jit
+def load_pair(matrix, row, limit, SIZES: tl.constexpr):
+    """Both vectors of these queries: of their own head, and rotated."""
+    return load(matrix, row, limit, 0, SIZES[0]), load(matrix, row, limit, SIZES[0], SIZES[1])
+
+
+@triton.jit
+def load_keys(kv, key, column, limit, SIZES: tl.constexpr):
+    """Both vectors of these keys, and their values."""
+    own, rotated = load(kv, column, limit, 0, SIZES[0]), load(key, column, limit, 0, SIZES[1])
+    return own, rotated, load(kv, column, limit, SIZES[0], SIZES[2])
 
 
 @triton.jit
@@ -101,8 +123,31 @@ def scores(left, left_rotated, right, right_rotated):
 
 
 @triton.jit
+def head_of(tensor, batch, head):
+    """The matrix of one head."""
+    base, batch_stride, row_stride, head_stride = tensor
+    return base + batch * batch_stride + head * head_stride, row_stride
+
+
+@triton.jit
+def shared_key_of(key, batch):
+    """The matrix of all heads' rotated keys."""
+    base, batch_stride, row_stride = key
+    return base + batch * batch_stride, row_stride
+
+
+@triton.jit
+def query_tile(queries, heads, group, ROWS: tl.constexpr):
+    """This program's (batch, head) pair, both of its numbers, and the first query of its tile."""
+    tiles = tl.cdiv(queries, ROWS)
+    pair, tile = place(tiles, group)
+    tile = tiles - 1 - tile  # the last queries see most
+    return pair.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), tile * ROWS
+
+
+@triton.jit
 def _softmax_step(s, total, top, norm, v, scale):
-    """Adds a tile of scores `s`, minus infinity where a query does not look, to the running sums.
+    """Adds a tile of scores `s`, minus infinity for keys that a query does not see, to the running sums.
 
     `top` starts at a finite number: where nothing is seen, `s - top` stays minus infinity and not NaN.
     """
@@ -115,168 +160,87 @@ def _softmax_step(s, total, top, norm, v, scale):
 
 
 @triton.jit
-def _store_rows(out, log_sum, total, top, norm, row, row_stride, queries, V: tl.constexpr, BLOCK_V: tl.constexpr):
+def _store_rows(out, log_sum, state, row, queries, V: tl.constexpr):
     """Averages and log sums (base 2); zeros and infinity, so that `2 ** (s - log_sum)` is 0, where nothing is seen."""
+    total, top, norm = state
     some = norm > 0
     share = tl.where(some, 1.0 / tl.where(some, norm, 1.0), 0.0)
-    store(out, total * share[:, None], row, row_stride, queries, V, BLOCK_V)
+    store(out, total * share[:, None], row, queries, 0, V)
     tl.store(log_sum + row, tl.where(some, top + tl.log2(tl.where(some, norm, 1.0)), float("inf")), row < queries)
 
 
 @triton.jit
-def _attend(
-    total,
-    top,
-    norm,
-    q,
-    q_rotated,
-    first,
-    last,
-    kv,
-    key,
-    kv_row,
-    key_row,
-    start,
-    stop,
-    end,
-    scale,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Tiles of keys from `start` to `stop`; no key from `end` on is read."""
+def _attend(state, own, rotated, seen_keys, kv, key, start, stop, limit, scale, CAUSAL, MASKED, SIZES, COLUMNS):
+    """Adds tiles of keys from `start` to `stop` to the state; no key from `limit` on is read."""
+    total, top, norm = state
+    first, last = seen_keys
     for at in tl.range(start, stop, COLUMNS):
         column = at + tl.arange(0, COLUMNS)
-        k = load(kv, column, kv_row, end, P, BLOCK_P)
-        k_rotated = load(key, column, key_row, end, R, BLOCK_R)
-        v = load(kv + P, column, kv_row, end, V, BLOCK_V)
-        s = scores(q, q_rotated, k, k_rotated)
+        k, k_rotated, v = load_keys(kv, key, column, limit, SIZES)
+        s = scores(own, rotated, k, k_rotated)
         if MASKED:
-            s = tl.where(looks(column[None, :], first[:, None], last[:, None], CAUSAL), s, float("-inf"))
+            s = tl.where(sees(column[None, :], first[:, None], last[:, None], CAUSAL), s, float("-inf"))
         total, top, norm = _softmax_step(s, total, top, norm, v, scale)
     return total, top, norm
 
 
 @triton.jit(do_not_specialize=UNSIZED)
 def forward_kernel(
-    q,
-    kv,
-    key,
-    span,
-    out,
-    log_sum,
-    queries,
-    keys,
-    heads,
-    pairs,
-    group,
-    scale,
-    q_batch,
-    q_row,
-    q_head,
-    kv_batch,
-    kv_row,
-    kv_head,
-    key_batch,
-    key_row,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    q, kv, key, span, out, log_sum, queries, keys, heads, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
 ):
     """One tile of queries of one head. `out` is [B, T, N, V], `log_sum` [B, N, T]."""
-    tiles = tl.cdiv(queries, ROWS)
-    pair, tile = place(pairs, tiles, group)
-    tile = tiles - 1 - tile  # the last queries see most
-    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    q += batch * q_batch + head * q_head
-    kv += batch * kv_batch + head * kv_head
-    key += batch * key_batch
-    own = load(q, row, q_row, queries, P, BLOCK_P)
-    rotated = load(q + P, row, q_row, queries, R, BLOCK_R)
+    V: tl.constexpr = SIZES[2]
+    ROWS: tl.constexpr = TILE[0]
+    pair, batch, head, start_row = query_tile(queries, heads, group, ROWS)
+    row = start_row + tl.arange(0, ROWS)
+    q, kv, key = head_of(q, batch, head), head_of(kv, batch, head), shared_key_of(key, batch)
+    own, rotated = load_pair(q, row, queries, SIZES)
     first, last = seen(span, batch, row, queries, keys)
-    start, inner, inner_end, end = whole_tiles(first, last, COLUMNS)
-    total = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    start, inner, inner_end, end = whole_tiles(first, last, TILE[1])
+    total = tl.zeros((ROWS, block(V)), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
+    state = total, top, norm
     scale *= LOG2E
-    if span is not None:
-        total, top, norm = _attend(
-            *(total, top, norm, own, rotated, first, last, kv, key, kv_row, key_row, start, inner, end, scale),
-            *(False, True, P, R, V, BLOCK_P, BLOCK_R, BLOCK_V, COLUMNS),
-        )
-    total, top, norm = _attend(
-        *(total, top, norm, own, rotated, first, last, kv, key, kv_row, key_row, inner, inner_end, end, scale),
-        *(span is None, False, P, R, V, BLOCK_P, BLOCK_R, BLOCK_V, COLUMNS),
-    )
-    total, top, norm = _attend(
-        *(total, top, norm, own, rotated, first, last, kv, key, kv_row, key_row, inner_end, end, end, scale),
-        *(span is None, True, P, R, V, BLOCK_P, BLOCK_R, BLOCK_V, COLUMNS),
-    )
+    causal: tl.constexpr = span is None
+    if not causal:
+        rest = (kv, key, start, inner, end, scale, False, True, SIZES, TILE[1])
+        state = _attend(state, own, rotated, (first, last), *rest)
+    rest = (kv, key, inner, inner_end, end, scale, causal, False, SIZES, TILE[1])
+    state = _attend(state, own, rotated, (first, last), *rest)
+    rest = (kv, key, inner_end, end, end, scale, causal, True, SIZES, TILE[1])
+    state = _attend(state, own, rotated, (first, last), *rest)
     out += (batch * queries * heads + head) * V
-    log_sum += pair.to(tl.int64) * queries
-    _store_rows(out, log_sum, total, top, norm, row, heads * V, queries, V, BLOCK_V)
+    _store_rows((out, heads * V), log_sum + pair * queries, state, row, queries, V)
 
 
 @triton.jit(do_not_specialize=UNSIZED)
 def specialized_forward_kernel(
-    q,
-    kv,
-    key,
-    out,
-    log_sum,
-    queries,
-    keys,
-    heads,
-    pairs,
-    group,
-    scale,
-    q_batch,
-    q_row,
-    q_head,
-    kv_batch,
-    kv_row,
-    kv_head,
-    key_batch,
-    key_row,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    V: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    q, kv, key, out, log_sum, queries, keys, heads, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
 ):
     """The same without spans, P, R and V powers of two: one warp group copies, by descriptors, and two compute.
 
     One loop with a mask for all keys, since a second one cannot be specialized; nor can one with spans, which Triton
     3.6 and 3.9 fail to compile.
     """
-    tiles = tl.cdiv(queries, ROWS)
-    pair, tile = place(pairs, tiles, group)
-    tile = tiles - 1 - tile
-    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    q += batch * q_batch + head * q_head
-    kv += batch * kv_batch + head * kv_head
-    key += batch * key_batch
+    P: tl.constexpr = SIZES[0]
+    R: tl.constexpr = SIZES[1]
+    V: tl.constexpr = SIZES[2]
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    pair, batch, head, start_row = query_tile(queries, heads, group, ROWS)
+    row = start_row + tl.arange(0, ROWS)
+    q_at, q_row = head_of(q, batch, head)
+    kv_at, kv_row = head_of(kv, batch, head)
+    key_at, key_row = shared_key_of(key, batch)
     first, last = seen(None, batch, row, queries, keys)
     end = tl.max(last, 0)
     limit = tl.maximum(end, 1)
-    k_tiles = tl.make_tensor_descriptor(kv, [limit, P], [kv_row, 1], [COLUMNS, P])
-    rotated_tiles = tl.make_tensor_descriptor(key, [limit, R], [key_row, 1], [COLUMNS, R])
-    v_tiles = tl.make_tensor_descriptor(kv + P, [limit, V], [kv_row, 1], [COLUMNS, V])
-    own = tl.make_tensor_descriptor(q, [queries, P], [q_row, 1], [ROWS, P]).load([tile * ROWS, 0])
-    rotated = tl.make_tensor_descriptor(q + P, [queries, R], [q_row, 1], [ROWS, R]).load([tile * ROWS, 0])
+    k_tiles = tl.make_tensor_descriptor(kv_at, [limit, P], [kv_row, 1], [COLUMNS, P])
+    rotated_tiles = tl.make_tensor_descriptor(key_at, [limit, R], [key_row, 1], [COLUMNS, R])
+    v_tiles = tl.make_tensor_descriptor(kv_at + P, [limit, V], [kv_row, 1], [COLUMNS, V])
+    own = tl.make_tensor_descriptor(q_at, [queries, P], [q_row, 1], [ROWS, P]).load([start_row, 0])
+    rotated = tl.make_tensor_descriptor(q_at + P, [queries, R], [q_row, 1], [ROWS, R]).load([start_row, 0])
     total = tl.zeros((ROWS, V), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
@@ -284,15 +248,7 @@ def specialized_forward_kernel(
     for at in tl.range(0, end, COLUMNS, warp_specialize=True):
         s = scores(own, rotated, k_tiles.load([at, 0]), rotated_tiles.load([at, 0]))
         column = at + tl.arange(0, COLUMNS)
-        s = tl.where(looks(column[None, :], first[:, None], last[:, None], True), s, float("-inf"))
+        s = tl.where(sees(column[None, :], first[:, None], last[:, None], True), s, float("-inf"))
         total, top, norm = _softmax_step(s, total, top, norm, v_tiles.load([at, 0]), scale)
     out += (batch * queries * heads + head) * V
-    log_sum += pair.to(tl.int64) * queries
-    _store_rows(out, log_sum, total, top, norm, row, heads * V, queries, V, V)
-
-
-def compile_cases() -> list:
-    """Every configuration that is launched, for `deepseek_kernels.testing.compile_gate`."""
-    from .compile_cases import compile_cases
-
-    return compile_cases()
+    _store_rows((out, heads * V), log_sum + pair * queries, (total, top, norm), row, queries, V)

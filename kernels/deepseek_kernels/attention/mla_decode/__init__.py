@@ -1,4 +1,5 @@
-"""`mla_decode`: absorbed attention of few queries on the latent cache, as it is or packed in FP8 (see `packing`).
+"""`mla_decode`: absorbed attention of few queries on the latent cache, in high precision or packed in FP8
+(`packed_latents`).
 
 All heads read the same keys [B, S, C + R], latents and rotated keys side by side, and the latents are the values too.
 `mla_decode` reads a cache with one stretch of memory for each row of the batch, `mla_decode_paged` one in pages.
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ... import dispatch
 from ...common.masks import is_spans
+from ..packed_latents import aligned, packed_bytes
 from . import reference
-from .packing import aligned, packed_bytes
 
 __all__ = ["mla_decode", "mla_decode_paged"]
 
@@ -23,23 +24,23 @@ dispatch.register("mla_decode", "triton")
 dispatch.register("mla_decode_fp8", "triton", capability=(8, 9))
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What the tiles of the kernels are made for: more would not fit into shared memory.
+# The tiles of the kernels are made for these: more would not fit into shared memory.
 _MOST_LATENT, _MOST_ROTATED = 512, 64
 
 
 def mla_decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Attention of all heads on one shared sequence of keys, which are their own values.
+    """Computes attention of all heads on one shared sequence of keys, which are their own values.
 
     Args:
         q: [B, T, N, C + R], queries in the space of the latents.
-        states: [B, S, C + R] of q's dtype; or uint8 [B, S, bytes] from `packing.pack`, which is dequantized a tile at a
+        states: [B, S, C + R] of q's dtype; or uint8 [B, S, bytes] from `packed_latents.pack`, dequantized a tile at a
             time: by the reference to float32, by the kernels to q's dtype (so that float16 queries ask for latents
             within its range).
         kv_lora_rank: C.
         scale: of the scores.
-        mask: see `deepseek_kernels.spans`; None is causal. A query that attends to nothing gives zeros. Keys outside of
-            what the queries of one row of the batch see, from the first to the last, are not read by the kernels,
-            whatever they hold.
+        mask: see `deepseek_kernels.common.masks`; None is causal. A query that attends to nothing gives zeros. Keys
+            outside of what the queries of one row of the batch see, from the first to the last, are not read by the
+            kernels, whatever they hold.
 
     Returns:
         [B, T, N, C] in q's dtype, the weighted latents. Differentiable, through the reference, in q and in states that
@@ -63,14 +64,14 @@ def mla_decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask:
 def mla_decode_paged(
     q: Tensor, pages: Tensor, block_table: Tensor, lengths: Tensor, kv_lora_rank: int, scale: float
 ) -> Tensor:
-    """`mla_decode` on a cache in pages, causal, each row of the batch with its own length.
+    """Computes `mla_decode` on a cache in pages, causal, each row of the batch with its own length.
 
     Args:
         q: [B, T, N, C + R], the last T tokens of each row: query t sees `lengths - T + t + 1` keys.
         pages: [num_pages, P, C + R] of q's dtype, or uint8 [num_pages, P, bytes]. The kernels take pages of 16, 32, 64
             and so on; 64 is the size they are made for.
-        block_table: int32 [B, max_pages], which page holds the keys from P i to P i + P - 1 of a row. Entries from the
-            row's length on may hold anything.
+        block_table: int32 [B, max_pages], the page that holds the keys from P i to P i + P - 1 of a row. Entries from
+            the row's length on may hold anything.
         lengths: int32 [B], tokens of each row; those beyond `max_pages` pages do not count.
         kv_lora_rank, scale: as for `mla_decode`.
 
@@ -120,7 +121,7 @@ def _check_mask(mask: Tensor | None, q: Tensor, keys: int) -> None:
         raise ValueError(f"expected a mask of int32 (spans), bool or floats, got {mask.dtype}")
     full = (batch, 1, queries, keys)
     fits = mask.ndim in (2, 4) and all(
-        size in (1, wanted) for size, wanted in zip(mask.shape, full[-mask.ndim :], strict=True)
+        size in (1, most) for size, most in zip(mask.shape, full[-mask.ndim :], strict=True)
     )
     if not fits:
         raise ValueError(
@@ -144,7 +145,7 @@ def _pick(q: Tensor, states: Tensor, kv_lora_rank: int, mask: Tensor | None, pag
 
 
 def _unsupported(q: Tensor, states: Tensor, kv_lora_rank: int, mask: Tensor | None, page: int | None) -> str | None:
-    """Why the kernels cannot take these operands, if they cannot."""
+    """Returns the reason why the kernels cannot take these operands, or None."""
     rotated = q.shape[3] - kv_lora_rank
     if q.dtype not in _DTYPES:
         return f"its queries are bfloat16, float16 or float32, got {q.dtype}"

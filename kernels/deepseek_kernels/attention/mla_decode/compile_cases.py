@@ -1,15 +1,14 @@
-"""What the compile gate compiles of `mla_decode`: every configuration that is launched, for latents of 512 + 64."""
+"""Cases of `mla_decode` for the compile gate: every configuration that is launched, for latents of 512 + 64."""
 
 from __future__ import annotations
 
-from ...quant.fp8_quantize.reference import GROUP
-from ...testing.compile_gate import CompileCase
+from ...common.fp8 import GROUP
+from ...testing.compile_gate import CompileCase, Kind
 from . import configs, kernel
-from .configs import BLACKWELL, FEW, FEW_PACKED, MANY, SMALL, WIDE, Config
-from .launch import SUM_COLUMNS, SUM_ROWS, SUM_STEP
+from .configs import BLACKWELL, FEW, FEW_PACKED, MANY, SMALL, SUM_COLUMNS, SUM_ROWS, SUM_STEP, WIDE, Config
 
 _LATENT, _ROTATED, _PAGE = 512, 64, 64
-_SIZES = ["rows", "heads", "queries", "keys", "splits", "batch_stride", "q_batch", "q_token", "q_head"]
+_SIZES = ["rows", "heads", "queries", "keys", "splits"]
 # Bytes of a thread, all of them but for a few around the loop. 64 rows: half of its 255 registers are the result, and
 # keys by pointers need addresses too. Up to 16 rows: the price of a second program on each multiprocessor.
 _SPILLS = {id(MANY): 64, id(FEW): 128, id(FEW_PACKED): 160}
@@ -28,10 +27,11 @@ def _case(
     targets: tuple[str, ...] = ("sm_90",),
     spills: int = 0,
 ) -> CompileCase:
-    arguments = dict.fromkeys(["q", "latents", "rotated", "out"], f"*{dtype}") | dict.fromkeys(_SIZES, "i32")
-    arguments |= {"factor": "fp32"}
-    constants = dict.fromkeys(["scales", "mask", "table", "lengths", "log_sums"])  # None, where they are not used
-    constants |= dict.fromkeys(["mask_batch", "mask_query", "mask_key", "table_stride"], 0)
+    arguments: dict[str, Kind] = dict.fromkeys(["q", "latents", "rotated", "out"], f"*{dtype}")
+    arguments |= dict.fromkeys(_SIZES, "i32") | {"factor": "fp32"}
+    arguments |= {"batch_stride": "i32:16", "q_strides": ("i32:16",) * 3, "mask_strides": (0, 0, 0)}
+    constants: dict = dict.fromkeys(["scales", "mask", "table", "lengths", "log_sums"])  # None, where they are not used
+    constants |= {"table_stride": 0}
     if fp8:
         arguments |= {"latents": "*fp8e4nv", "scales": "*fp32", "rotated": "*bf16"}
     if page:
@@ -39,7 +39,7 @@ def _case(
     if mask == "spans":
         arguments |= {"mask": "*i32"}
     if mask == "dense":
-        arguments |= {"mask": "*u8"} | dict.fromkeys(["mask_batch", "mask_query", "mask_key"], "i32")
+        arguments |= {"mask": "*u8", "mask_strides": ("i32",) * 3}
     if partial:
         arguments |= {"out": "*fp32", "log_sums": "*fp32"}
     constants |= {
@@ -56,7 +56,6 @@ def _case(
         constants={name: value for name, value in constants.items() if name not in arguments},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        aligned=frozenset({"q_batch", "q_token", "q_head", "batch_stride"}),
         targets=targets,
         options={} if config.maxnreg is None else {"maxnreg": config.maxnreg},
         expect=_expect(config, dtype, fp8 or bool(page), max(spills, _SPILLS.get(id(config), 0))),

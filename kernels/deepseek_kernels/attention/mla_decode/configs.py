@@ -1,7 +1,8 @@
-"""Which tiles the absorbed attention runs in, and in how many parts: static rules on shapes, without Triton or a GPU.
+"""Tiles of the absorbed attention, and the number of its parts: static rules on shapes, without Triton or a GPU.
 
-The compile gate shows registers, spills and shared memory of every configuration here; KERNELS.md, section 7, says why
-128 heads and 16 want different ones: the first are bound by products, the second by bytes. Nothing here was measured.
+The compile gate shows registers, spills and shared memory of every configuration here. 128 heads and 16 have different
+ones: with 128, each byte of the cache is used for 242 floating-point operations, so that products bound the time; with
+16 it is 30, and reading the cache does. Nothing here was measured.
 """
 
 from __future__ import annotations
@@ -10,12 +11,27 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Config", "config_for", "splits_for"]
+from ...common.host import cdiv
+
+__all__ = [
+    "BLACKWELL",
+    "FEW",
+    "FEW_PACKED",
+    "MANY",
+    "SMALL",
+    "SUM_COLUMNS",
+    "SUM_ROWS",
+    "SUM_STEP",
+    "WIDE",
+    "Config",
+    "config_for",
+    "splits_for",
+]
 
 
 @dataclass(frozen=True)
 class Config:
-    """ROWS queries and heads meet KEYS keys at a time.
+    """Tile of ROWS pairs of a query and a head, against KEYS keys at a time.
 
     Attributes:
         bulk: keys and results go through the copy engine where they can.
@@ -40,7 +56,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, int]:
-        """What it is launched with."""
+        """The compiler's options."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
@@ -58,14 +74,17 @@ SMALL = Config(16, 16, num_warps=4, num_stages=1)
 # float32, whose products are not made by matrix units; for tests on small models.
 WIDE = Config(16, 16, num_warps=4, num_stages=1)
 
-# What beginning and ending a program cost, in tiles: queries, descriptors, the first tile's latency, the result.
+# A program's own cost, in tiles: queries, descriptors, the first tile's latency, the result.
 _START = 4
 _LEAST = 256  # keys of a part
 _MOST = 128  # parts
 
+# The sum of parts: rows, columns and parts of a program at a time.
+SUM_ROWS, SUM_COLUMNS, SUM_STEP = 4, 128, 8
+
 
 def config_for(rows: int, dtype: torch.dtype, packed: bool, capability: tuple[int, int] | None) -> Config:
-    """The tiles for T N rows of a row of the batch.
+    """Returns the tile for the T * N rows of a row of the batch.
 
     Args:
         packed: whether keys are bytes.
@@ -81,13 +100,13 @@ def config_for(rows: int, dtype: torch.dtype, packed: bool, capability: tuple[in
 
 
 def splits_for(batch: int, blocks: int, keys: int, config: Config, processors: int) -> int:
-    """Into how many parts to cut the keys: the fewest that keep all processors busy for the shortest time.
+    """Returns the number of parts to cut the keys into: the fewest that keep all processors busy for the shortest time.
 
-    From sizes alone, the longest row's: the device knows the others, and nothing here may wait for it.
+    By the longest row alone: only the device knows the others' lengths, and nothing here may wait for it.
     """
-    tiles, slots = -(-keys // config.keys), processors * config.resident
+    tiles, slots = cdiv(keys, config.keys), processors * config.resident
 
     def cost(splits: int) -> int:
-        return -(-batch * blocks * splits // slots) * (-(-tiles // splits) + _START)
+        return cdiv(batch * blocks * splits, slots) * (cdiv(tiles, splits) + _START)
 
-    return min(range(1, max(1, min(_MOST, -(-keys // _LEAST))) + 1), key=cost)
+    return min(range(1, max(1, min(_MOST, cdiv(keys, _LEAST))) + 1), key=cost)

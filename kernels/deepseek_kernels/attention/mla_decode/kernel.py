@@ -1,7 +1,7 @@
 """Absorbed attention in Triton: parts of the keys, each by a program of its own, and the sum of the parts.
 
 The T queries and N heads of a row of the batch are T N rows of one product, since all of them meet the same keys. A
-program takes a block of these rows and a part of the keys that they see; keys are read once, for scores and for values.
+program takes a block of these rows and a part of the keys that they see; keys are read once, for scores and values.
 
 Logarithms are to base 2 everywhere: of the exponentials' sum of a part (`log_sums`), and of the scores, whose `factor`
 is scale * log2(e). Parts are float32, so that a result is rounded once however many there are.
@@ -12,9 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...quant.fp8_quantize.reference import GROUP as _GROUP
+from ...quant.fp8_quantize.kernel import GROUP
 
-GROUP = tl.constexpr(_GROUP)
 NOTHING = tl.constexpr(float("-inf"))
 
 
@@ -66,13 +65,9 @@ def decode_kernel(
     queries,
     keys,
     splits,
-    q_batch,
-    q_token,
-    q_head,
+    q_strides,
     batch_stride,
-    mask_batch,
-    mask_query,
-    mask_key,
+    mask_strides,
     table_stride,
     TOKEN: tl.constexpr,
     LATENT: tl.constexpr,
@@ -90,19 +85,22 @@ def decode_kernel(
     HOIST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block of rows meets a part of the keys that it sees.
+    """Attention of a block of rows to a part of the keys that it sees.
 
-    `batch_stride` and TOKEN are those of a page and of a key: in values, or in bytes where keys are packed, which is
-    where there are GROUPS; UNIT is how many bytes all of these are multiples of. BULK is for operands whose rows are
-    multiples of 16 bytes: results leave by the copy engine, and keys in one stretch come by it.
+    `q_strides` are of batch, token and head, `mask_strides` of batch, query and key. `batch_stride` and TOKEN are those
+    of a page and of a key: in values, or in bytes where keys are packed, which is where there are GROUPS; UNIT is the
+    number of bytes that all of these are multiples of. BULK is for operands whose rows are multiples of 16 bytes:
+    results leave by the copy engine, and keys in one stretch come by it.
     """
+    q_batch, q_token, q_head = q_strides
+    mask_batch, mask_query, mask_key = mask_strides
     blocks = tl.cdiv(rows, ROWS)
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks % splits
     batch = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
     PRECISION: tl.constexpr = "ieee" if q.dtype.element_ty == tl.float32 else "tf32"
     row, c, r, n = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, EXTRA), tl.arange(0, KEYS)
     first, end = _spans(row, rows, batch, keys, lengths, mask, heads, queries, MASK, PAGE)
-    # The keys that any row sees, shared out evenly in tiles: what is short in a batch has short splits.
+    # The keys that any row sees, divided evenly in tiles: a short sequence of a batch has short splits.
     begin, until = tl.min(first, 0), tl.max(end, 0)
     tiles = tl.cdiv(tl.maximum(until - begin, 0), KEYS)
     share = tl.cdiv(tiles, splits)
@@ -112,7 +110,7 @@ def decode_kernel(
     r_inside = (row < rows)[:, None] & (r < ROTATED)[None, :]
     q_rotated = tl.load(q_at[:, None] + (LATENT + r)[None, :], r_inside, other=0.0)
     SOURCE: tl.constexpr = BULK and not PAGE and GROUPS == 0
-    if SOURCE:  # what lies beyond the last key comes as zeros, whatever it is
+    if SOURCE:  # memory beyond the last key comes as zeros, whatever it holds
         origin, height = batch * batch_stride + begin.to(tl.int64) * TOKEN, tl.maximum(until - begin, 1)
         latent_rows = tl.make_tensor_descriptor(latents + origin, [height, LATENT], [TOKEN, 1], [KEYS, COLUMNS])
         rotated_rows = tl.make_tensor_descriptor(rotated + origin, [height, ROTATED], [TOKEN, 1], [KEYS, EXTRA])
@@ -199,17 +197,10 @@ def sum_kernel(
     for start in tl.range(0, splits, STEP):
         some = start + tl.arange(0, STEP)
         at = place[None, :] + some.to(tl.int64)[:, None] * rows
-        their = tl.load(log_sums + at, (some < splits)[:, None] & inside[None, :], other=NOTHING)
-        full = (their != NOTHING)[:, :, None] & (c < LATENT)[None, None, :]
+        part_sums = tl.load(log_sums + at, (some < splits)[:, None] & inside[None, :], other=NOTHING)
+        full = (part_sums != NOTHING)[:, :, None] & (c < LATENT)[None, None, :]
         values = tl.load(parts + at[:, :, None] * LATENT + c[None, None, :], full, other=0.0)
-        result += tl.sum(values * tl.exp2(their - top[None, :])[:, :, None], 0)
+        result += tl.sum(values * tl.exp2(part_sums - top[None, :])[:, :, None], 0)
     result /= tl.where(total == 0, 1.0, total)[:, None]
     out_at = out + (batch * rows + row)[:, None] * LATENT + c[None, :]
     tl.store(out_at, result.to(out.dtype.element_ty), inside[:, None] & (c < LATENT)[None, :])
-
-
-def compile_cases() -> list:
-    """Every configuration that is launched, for `deepseek_kernels.testing.compile_gate`."""
-    from .compile_cases import compile_cases
-
-    return compile_cases()

@@ -1,7 +1,8 @@
-"""Absorbed attention on PyTorch's own attention kernels.
+"""Absorbed attention on PyTorch's own attention kernels, and on a packed cache tile by tile.
 
 All heads read the same keys. For few queries heads therefore become rows of one product, so that keys are read once
 and not once a head; for more queries the mask of such a product would outgrow the keys, and heads stay heads.
+A packed cache is dequantized one tile of keys at a time; an online softmax merges the tiles.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...common.masks import as_dense, causal_mask
-from .packed import attend_packed
+from ..packed_latents import unpack
 
-__all__ = ["attend", "decode", "decode_paged"]
+__all__ = ["attend", "attend_packed", "decode", "decode_paged"]
 
 _FOLD_LIMIT = 16  # queries
 _PART = 1024  # keys that are worth a thread of their own
+_TILE = 1024  # packed tokens that are dequantized at a time, over all rows of the batch: 2.4 MB for V3
+_LEAST = 64  # ... and keys of a row, however many rows there are
 
 
 def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
@@ -30,10 +33,10 @@ def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Ten
         mask = causal_mask(queries, keys, q.device)
     mask = as_dense(mask, keys)
     if states.dtype != torch.uint8:
-        # The last R columns are the rotated keys' weighted sum, which nobody asked for.
+        # The last R columns are the rotated keys' weighted sum, which is no part of the result.
         return attend(q, states, scale, mask)[..., :kv_lora_rank]
     kind = q.device.type
-    # What follows is float32 on purpose; a meta device has no autocast.
+    # Computed in float32 on purpose; a meta device has no autocast.
     with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
         return attend_packed(q, states, kv_lora_rank, scale, mask)
 
@@ -47,9 +50,9 @@ def decode_paged(
     if not most or not pages.shape[0] or not q.numel():
         return q.new_zeros(*q.shape[:3], kv_lora_rank)
     held = torch.arange(most, device=lengths.device) < lengths[:, None]  # [B, S]
-    # Neither a page that is not there nor what a page holds beyond the row's length, NaN perhaps, may be read.
-    wanted = torch.where(held[:, ::size], block_table, 0)
-    states = pages[wanted].view(-1, most, width).masked_fill(~held[..., None], 0)
+    # Neither a page that does not exist nor memory beyond the row's length, NaN perhaps, may be read.
+    existing = torch.where(held[:, ::size], block_table, 0)
+    states = pages[existing].view(-1, most, width).masked_fill(~held[..., None], 0)
     ends = lengths[:, None] - queries + 1 + torch.arange(queries, device=lengths.device)  # [B, T]
     spans = torch.stack((torch.zeros_like(ends), ends), dim=-1).int()
     return decode(q, states, kv_lora_rank, scale, spans)
@@ -73,11 +76,10 @@ def attend(q: Tensor, states: Tensor, scale: float, mask: Tensor | None) -> Tens
 
 
 def _parts(folded: Tensor, states: Tensor, mask: Tensor | None) -> int:
-    """How many parts to cut the keys into, so that every CPU thread has some.
+    """Returns the number of parts to cut the keys into, so that every CPU thread has some.
 
-    PyTorch's CPU kernel shares out (row of the batch, head, block of queries); one row with one head and a block of
-    queries leaves all threads but one idle. Its gradient and a mask are not worth the trouble: both come with more
-    queries.
+    PyTorch's CPU kernel distributes (row of the batch, head, block of queries); one row with one head and a block of
+    queries leaves all threads but one idle. Gradients and masks are not worth the effort: both come with more queries.
     """
     idle = folded.device.type == "cpu" and folded.shape[0] == 1 and folded.shape[2] <= 32 and mask is None
     inference = not (torch.is_grad_enabled() and (folded.requires_grad or states.requires_grad))
@@ -103,3 +105,39 @@ def _attend_in_parts(folded: Tensor, states: Tensor, scale: float, parts: int) -
         out, log_sum = attention(folded, rest, rest, scale=scale)
         outs, sums = torch.cat((outs, out.float())), torch.cat((sums, log_sum.reshape(1, 1, -1, 1)))
     return (outs * sums.softmax(0)).sum(0, keepdim=True).to(folded.dtype)
+
+
+def attend_packed(q: Tensor, packed: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
+    """See `mla_decode`. In float32, or the queries' own dtype where that is wider."""
+    batch, queries, heads, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    folded = (q.to(dtype) * scale).reshape(batch, queries * heads, -1)
+    q_latent, q_key = folded[..., :kv_lora_rank], folded[..., kv_lora_rank:]
+    if mask is not None:
+        mask = _by_query(mask, packed.shape[1])
+    # Of each row: the greatest score so far, and the sums of exponentials and of latents relative to it.
+    top = folded.new_full((batch, queries * heads, 1), -torch.inf)
+    total, out = torch.zeros_like(top), folded.new_zeros(batch, queries * heads, kv_lora_rank)
+    tile = max(_LEAST, _TILE // batch)
+    for start in range(0, packed.shape[1], tile):
+        latents, keys = unpack(packed[:, start : start + tile], kv_lora_rank, dtype)
+        scores = q_latent @ latents.mT + q_key @ keys.mT  # [B, T N, tile]
+        if mask is not None:
+            part = mask[..., start : start + tile]
+            each = scores.view(batch, queries, heads, -1)
+            each = each.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else each + part
+            scores = each.view(scores.shape)
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        base = higher.masked_fill(higher == -torch.inf, 0.0)  # of a row that has attended to nothing so far
+        weights, shrink = (scores - base).exp(), (top - base).exp()
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        out = out * shrink + weights @ latents
+        top = higher
+    out = (out / total).masked_fill(total == 0, 0.0)
+    return out.view(batch, queries, heads, kv_lora_rank).to(q.dtype)
+
+
+def _by_query(mask: Tensor, keys: int) -> Tensor:
+    """Views [T, S] or [B, 1, T, S], any of them 1, as [B, T, 1, S], which broadcasts to the scores of all heads."""
+    mask = mask[None, None] if mask.ndim == 2 else mask
+    return mask.transpose(1, 2).expand(-1, -1, -1, keys)

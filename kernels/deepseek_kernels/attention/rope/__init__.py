@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ... import dispatch
 from . import reference
+from .reference import rope as rope_reference
 
-__all__ = ["rope", "rope_"]
+__all__ = ["rope", "rope_", "rope_reference"]
 
 dispatch.register("rope", "triton")
 _NARROW = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,13 +39,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _check(x, cos, sin)
     if _implementation(x, cos) == "reference":
         return reference.rope(x, cos.detach(), sin.detach())
-    from . import kernel
+    from . import launch
 
-    return kernel.rope(x, cos, sin)
+    return launch.rope(x, cos, sin)
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope` written into `x`, which is returned; no other column of its memory is touched.
+    """Rotates as `rope`, into `x` itself, which is returned; no other column of its memory is touched.
 
     Args:
         x, cos, sin: as those of `rope`. x may be a view; its elements must not share memory with each other.
@@ -57,9 +58,9 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError("expected x without gradient, or torch.no_grad(): rope_ is not differentiable, rope is")
     if _implementation(x, cos) == "reference":
         return reference.rope_(x, cos, sin)
-    from . import kernel
+    from . import launch
 
-    kernel.rope_(x, cos, sin)
+    launch.rope_(x, cos, sin)
     return x
 
 

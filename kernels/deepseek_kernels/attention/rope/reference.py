@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["rope", "rope_"]
 
 
-def _turned(rotary: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _rotated(rotary: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Both halves of each pair, rotated: [..., R] -> twice [..., R / 2] in the dtype of cos."""
     if rotary.ndim == 4:
         cos, sin = cos[:, :, None], sin[:, :, None]  # the same for all heads
@@ -17,16 +17,18 @@ def _turned(rotary: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See the operator, without its checks."""
     width = 2 * cos.shape[-1]
     kept, rotary = x.split([x.shape[-1] - width, width], dim=-1)
-    turned = torch.stack(_turned(rotary, cos, sin), dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat((kept, turned), dim=-1) if kept.shape[-1] else turned
+    rotated = torch.stack(_rotated(rotary, cos, sin), dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat((kept, rotated), dim=-1) if kept.shape[-1] else rotated
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See the operator, without its checks."""
     rotary = x[..., x.shape[-1] - 2 * cos.shape[-1] :]
     # Both are computed before either is written: where nothing is cast, they are computed from x itself.
-    first, second = _turned(rotary, cos, sin)
+    first, second = _rotated(rotary, cos, sin)
     even, odd = rotary.unflatten(-1, (-1, 2)).unbind(-1)
     even.copy_(first)
     odd.copy_(second)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ... import dispatch
-from .reference import MIN_ROWS, dense_gemm_expanded
+from ...common.half_products import MIN_ROWS, expands
+from .reference import dense_gemm_expanded
 
 __all__ = ["dense_gemm"]
 
@@ -15,7 +15,7 @@ dispatch.register("dense_gemm")
 
 
 def dense_gemm(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, with float32 accumulation, rounded once to `x.dtype`.
+    """Computes `x @ weight.T`, with float32 accumulation, rounded once to `x.dtype`.
 
     Args:
         x: [..., K].
@@ -25,16 +25,10 @@ def dense_gemm(x: Tensor, weight: Tensor) -> Tensor:
         [..., N].
 
     On a CPU that has no 16-bit products, 16 or more rows of bfloat16 or float16 run on blocks of the weight expanded
-    to float32; fewer rows are bound by reading the weight, which the built-in does at full speed.
+    to float32; fewer rows are bound by reading the weight, which PyTorch's own product does at full speed.
     """
     dispatch.pick("dense_gemm")
     x, weight = dispatch.autocast(x, weight)
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in (torch.bfloat16, torch.float16)
-        or weight.dtype != x.dtype
-        or x.numel() < MIN_ROWS * x.shape[-1]
-        or dispatch.native_half_matmul()
-    ):
+    if weight.dtype != x.dtype or x.numel() < MIN_ROWS * x.shape[-1] or not expands(x):
         return F.linear(x, weight)
     return dense_gemm_expanded(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])

@@ -1,4 +1,4 @@
-"""Which tiles the FP8 product runs in: static rules on shapes, which need neither Triton nor a GPU.
+"""Tiles of the FP8 product: static rules on shapes, which need neither Triton nor a GPU.
 
 The compile gate shows registers, spills and shared memory of every configuration here. The thresholds are estimates
 from arithmetic, not measurements: no GPU was at hand.
@@ -7,8 +7,10 @@ from arithmetic, not measurements: no GPU was at hand.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ...quant.fp8_quantize.reference import GROUP
+from ...common.fp8 import GROUP
+from ...common.host import cdiv
 
 __all__ = [
     "BAND",
@@ -45,22 +47,31 @@ class Config:
     max_registers: int | None = None
 
     @property
-    def blocks(self) -> dict[str, int]:
-        """The kernels' constants."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns}
+    def tile(self) -> tuple[int, int]:
+        """The kernels' constant TILE."""
+        return self.rows, self.columns
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constants of all kernels; the plain ones have their stages written at the loop too."""
+        return {"TILE": self.tile, "BAND": BAND, **({} if self.specialized else {"STAGES": self.num_stages})}
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options; the plain kernels have their stages written at the loop too."""
+        """The compiler's options."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
+
+    def tiles(self, rows: int, columns: int) -> int:
+        """Returns the number of tiles of a result."""
+        return cdiv(rows, self.rows) * cdiv(columns, self.columns)
 
 
 # Row tiles that share their columns while both are in the L2 cache: 8 of 128 rows are 7 MB at 7168 columns, of 50 MB.
 BAND = 8
 
 # Two consumers of 64 x 128: the accumulator, and the product that is promoted into it, fit their registers only so.
-# One stage more would fit too, not the float32 result's way to memory beside it.
+# One stage more would fit too, but then not the float32 result that is stored through shared memory beside it.
 SPECIALIZED = Config(128, 128, num_warps=4, num_stages=4, specialized=True)
 # Any GPU. While one program promotes, the others multiply: 3 fit a multiprocessor of an H100, by registers and by
 # shared memory. A scale for each column takes the registers of the third.
@@ -77,14 +88,15 @@ _LEAST_EFFICIENCY = 0.75
 
 
 def few_config(tokens: int) -> Config | None:
-    """The tile for at most 64 tokens, None for more."""
+    """Returns the tile for at most 64 tokens, None for more."""
     return next((config for config in FEW if tokens <= config.columns), None)
 
 
 def product_config(
     rows: int, columns: int, depth: int, by_rows: bool, hopper: bool, processors: int
 ) -> tuple[Config, int]:
-    """The tile of `a @ b.T` for a [M, K] and b [N, K], and into how many parts its sum over K is split.
+    """Returns the tile of `a @ b.T` for a [M, K] and b [N, K], and the number of parts that its sum over K is split
+    into.
 
     Args:
         by_rows: whether b has scales for each row rather than for blocks.
@@ -93,20 +105,16 @@ def product_config(
     """
     few = None if by_rows else few_config(rows)
     if few is not None:
-        # Twice the processors: what is left over after whole rounds costs less.
-        return few, _splits(-(-columns // few.rows), 2 * processors, depth)
-    tiles = _tiles(SPECIALIZED, rows, columns)
-    if hopper and tiles >= _LEAST_EFFICIENCY * -(-tiles // processors) * processors:
+        # Twice the processors: the last, incomplete round then costs less.
+        return few, _splits(cdiv(columns, few.rows), 2 * processors, depth)
+    tiles = SPECIALIZED.tiles(rows, columns)
+    if hopper and tiles >= _LEAST_EFFICIENCY * cdiv(tiles, processors) * processors:
         return SPECIALIZED, 1
     plain = PLAIN_ROWS if by_rows else PLAIN
-    return plain, _splits(_tiles(plain, rows, columns), processors, depth)
-
-
-def _tiles(config: Config, rows: int, columns: int) -> int:
-    return -(-rows // config.rows) * -(-columns // config.columns)
+    return plain, _splits(plain.tiles(rows, columns), processors, depth)
 
 
 def _splits(tiles: int, programs: int, depth: int) -> int:
-    """The fewest splits that give so many programs, of two groups at least each."""
+    """Returns the fewest splits that give so many programs, of two groups at least each."""
     possible = [splits for splits in SPLITS if splits == 1 or 2 * splits * GROUP <= depth]
     return next((splits for splits in possible if tiles * splits >= programs), possible[-1])

@@ -1,17 +1,21 @@
-"""What starts the kernels of `fp8_gemm`: a custom operator, opaque to torch.compile, which has its fake for shapes."""
+"""Launches the kernels of `fp8_gemm`: a custom operator, opaque to torch.compile."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 
-from ...common.scratch import with_scratch
-from ...quant.fp8_quantize.reference import GROUP
+from ...common.descriptors import with_scratch
+from ...common.fp8 import GROUP
+from ...common.host import cdiv, hopper, processors
 from . import kernel
-from .configs import BAND, SUM_BLOCK, Config, product_config
+from .configs import SUM_BLOCK, Config, product_config
 from .reference import new_product
+
+__all__ = ["Operand", "aligned", "multiply", "operand"]
+
+# FP8 values, scales, and the strides of a row of values, a row of scales and a group of scales.
+Operand = tuple[Tensor, Tensor, int, int, int]
 
 
 @torch.library.custom_op("deepseek_kernels::fp8_gemm", mutates_args=())
@@ -22,16 +26,18 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
     if not a.shape[1]:
         return out.zero_()
     a, b = aligned(a), aligned(b)
-    by_rows = b_scale.shape[0] != cdiv(b.shape[0], GROUP)
-    config, splits = product_config(*out.shape, a.shape[1], by_rows, hopper(a.device), processors(a.device))
+    (rows, columns), depth = out.shape, a.shape[1]
+    by_rows = b_scale.shape[0] != cdiv(columns, GROUP)
+    config, splits = product_config(rows, columns, depth, by_rows, hopper(a.device), processors(a.device))
+    left, right = operand(a, a_scale), operand(b, b_scale)
     with torch.cuda.device_of(a):
         if config.specialized:
-            _specialized(a, a_scale, b, b_scale, out, by_rows, config)
+            _specialized(left, right, out, depth, by_rows, config)
         elif splits == 1:
-            _plain(a, a_scale, b, b_scale, out[None], by_rows, config)
+            _plain(left, right, out[None], depth, by_rows, config)
         else:
             parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=a.device)
-            _plain(a, a_scale, b, b_scale, parts, by_rows, config)
+            _plain(left, right, parts, depth, by_rows, config)
             kernel.sum_kernel[(cdiv(out.numel(), SUM_BLOCK),)](
                 *(parts, out, out.numel()), SPLITS=splits, BLOCK=SUM_BLOCK, num_warps=4
             )
@@ -41,43 +47,38 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
 multiply.register_fake(new_product)
 
 
-def _specialized(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, by_rows: bool, config: Config
-) -> None:
-    programs = min(cdiv(out.shape[0], config.rows) * cdiv(out.shape[1], config.columns), processors(a.device))
-    strides = a.stride(0), b.stride(0), *a_scale.stride(), *b_scale.stride()
-    arguments = (a, a_scale, b, b_scale, out, *out.shape, a.shape[1], *strides)
-    constants = {"GROUP": GROUP, "BAND": BAND, "RIGHT_BLOCK": not by_rows}
-    with_scratch(
-        lambda: kernel.specialized_kernel[(programs,)](*arguments, **config.blocks, **constants, **config.options)
-    )
+def _specialized(left: Operand, right: Operand, out: Tensor, depth: int, by_rows: bool, config: Config) -> None:
+    programs = min(config.tiles(*out.shape), processors(out.device))
+    arguments = (left, right, out, (*out.shape, depth))
+    run = kernel.specialized_kernel[(programs,)]
+    with_scratch(lambda: run(*arguments, RIGHT_BLOCK=not by_rows, **config.constants, **config.options))
 
 
-def _plain(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, parts: Tensor, by_rows: bool, config: Config
-) -> None:
-    """`parts` [splits, M, N] are to be added."""
-    left, left_scale, right, right_scale = (b, b_scale, a, a_scale) if config.swapped else (a, a_scale, b, b_scale)
-    out_strides = parts.mT.stride() if config.swapped else parts.stride()
-    tiles = cdiv(left.shape[0], config.rows) * cdiv(right.shape[0], config.columns)
-    kernel.plain_kernel[tiles, parts.shape[0]](
-        *(left, left_scale, right, right_scale, parts, left.shape[0], right.shape[0], a.shape[1]),
-        *(left.stride(0), right.stride(0), *left_scale.stride(), *right_scale.stride()),
-        *(*out_strides[1:], out_strides[0]),
-        GROUP=GROUP,
-        BAND=BAND,
-        LEFT_BLOCK=config.swapped,
-        RIGHT_BLOCK=not by_rows and not config.swapped,
-        STAGES=config.num_stages,
-        **config.blocks,
+def _plain(left: Operand, right: Operand, parts: Tensor, depth: int, by_rows: bool, config: Config) -> None:
+    """Computes `parts` [splits, M, N], which are to be added."""
+    splits, rows, columns = parts.shape
+    out_split, out_row, out_column = parts.stride()
+    blocks = (False, not by_rows)
+    if config.swapped:
+        left, right, rows, columns, out_row, out_column = right, left, columns, rows, out_column, out_row
+        blocks = (True, False)
+    kernel.plain_kernel[config.tiles(rows, columns), splits](
+        *(left, right, parts, (rows, columns, depth), (out_row, out_column, out_split)),
+        BLOCKS=blocks,
+        **config.constants,
         **config.options,
     )
 
 
-def aligned(codes: Tensor) -> Tensor:
-    """Codes as the kernels read them: rows at multiples of 16 bytes, and a multiple of 16 codes long.
+def operand(codes: Tensor, scale: Tensor) -> Operand:
+    """Returns a matrix of FP8 values and its scales as the kernels take it."""
+    return codes, scale, codes.stride(0), scale.stride(0), scale.stride(1)
 
-    What is not so is copied, zeros behind it: a product reads an operand once for each tile of the other one, and
+
+def aligned(codes: Tensor) -> Tensor:
+    """Returns FP8 values as the kernels read them: rows at multiples of 16 bytes, and a multiple of 16 values long.
+
+    Others are copied, with zeros behind each row: a product reads an operand once for each tile of the other one, and
     without 16-byte loads that costs more than the copy. Published shapes and `quantize_rows` of them need none.
     """
     rows, depth = codes.shape
@@ -93,19 +94,3 @@ def aligned(codes: Tensor) -> Tensor:
     out = torch.zeros(rows, whole, dtype=torch.uint8, device=codes.device)
     out[:, :depth] = codes.view(torch.uint8)
     return out.view(codes.dtype)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; in the interpreter so few that a program gets several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@functools.cache
-def hopper(device: torch.device) -> bool:
-    """Whether specialized kernels run. The interpreter takes them too."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9

@@ -1,6 +1,6 @@
-"""FP8 product in PyTorch: the codes dequantized to float32, and float32 products.
+"""FP8 product in PyTorch: FP8 values dequantized to float32, and float32 products.
 
-The weight a band of rows at a time: a float32 copy of it has four times its size.
+The weight is dequantized a band of rows at a time: a float32 copy of it has four times its size.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...quant.fp8_quantize.reference import GROUP, decode, empty_codes
+from ...common.fp8 import GROUP, decode, empty_codes
+
+__all__ = ["BAND", "dequantize", "multiply", "multiply_into", "new_product", "transposed"]
 
 BAND = 4 * GROUP  # rows: 14 MB of float32 at 7168 columns
 
 
 def new_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns an empty result."""
     return torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
 
 
@@ -31,7 +34,7 @@ multiply.register_fake(new_product)
 
 
 def multiply_into(out: Tensor, wide: Tensor, b: Tensor, b_scale: Tensor) -> None:
-    """`out` [M, N] = wide [M, K] float32 times the codes b [N, K] dequantized, whose scales are for blocks or rows."""
+    """`out` [M, N] = wide [M, K] float32 times b [N, K] dequantized, whose scales are for blocks or rows."""
     by_rows = b_scale.shape[0] == b.shape[0]
     for start in range(0, b.shape[0], BAND):
         codes = b[start : start + BAND]
@@ -44,11 +47,12 @@ def multiply_into(out: Tensor, wide: Tensor, b: Tensor, b_scale: Tensor) -> None
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """[R, K] codes and [R, ceil(K / 128)] scales -> float32."""
+    """Dequantizes [R, K] with scales [R, ceil(K / 128)] to float32."""
     return decode(codes) * scale.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]
 
 
 def transposed(codes: Tensor) -> Tensor:
+    """See the operator of this name."""
     out = empty_codes(codes.shape[1], codes.shape[0], codes.device)
     out.view(torch.uint8).copy_(codes.view(torch.uint8).T)
     return out

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...quant.fp8_quantize.reference import GROUP, block_grid
+from ...common.fp8 import GROUP, block_grid
+from ...common.host import cdiv
 from ..fp8_gemm import check_codes, check_result, check_scale, unsupported_by_triton
 from . import reference
 
@@ -28,15 +29,15 @@ def fp8_grouped_gemm(
     dtype: torch.dtype = torch.bfloat16,
     parts: int = 1,
 ) -> Tensor:
-    """Row block e of `x`, times expert e's weight transposed, both FP8, promoted to float32 every 128 terms.
+    """Multiplies row block e of `x` by expert e's weight transposed, both FP8, promoted to float32 every 128 terms.
 
     Args:
         x: [P, K] float8_e4m3fn, rows sorted by expert; x_scale: [P, ceil(K / 128)] float32.
         weight: [E, N, K] float8_e4m3fn, in blocks of 128 x 128.
         weight_scale: [E, parts * ceil(N / parts / 128), ceil(K / 128)] float32.
         ends: [E] int64, nondecreasing; expert e owns rows `ends[e - 1]` to `ends[e] - 1`; rows from `ends[-1]` on
-            belong to nobody and give zeros.
-        parts: how many stacked matrices the N rows are, each with a grid of its own: 2 for gate above up.
+            are unassigned and give zeros.
+        parts: number of stacked matrices in the N rows, each with a grid of scales of its own: 2 for gate above up.
 
     Returns:
         [P, N].
@@ -44,8 +45,8 @@ def fp8_grouped_gemm(
     Raises:
         ValueError: a wrong shape, dtype or device, or parts that do not divide N.
 
-    The input's gradient is the same product with each expert's codes transposed and the scales' last two dimensions
-    swapped, where the parts' rows are whole blocks.
+    The input's gradient is the same product with each expert's FP8 values transposed and the scales' last two
+    dimensions swapped, where the parts' rows are whole blocks.
     """
     check_codes("x [P, K]", x)
     check_codes(f"weight [E, N, {x.shape[1]}]", weight, dimensions=3)
@@ -53,7 +54,7 @@ def fp8_grouped_gemm(
         raise ValueError(f"expected weight [E, N, {x.shape[1]}] beside x {list(x.shape)}, got {list(weight.shape)}")
     if parts < 1 or weight.shape[1] % parts:
         raise ValueError(f"expected a number of parts that divides {weight.shape[1]} rows, got {parts}")
-    check_scale("x_scale", x_scale, [x.shape[0], -(-x.shape[1] // GROUP)])
+    check_scale("x_scale", x_scale, [x.shape[0], cdiv(x.shape[1], GROUP)])
     check_scale("weight_scale", weight_scale, block_grid(weight.shape, (GROUP, GROUP), parts))
     _check_ends(ends, weight.shape[0])
     check_result(dtype, x, x_scale, weight, weight_scale, ends)
@@ -64,7 +65,7 @@ def fp8_grouped_gemm(
 def fp8_grouped_wgrad(
     grad_t: Tensor, grad_scale: Tensor, x_t: Tensor, x_scale: Tensor, ends: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weights' gradient: `grad.T @ x` of each expert's rows.
+    """Computes the weights' gradient: `grad.T @ x` of each expert's rows.
 
     Args:
         grad_t: [N, P'] float8_e4m3fn, grad_scale: [N, P' / 128], from `quantize_grouped_transposed(grad, ends)`.

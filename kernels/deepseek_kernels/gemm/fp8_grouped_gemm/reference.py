@@ -7,24 +7,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...quant.fp8_quantize.reference import GROUP
-from ..fp8_gemm.reference import dequantize, multiply_into
+from ...common.fp8 import GROUP
+from ..fp8_gemm import dequantize, multiply_into
+
+__all__ = ["multiply", "new_gradient", "new_product", "weight_gradient"]
 
 
 def new_product(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor, dtype: torch.dtype, parts: int
 ) -> Tensor:
+    """Returns an empty result."""
     return torch.empty(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
 
 
 def new_gradient(
     grad_t: Tensor, grad_scale: Tensor, x_t: Tensor, x_scale: Tensor, ends: Tensor, dtype: torch.dtype
 ) -> Tensor:
+    """Returns an empty gradient."""
     return torch.empty(ends.shape[0], grad_t.shape[0], x_t.shape[0], dtype=dtype, device=grad_t.device)
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Number, first row and end of each expert that owns rows."""
+    """Yields number, first row and end of each expert that owns rows."""
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:

@@ -1,6 +1,6 @@
 """`fp8_weight_gemm`: activations of high precision times an FP8 weight that is expanded tile by tile.
 
-This is how FP8 weights run where the device does not multiply FP8: the weight stays e4m3, and the extra memory of a
+FP8 weights run so on devices that do not multiply FP8: the weight stays e4m3, and the extra memory of a
 product is a few megabytes, never a copy of the layer. Results are those of the dequantized weight to rounding (W8A16):
 nothing quantizes the activations.
 
@@ -10,7 +10,7 @@ that multiplies 16-bit floats (`dispatch.native_half_matmul`), from 32 rows on, 
 16-bit floats are exact in float32, so rounding the weight is the only error there that float32 weights do not have: at
 most half a unit in the last place of each element.
 
-A NaN code gives NaN wherever the dequantized weight would; codes and scales get no gradient.
+A NaN of the weight gives NaN wherever the dequantized weight would; FP8 values and scales get no gradient.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...quant.fp8_quantize.reference import WIDE, block_grid
-from . import reference
+from ...common.fp8 import HIGH_PRECISION, block_grid
+from .reference import product as fp8_weight_product
 
-__all__ = ["fp8_weight_gemm", "fp8_weight_grouped_gemm"]
+__all__ = ["fp8_weight_gemm", "fp8_weight_grouped_gemm", "fp8_weight_product"]
 
 dispatch.register("fp8_weight_gemm")
 
 
 def fp8_weight_gemm(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[int, int] = (128, 128)) -> Tensor:
-    """`x @ dequantize_blocks(weight, scale).T` without ever holding the dequantized weight; differentiable in x.
+    """Computes `x @ dequantize_blocks(weight, scale).T` without ever holding the dequantized weight; differentiable in
+    x.
 
     Args:
         x: [..., K] float32, bfloat16 or float16.
@@ -49,7 +50,7 @@ def fp8_weight_gemm(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[
     dispatch.pick("fp8_weight_gemm")
     (x,) = dispatch.autocast(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    out = reference.product(rows, weight[None], scale[None], None, *block_size, 1, False)
+    out = fp8_weight_product(rows, weight[None], scale[None], None, *block_size, 1, False)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -61,14 +62,14 @@ def fp8_weight_grouped_gemm(
     block_size: tuple[int, int] = (128, 128),
     parts: int = 1,
 ) -> Tensor:
-    """Row block e of `x`, times expert e's dequantized weight transposed; differentiable in x.
+    """Multiplies row block e of `x` by expert e's dequantized weight transposed; differentiable in x.
 
     Args:
         x: [P, K], rows sorted by expert.
         weight: [E, N, K] float8_e4m3fn.
         scale: [E, parts * ceil(N / parts / block_rows), ceil(K / block_columns)] float32.
         ends: [E] int64, as for `grouped_gemm`; rows from `ends[-1]` on give zeros.
-        parts: how many stacked matrices the N rows are, each with a grid of its own: 2 for gate above up.
+        parts: number of stacked matrices in the N rows, each with a grid of its own: 2 for gate above up.
 
     Returns:
         [P, N] in `x.dtype`, to the same precision as `fp8_weight_gemm`. Only experts that own rows are read.
@@ -84,11 +85,11 @@ def fp8_weight_grouped_gemm(
     _check(x, weight, scale, block_size, parts)
     dispatch.pick("fp8_weight_gemm")
     (x,) = dispatch.autocast(x)
-    return reference.product(x, weight, scale, ends, *block_size, parts, False)
+    return fp8_weight_product(x, weight, scale, ends, *block_size, parts, False)
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[int, int], parts: int) -> None:
-    if x.dtype not in WIDE or x.shape[-1] != weight.shape[-1]:
+    if x.dtype not in HIGH_PRECISION or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"expected x [..., {weight.shape[-1]}] in float32, bfloat16 or float16, got {x.dtype} {list(x.shape)}"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import dispatch
 from . import reference
+from .configs import chunk_bytes
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
@@ -22,18 +23,18 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LinearCrossEntropy(NamedTuple):
-    """What `linear_cross_entropy` returns; scalars, or [S] with segments.
+    """Result of `linear_cross_entropy`; scalars, or [S] with segments.
 
     Attributes:
         loss: float32 (float64 for float64 operands), summed or averaged over the targets that are not ignored.
-        correct: int64, how many targets have the greatest logit of their row, the first of equal ones. A row whose
+        correct: int64, number of targets with the greatest logit of their row, the first of equal ones. A row whose
             loss is NaN is not right.
-        count: int64, how many targets are not ignored.
+        count: int64, number of targets that are not ignored.
     """
 
     loss: Tensor
     correct: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # of the tuple's own method, which no caller needs
 
 
 def linear_cross_entropy(
@@ -45,14 +46,14 @@ def linear_cross_entropy(
     reduction: str = "sum",
     segments: Sequence[int] | None = None,
 ) -> LinearCrossEntropy:
-    """`F.cross_entropy(F.linear(hidden, weight).float(), targets)`, and how many guesses are right.
+    """Computes `F.cross_entropy(F.linear(hidden, weight).float(), targets)`, and counts the targets that are predicted.
 
     Only `loss` carries gradients, to `hidden` and `weight`. They are computed with the loss, in the forward pass, and
     kept until backward scales them: in memory, [T, H] in `hidden.dtype` and, unless the weight is frozen, S times
     [V, H] float32. There are no second derivatives: asking for them raises.
 
     Several heads with one weight (multi-token prediction) take one call: their rows one after the other, `segments`
-    saying how many each has. Each has its own loss, which may be weighted at will afterwards.
+    their lengths. Each has its own loss, which may be weighted at will afterwards.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16 (and float64, by the reference). Under autocast, cast as by
@@ -76,16 +77,16 @@ def linear_cross_entropy(
     if hidden.dtype != weight.dtype:
         raise ValueError(f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}")
     enabled = torch.is_grad_enabled()
-    needs = (enabled and hidden.requires_grad, enabled and weight.requires_grad)
+    needs = [enabled and hidden.requires_grad, enabled and weight.requires_grad]
     unsupported = None if hidden.dtype in _FLOATS else f"it takes float32, bfloat16 or float16, got {hidden.dtype}"
     if dispatch.pick("linear_cross_entropy", hidden.device, unsupported) == "reference":
         run, budget, width = reference.linear_cross_entropy_reference, reference.CHUNK_BYTES, 4
     else:
-        from . import kernel
+        from . import launch
 
-        run, budget, width = kernel.linear_cross_entropy_triton, kernel.chunk_bytes(needs[1]), hidden.element_size()
+        run, budget, width = launch.linear_cross_entropy_triton, chunk_bytes(needs[1]), hidden.element_size()
     chunk = _chunk(weight.shape[0] * width, budget) if chunk is None else chunk
-    loss, correct, count, _, _ = run(hidden, weight, targets, lengths, ignore_index, chunk, *needs)
+    loss, correct, count, _, _ = run(hidden, weight, targets, lengths, ignore_index, chunk, needs)
     if reduction == "mean":
         loss = loss / count.clamp(min=1)
     result = LinearCrossEntropy(loss, correct, count)
@@ -93,7 +94,7 @@ def linear_cross_entropy(
 
 
 def _chunk(row_bytes: int, budget: int) -> int:
-    """Tokens whose logits fit into `budget` bytes, in multiples of what products divide rows into."""
+    """Returns the tokens whose logits fit into `budget` bytes, in multiples of a product's tile of rows."""
     rows = budget // max(row_bytes, 1)
     return rows // 128 * 128 if rows >= 128 else max(rows, 16)
 
@@ -112,7 +113,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None, r
 
 
 def _check_targets(targets: Tensor, classes: int, ignore_index: int) -> None:
-    # On an accelerator the look would wait for the device.
+    # On an accelerator the comparison would wait for the device.
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= classes))]

@@ -7,35 +7,15 @@ for the most part, to write its gradients in its place. Next to the three produc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .chunks import by_segment, connect, walk
-
-__all__ = ["chunk_bytes", "compile_cases", "linear_cross_entropy_triton"]
-
-_COLUMNS = 8192
-_WARPS = 8
-
-
-def chunk_bytes(need_weight: bool) -> int:
-    """Of a chunk's logits: 4096 tokens of V3's vocabulary in bfloat16, or 1024 where the weight is frozen.
-
-    Each chunk reads and writes the weight's float32 gradient, 7.4 GB for V3: by an H200's figures a fifth of the time
-    that the products of 1024 tokens take, a twentieth for 4096.
-    """
-    return 1 << 30 if need_weight else 1 << 28
 
 
 @triton.jit
-def _cross_entropy_kernel(
+def cross_entropy_kernel(
     logits, targets, losses, right, columns, stride, ignore_index, COLUMNS: tl.constexpr, GRADIENT: tl.constexpr
 ):
-    """One row a program."""
+    """One row of logits a program: its loss, if its target is the greatest logit, and its gradients in its place."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     at = logits + row * stride
@@ -70,72 +50,3 @@ def _cross_entropy_kernel(
                 values = tl.load(at + start + column, inside, other=float("-inf")).to(tl.float32)
                 gradient = tl.exp(values - normalizer) - tl.where(start + column == target, 1.0, 0.0)
                 tl.store(at + start + column, gradient.to(logits.dtype.element_ty), inside)
-
-
-@torch.library.custom_op("deepseek_kernels::linear_cross_entropy_triton", mutates_args=())
-def linear_cross_entropy_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    segments: Sequence[int],
-    ignore_index: int,
-    chunk: int,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def step(logits: Tensor, targets: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        right = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-        arguments = (logits, targets, losses, right, logits.shape[1], logits.stride(0), ignore_index)
-        with torch.cuda.device_of(logits):
-            _cross_entropy_kernel[(logits.shape[0],)](
-                *arguments, COLUMNS=_COLUMNS, GRADIENT=need_gradient, num_warps=_WARPS
-            )
-        return losses, right
-
-    # How many rows are ignored is known to the device alone, so they are computed; as zeros, since a gradient of zero
-    # times a NaN that stands in one would be a NaN of the weight's gradient.
-    ignored = targets == ignore_index
-    targets = targets.contiguous()
-    losses, right, grad_hidden, grad_weight = walk(
-        step,
-        hidden.masked_fill(ignored[:, None], 0),
-        weight,
-        targets,
-        segments,
-        chunk,
-        (need_hidden, need_weight),
-    )
-    counts = (by_segment(values, segments) for values in (right, ~ignored))
-    return by_segment(losses, segments), *counts, grad_hidden, grad_weight
-
-
-connect(linear_cross_entropy_triton)
-
-
-def compile_cases() -> list:
-    """Every configuration that is launched, for `deepseek_kernels.testing.compile_gate`."""
-    from ...testing.compile_gate import CompileCase
-
-    return [
-        CompileCase(
-            name=f"{'gradient' if gradient else 'loss'}, {dtype}{'' if aligned else ', unaligned'}",
-            kernel=_cross_entropy_kernel,
-            arguments={
-                "logits": f"*{dtype}",
-                "targets": "*i64",
-                "losses": "*fp32",
-                "right": "*i32",
-                "columns": "i32",
-                "stride": "i32",
-                "ignore_index": "i32",
-            },
-            constants={"COLUMNS": _COLUMNS, "GRADIENT": gradient},
-            num_warps=_WARPS,
-            aligned=frozenset({"columns", "stride"} if aligned else ()),
-            targets=("sm_90", "sm_80", "sm_100", "gfx942") if aligned else ("sm_90",),
-        )
-        for dtype in ("bf16", "fp16", "fp32")
-        for gradient in (True, False)
-        for aligned in (True, False)
-    ]

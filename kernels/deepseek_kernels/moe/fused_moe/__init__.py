@@ -18,11 +18,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of each token's SwiGLU experts.
+    """Returns the weighted sum of each token's SwiGLU experts.
 
     Where a gradient is needed this is `sort_by_expert`, `permute`, `grouped_gemm`, SwiGLU, `grouped_gemm` and
     `unpermute`, each of which picks its own implementation. Without gradients the kernels make no sorted copy of the
-    tokens, read no expert that nobody chose, and keep gate and up in float32 until SwiGLU's result is rounded: three
+    tokens, read no expert that no token chose, and keep gate and up in float32 until SwiGLU's result is rounded: three
     roundings fewer than the sequence has. The result of every row of the second product is rounded to `x.dtype`, and
     the weighted sum over choices is taken in float32, in their order, and rounded once (TRAPS C9, C14), as there.
 
@@ -65,7 +65,7 @@ def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
         ends: [E] int64, as for `grouped_gemm`.
 
     Returns:
-        [P, I] in `x.dtype`, under autocast in its dtype; zeros in the rows that belong to nobody. The kernels have no
+        [P, I] in `x.dtype`, under autocast in its dtype; zeros in unassigned rows. The kernels have no
         gradient: where one is needed the reference runs, the differentiable `grouped_gemm` and SwiGLU.
 
     Raises:
@@ -98,7 +98,7 @@ def _check_matrices(x: Tensor, gate_up: Tensor, *down: Tensor) -> None:
 
 
 def _dtypes(*tensors: Tensor) -> list[torch.dtype]:
-    """Those that `dispatch.autocast` gives them, without casting all the weights to see."""
+    """Returns the dtypes that `dispatch.autocast` gives these tensors, without casting all of the weights."""
     return [one.dtype for one in dispatch.autocast(*(one[:0] for one in tensors))]
 
 

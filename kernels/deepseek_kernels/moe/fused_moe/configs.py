@@ -1,14 +1,16 @@
-"""Which tiles the first product runs in: static rules on shapes, as in `grouped_gemm`, which has those of the second.
+"""Tiles of the first product: static rules on shapes, as in `grouped_gemm`, which has those of the second.
 
-COLUMNS counts columns of the result: each needs a row of the gate and one of the up matrix, and two sums. The gate
-shows what a configuration costs; the thresholds are estimates from arithmetic, not measurements.
+`columns` counts columns of the result: each needs a row of the gate and one of the up matrix, and two sums. The compile
+gate shows the cost of a configuration; the thresholds are estimates from arithmetic, not measurements.
 """
 
 from __future__ import annotations
 
 from ..grouped_gemm.configs import Config
 
-__all__ = ["swiglu_config"]
+__all__ = ["FEW", "MANY", "MEDIUM", "SUM_COLUMNS", "UNALIGNED", "WIDE", "swiglu_config"]
+
+SUM_COLUMNS = 1024  # of a row of the weighted sum, by 128 threads: 16 bytes of bfloat16 each
 
 # 128 x (128 + 128) x 64 reads 48 KB for 1024 cycles of products, as `grouped_gemm`'s WIDE.
 WIDE = Config(128, 128, 64, num_warps=4, num_stages=4, specialized=True)  # Hopper, rows in their places
@@ -21,12 +23,12 @@ UNALIGNED = Config(64, 32, 32, num_warps=4, num_stages=2)
 
 
 def swiglu_config(rows: int, experts: int, aligned: bool, gathered: bool, generation: int) -> Config:
-    """Tiles of `silu(x[rows] @ gate[expert].T) * (x[rows] @ up[expert].T)` for P rows and E experts.
+    """Returns the tile of `silu(x[rows] @ gate[expert].T) * (x[rows] @ up[expert].T)` for P rows and E experts.
 
     Args:
-        rows: those that belong to nobody included, whose number only the device knows.
+        rows: unassigned ones included, whose number only the device knows.
         aligned: whether the operands are `rows_aligned`.
-        gathered: whether the rows of x are found through an index, and not in their places.
+        gathered: whether the rows of x are read through an index, and not from their places.
         generation: the first number of the CUDA compute capability; 0 for other devices.
     """
     if not aligned:

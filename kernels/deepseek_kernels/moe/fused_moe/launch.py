@@ -1,4 +1,4 @@
-"""What starts the kernels of `fused_moe`. Nothing here waits for the device: who chose whom stays there."""
+"""Launches the kernels of `fused_moe`. Nothing here waits for the device: the experts' choice stays there."""
 
 from __future__ import annotations
 
@@ -8,48 +8,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...common.scratch import with_scratch
-from ..grouped_gemm import kernel as grouped
+from ...common.descriptors import with_scratch
+from ...common.host import capability, cdiv, processors, rows_readable
+from ...common.tiles import tile_table
 from ..grouped_gemm.configs import rows_aligned
-from ..moe_permute.kernel import sort_by_expert
+from ..grouped_gemm.launch import product
+from ..moe_permute.launch import sort_by_expert
 from . import kernel
-from .configs import swiglu_config
+from .configs import SUM_COLUMNS, swiglu_config
 
-# Of a row, by 128 threads: 16 bytes of bfloat16 each.
-SUM_COLUMNS = 1024
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _generation(device: torch.device) -> int:
-    cuda = device.type == "cuda" and not torch.version.hip
-    return torch.cuda.get_device_capability(device)[0] if cuda else 0
+__all__ = ["fused_moe", "grouped_gemm_swiglu"]
 
 
 def _first_product(
     x: Tensor, gate_up: Tensor, rows: int, table_of: Callable[[int], Tensor], order: Tensor | None, choices: int
 ) -> Tensor:
-    """[P, I]: SwiGLU of both products of rows that are gathered through `order`, or lie in their places."""
-    x, (experts, double, depth) = grouped.rows_readable(x), gate_up.shape
+    """[P, I]: SwiGLU of both products of rows that are gathered through `order`, or in their places."""
+    x, (experts, double, depth) = rows_readable(x), gate_up.shape
     width = double // 2
     out = x.new_empty(rows, width)
     aligned = gate_up.is_contiguous() and rows_aligned(x, gate_up.flatten(0, 1))
-    config = swiglu_config(rows, experts, aligned, order is not None, _generation(x.device))
-    table = table_of(config.rows)
-    tiles = (table.shape[0] - 1) * _cdiv(width, config.columns)
+    generation = (capability(x.device) or (0, 0))[0]
+    config = swiglu_config(rows, experts, aligned, order is not None, generation)
+    table, sizes = table_of(config.rows), (experts, width, depth)
+    tiles = (table.shape[0] - 1) * cdiv(width, config.columns)
     with torch.cuda.device_of(x):
         if config.specialized:
-            programs = min(tiles, grouped.processors(x.device))
-            operands = (x, gate_up, out, table, rows, experts, width, depth, x.stride(0))
-            with_scratch(lambda: kernel.specialized_product_kernel[(programs,)](*operands, **grouped.options(config)))
+            run = kernel.specialized_swiglu_product_kernel[(min(tiles, processors(x.device)),)]
+            operands = (x, gate_up, out, table, rows, sizes, x.stride(0))
+            with_scratch(lambda: run(*operands, **config.options))
         else:
-            kernel.product_kernel[(tiles,)](
-                *(x, table if order is None else order, gate_up, out, table, choices, experts, width, depth),
-                *(x.stride(0), *gate_up.stride()),
+            kernel.swiglu_product_kernel[(tiles,)](
+                *(x, table if order is None else order, gate_up, out, table, choices, sizes),
+                *(x.stride(0), gate_up.stride()),
                 GATHER=order is not None,
-                **grouped.options(config),
+                **config.options,
             )
     return out
 
@@ -62,11 +55,11 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weig
     order, inverse, ends = sort_by_expert(expert_ids, experts)
     rows = order.shape[0]
     # Choices served elsewhere get no tiles: their rows are neither computed nor written, and `sum_kernel` skips them.
-    table_of = functools.cache(lambda block: grouped.tile_table(ends, rows, block, nobody=False))
+    table_of = functools.cache(lambda block: tile_table(ends, rows, block, unassigned=False))
     hidden = _first_product(x, gate_up, rows, table_of, order, choices)
-    y = grouped.product(hidden, down, table_of)  # [P, H]
+    y = product(hidden, down, table_of)  # [P, H]
     with torch.cuda.device_of(x):
-        kernel.sum_kernel[(out.shape[0], _cdiv(out.shape[1], SUM_COLUMNS))](
+        kernel.sum_kernel[(out.shape[0], cdiv(out.shape[1], SUM_COLUMNS))](
             *(y, weights.contiguous(), inverse, ends, out, choices, experts, out.shape[1]),
             COLUMNS=SUM_COLUMNS,
             num_warps=4,
@@ -85,7 +78,7 @@ def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
     rows = x.shape[0]
     if not (rows and gate_up.shape[1]):
         return _new_hidden(x, gate_up, ends)
-    return _first_product(x, gate_up, rows, functools.partial(grouped.tile_table, ends, rows), None, 1)
+    return _first_product(x, gate_up, rows, functools.partial(tile_table, ends, rows), None, 1)
 
 
 @grouped_gemm_swiglu.register_fake

@@ -15,13 +15,13 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Row block e of `x`, times expert e's weight transposed.
+    """Multiplies row block e of `x` by expert e's weight transposed.
 
     Args:
         x: [P, K], rows sorted by expert.
         weight: [E, N, K].
         ends: [E] int64, nondecreasing; expert e owns rows `ends[e - 1]` to `ends[e] - 1`; rows from `ends[-1]` on
-            belong to nobody and give zeros.
+            are unassigned and give zeros.
 
     Returns:
         [P, N] in `x.dtype`. Only experts that own rows are read. Gradients of experts that own none are zeros.
@@ -45,6 +45,6 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     unsupported = None if x.dtype in _DTYPES else f"its products are of bfloat16, float16 or float32, got {x.dtype}"
     if dispatch.pick("grouped_gemm", x.device, unsupported) == "reference":
         return grouped_gemm_reference(x, weight, ends)
-    from . import kernel
+    from . import launch
 
-    return kernel.grouped_gemm(x, weight, ends)
+    return launch.grouped_gemm(x, weight, ends)

@@ -1,4 +1,4 @@
-"""Which tiles the grouped products run in: static rules on shapes, which need neither Triton nor a GPU.
+"""Tiles of the grouped products: static rules on shapes, which need neither Triton nor a GPU.
 
 The compile gate shows registers, spills and shared memory of every configuration here. The thresholds are estimates
 from arithmetic, not measurements: no GPU was at hand.
@@ -7,18 +7,35 @@ from arithmetic, not measurements: no GPU was at hand.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Config", "gradient_config", "product_config", "rows_aligned"]
+from ...common.host import cdiv
+
+__all__ = [
+    "FEW",
+    "GROUP",
+    "MEDIUM",
+    "PLAIN",
+    "SQUARE",
+    "UNALIGNED",
+    "WIDE",
+    "Config",
+    "gradient_config",
+    "product_config",
+    "rows_aligned",
+]
 
 
 @dataclass(frozen=True)
 class Config:
-    """One tile of a result, ROWS by COLUMNS, made in steps of DEPTH.
+    """One tile of a result, `rows` by `columns`, made in steps of `depth`.
 
-    `specialized`: operands come through descriptors and the bulk copy engine, and one warp group copies while two
-    multiply. Hopper only, and only where `rows_aligned`.
+    Attributes:
+        specialized: operands come by descriptors and the bulk copy engine, and one warp group copies while two
+            multiply. Hopper only, and only for operands that are `rows_aligned`.
     """
 
     rows: int
@@ -29,12 +46,18 @@ class Config:
     specialized: bool = False
 
     @property
-    def blocks(self) -> dict[str, int]:
-        """The kernels' constants."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
+    def tile(self) -> tuple[int, int, int, int]:
+        """The kernels' constant TILE."""
+        return self.rows, self.columns, self.depth, GROUP
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of a launch on this machine."""
+        stages = self.stages(hip=torch.version.hip is not None)
+        return {"TILE": self.tile, "num_warps": self.num_warps, "num_stages": stages}
 
     def stages(self, hip: bool) -> int:
-        """An AMD GPU keeps one step in its 64 KB of shared memory and the next one in registers."""
+        """Returns the pipeline's depth: AMD GPUs have one step in their 64 KB of shared memory, one in registers."""
         return min(self.num_stages, 2) if hip else self.num_stages
 
 
@@ -42,7 +65,7 @@ class Config:
 GROUP = 8
 
 # A step of 128 x 256 x 64 reads 48 KB for 1024 cycles of products, just what the L2 cache of an H100 delivers to each
-# multiprocessor (KERNELS.md, section 4, counts 47 bytes a cycle); 128 x 128 would need 64.
+# multiprocessor (about 47 bytes a cycle, by the cost model of DeepGEMM); 128 x 128 would need 64.
 WIDE = Config(128, 256, 64, num_warps=4, num_stages=4, specialized=True)
 SQUARE = Config(128, 128, 64, num_warps=4, num_stages=4, specialized=True)  # where WIDE would leave processors idle
 PLAIN = Config(128, 128, 64, num_warps=8, num_stages=3)  # any GPU; two programs a multiprocessor
@@ -58,7 +81,7 @@ _LONG = 1024
 
 
 def rows_aligned(*operands: Tensor) -> bool:
-    """Whether all rows of these half-precision matrices begin at multiples of 16 bytes, as bulk copies need.
+    """Tells if all rows of these half-precision matrices begin at multiples of 16 bytes, as bulk copies need.
 
     Rows of float32 never are: the tiles are made for 16 bits, and four-byte numbers would not fit.
     """
@@ -73,7 +96,7 @@ def rows_aligned(*operands: Tensor) -> bool:
 
 
 def product_config(rows: int, experts: int, columns: int, aligned: bool, specialized: bool) -> Config:
-    """Tiles of `x[rows] @ weight[expert].T` for P rows, E experts and a result of so many columns.
+    """Returns the tile of `x[rows] @ weight[expert].T` for P rows, E experts and a result of so many columns.
 
     Args:
         aligned: whether the operands are `rows_aligned`.
@@ -88,12 +111,12 @@ def product_config(rows: int, experts: int, columns: int, aligned: bool, special
         return MEDIUM
     if not specialized:
         return PLAIN
-    tiles = -(-rows // WIDE.rows) * -(-columns // WIDE.columns)
+    tiles = cdiv(rows, WIDE.rows) * cdiv(columns, WIDE.columns)
     return WIDE if tiles >= _PROCESSORS else SQUARE
 
 
 def gradient_config(rows: int, experts: int, half: bool, specialized: bool) -> Config:
-    """Tiles of the weights' gradient, a sum over the rows of each expert.
+    """Returns the tile of the weights' gradient, a sum over the rows of each expert.
 
     Args:
         half: whether the operands have 16 bits; float32 takes the smallest tile.

@@ -16,11 +16,11 @@ __all__ = ["permute", "sort_by_expert", "unpermute"]
 
 dispatch.register("moe_permute", "triton")
 _ROWS = (torch.bfloat16, torch.float16, torch.float32)
-_COPIED = (*_ROWS, torch.uint8)  # codes of FP8, which nothing is computed with
+_COPIED = (*_ROWS, torch.uint8)  # FP8 values, which are only copied
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each (token, choice) pair goes when pairs are sorted by expert, ties in token order.
+    """Sorts (token, choice) pairs by expert, ties in token order.
 
     Args:
         expert_ids: [T, K] int64 in [0, num_experts]; num_experts itself marks a choice that no expert here serves.
@@ -57,7 +57,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 def unpermute(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """The weighted sum of each token's expert outputs, accumulated in float32 and rounded once (TRAPS C9).
+    """Returns the weighted sum of each token's expert outputs, accumulated in float32 and rounded once (TRAPS C9).
 
     Args:
         y: [T * K, H], sorted by expert.
@@ -93,6 +93,6 @@ def _obstacle(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = _ROWS) -> str 
 def _implementation(x: Tensor, unsupported: str | None):
     if dispatch.pick("moe_permute", x.device, unsupported) == "reference":
         return reference
-    from . import kernel
+    from . import launch
 
-    return kernel
+    return launch

@@ -1,6 +1,6 @@
-"""`topk_gate`: which K experts serve a token, and with what weights, for the three published routings.
+"""`topk_gate`: the choice of K experts for each token, and their weights, for the three published routings.
 
-What the routings call it with, S the scores (TRAPS C3 to C8; V3 report, equations 12 to 16):
+Arguments of the routings, S the scores (TRAPS C3 to C8; V3 report, equations 12 to 16):
 
     greedy (V2-Lite)            S = softmax    no bias  1 group            normalize if asked for and K > 1
     group_limited_greedy (V2)   S = softmax    no bias  group_best=1       likewise; `factor` only if it does not
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ... import dispatch
 from . import reference
+from .reference import group_scores, limit_to_groups, weigh
 
-__all__ = ["topk_gate"]
+__all__ = ["group_scores", "limit_to_groups", "topk_gate", "weigh"]
 
 dispatch.register("topk_gate", "triton")
 _MOST_EXPERTS = 1024  # a token's scores stay in the registers of one warp
@@ -58,12 +59,12 @@ def topk_gate(
     """
     _check_operands(scores, bias)
     _check_numbers(scores.shape[1], top_k, n_group, topk_group, group_best)
-    arguments = (scores, bias, top_k, n_group, topk_group, group_best, normalize, factor)
+    arguments = (scores, bias, top_k, (n_group, topk_group, group_best), normalize, factor)
     if dispatch.pick("topk_gate", scores.device, _obstacle(scores, n_group)) == "reference":
         return reference.topk_gate(*arguments)
-    from . import kernel
+    from . import launch
 
-    return kernel.topk_gate(*arguments)
+    return launch.topk_gate(*arguments)
 
 
 def _check_operands(scores: Tensor, bias: Tensor | None) -> None:

@@ -9,34 +9,28 @@ __all__ = ["choose", "group_scores", "limit_to_groups", "topk_gate", "weigh"]
 
 
 def topk_gate(
-    scores: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    group_best: int,
-    normalize: bool,
-    factor: float,
+    scores: Tensor, bias: Tensor | None, top_k: int, groups: tuple[int, int, int], normalize: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
+    """See the operator; `groups` are its n_group, topk_group and group_best."""
     choice = scores.detach() if bias is None else scores.detach() + bias.detach()
-    ids = choose(choice, top_k, n_group, topk_group, group_best)
+    ids = choose(choice, top_k, *groups)
     return weigh(scores, ids, normalize, factor), ids
 
 
 def choose(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_best: int) -> Tensor:
-    """[T, E] -> ids [T, K] of the best, the smaller id first among equals."""
+    """Returns the ids [T, K] of the best of [T, E], the smaller id first among equals."""
     if topk_group < n_group:
         choice = limit_to_groups(choice, group_scores(choice, n_group, group_best), topk_group)
     return torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def group_scores(choice: Tensor, n_group: int, group_best: int) -> Tensor:
-    """[T, E] -> [T, G]: what groups are chosen by."""
+    """Returns the scores [T, G] by which groups are chosen, each the sum of its `group_best` best of [T, E]."""
     return choice.unflatten(-1, (n_group, -1)).topk(group_best, dim=-1).values.sum(-1)
 
 
 def limit_to_groups(choice: Tensor, scores: Tensor, topk_group: int) -> Tensor:
-    """[T, E], those of all but the `topk_group` groups with the best scores [T, G] set to -inf."""
+    """Returns [T, E] with -inf in all but the `topk_group` groups with the best scores [T, G]."""
     kept = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :topk_group]
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
     # -inf, not 0: biased scores can be negative (TRAPS C4).
@@ -44,7 +38,7 @@ def limit_to_groups(choice: Tensor, scores: Tensor, topk_group: int) -> Tensor:
 
 
 def weigh(scores: Tensor, ids: Tensor, normalize: bool, factor: float) -> Tensor:
-    """The weights [T, K] of a choice, whoever made it."""
+    """Returns the weights [T, K] of the chosen `ids`, which may be any."""
     weights = scores.gather(-1, ids)
     if normalize:
         # In float64 the sum is exact, so that its order, the device's own, does not matter.

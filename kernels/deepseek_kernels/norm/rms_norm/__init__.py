@@ -2,10 +2,10 @@
 
 One rule for all of them, that of the published checkpoints: `weight * (x / sqrt(mean(x^2) + eps))`, statistics in
 float32, rounded to x's dtype *before* the weight, the product in torch's promotion of both dtypes (TRAPS B2). Where a
-residual is added, the sum is rounded once, and what is normed is the rounded sum: what code that is not fused does.
+residual is added, the sum is rounded once, and the rounded sum is normed, as code that is not fused does it.
 
-The kernels read everything once. Nothing but the order of a row's sum, and the last bit of the reciprocal root that is
-made of it, tells both implementations apart; within one of them, a row's result does not depend on how many there are.
+The kernels read everything once. Both implementations differ only in the order of a row's sum and in the last bit of
+its reciprocal root; within one of them, a row's result does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ... import dispatch
 from . import reference
+from .reference import rms_norm as rms_norm_reference
 
-__all__ = ["add_rms_norm", "add_rms_norm_quantize", "rms_norm", "rms_norm_quantize"]
+__all__ = ["add_rms_norm", "add_rms_norm_quantize", "rms_norm", "rms_norm_quantize", "rms_norm_reference"]
 
 dispatch.register("rms_norm", "triton")
 dispatch.register("rms_norm_quantize", "triton", capability=(8, 9))  # as fp8_quantize
@@ -26,7 +27,7 @@ _MOST_COLUMNS = 16384  # a row is held in the registers of one block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * (x / sqrt(mean(x^2) + eps))` over the last dimension.
+    """Computes `weight * (x / sqrt(mean(x^2) + eps))` over the last dimension.
 
     Args:
         x: [..., H], of any strides.
@@ -47,15 +48,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of the residual stream after a block: of `total = x + residual`.
+    """Norms the residual stream after a block, `total = x + residual`.
 
     Args:
-        x: [..., H], what the block adds.
+        x: [..., H], the block's result.
         residual: [..., H], the stream before it.
         weight: [H].
 
     Returns:
-        what `rms_norm(total)` gives, and total [..., H] in torch's promotion of the dtypes of x and residual, rounded
+        `rms_norm(total)`, and total [..., H] in torch's promotion of the dtypes of x and residual, rounded
         once. Differentiable in all three; the kernels' derivative is not.
 
     Raises:
@@ -70,7 +71,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str | None = None) -> tuple[Tensor, Tensor]:
-    """`quantize_rows(rms_norm(x))`, bit by bit, without the norm ever being written.
+    """Computes `quantize_rows(rms_norm(x))`, bit by bit, without writing the norm.
 
     Args:
         x: [..., H], float32, bfloat16 or float16; M rows in all.
@@ -78,7 +79,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str |
         scale_format: None for float32 scales, "ue8m0" for powers of two.
 
     Returns:
-        codes [M, H] float8_e4m3fn and scales [M, ceil(H / 128)] float32, laid out as those of `quantize_rows`, and
+        values [M, H] float8_e4m3fn and scales [M, ceil(H / 128)] float32, laid out as those of `quantize_rows`, and
         without a gradient as those.
 
     Raises:
@@ -96,7 +97,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str |
 def add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale_format: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_rows` of `add_rms_norm`'s norm, bit by bit, and the sum.
+    """Computes `quantize_rows` of `add_rms_norm`'s norm, bit by bit, and the sum.
 
     Args:
         x, residual: [..., H], float32, bfloat16 or float16; M rows in all.
@@ -104,11 +105,11 @@ def add_rms_norm_quantize(
         scale_format: None for float32 scales, "ue8m0" for powers of two.
 
     Returns:
-        codes and scales as those of `rms_norm_quantize`, and total [..., H] as that of `add_rms_norm`.
+        values and scales as those of `rms_norm_quantize`, and total [..., H] as that of `add_rms_norm`.
 
     Raises:
-        ValueError: a wrong shape, dtype or scale format; or a gradient is wanted of x or residual: through codes there
-            is none, and through the sum alone it would be wrong.
+        ValueError: a wrong shape, dtype or scale format; or x or residual require a gradient: there is none through
+            FP8 values, and through the sum alone it would be wrong.
     """
     power_of_two = _check_quantized(x, residual, weight, scale_format)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
@@ -135,7 +136,7 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
 
 
 def _check_quantized(x: Tensor, residual: Tensor | None, weight: Tensor, scale_format: str | None) -> bool:
-    """Whether scales are powers of two."""
+    """Returns True if scales are to be powers of two."""
     _check(x, residual, weight)
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
         if tensor is not None and tensor.dtype not in _DTYPES:

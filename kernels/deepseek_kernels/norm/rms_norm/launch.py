@@ -1,19 +1,21 @@
-"""What starts the kernels: custom operators, opaque to torch.compile, and their derivative."""
+"""Launches the kernels of `rms_norm`: custom operators, opaque to torch.compile, and their derivative."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...quant.fp8_quantize.launch import cdiv, rows_readable
-from ...quant.fp8_quantize.reference import ACTIVATION_FLOOR, GROUP, empty_codes, empty_scales
-from . import kernel
-from .kernel import BACKWARD_PROGRAMS, OPTIONS, backward_stages, backward_tile, forward_tile
+from ...common.fp8 import GROUP, empty_codes, empty_scales
+from ...common.host import cdiv, rows_readable
+from . import backward, kernel
+from .configs import BACKWARD_PROGRAMS, OPTIONS, backward_stages, backward_tile, forward_tile
+
+__all__ = ["quantize", "rms_norm"]
 
 
 @torch.library.custom_op("deepseek_kernels::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm, the sum that was normed (nothing without a residual), and 1 / sqrt(mean + eps) of each row."""
+    """Returns the norm, the sum that was normed (empty without a residual), and 1 / sqrt(mean + eps) of each row."""
     out, total, rstd = _new_normed(x, residual, weight, eps)
     if x.numel():
         _forward(x, residual, weight, out.view(-1, x.shape[-1]), total, rstd, rstd, eps)
@@ -31,7 +33,7 @@ def _new_normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) 
 def quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales, and the sum that was normed (nothing without a residual)."""
+    """Returns FP8 values, scales, and the sum that was normed (empty without a residual)."""
     codes, scales, total = _new_quantized(x, residual, weight, eps, power_of_two)
     if x.numel():
         _forward(x, residual, weight, codes, total, scales, scales, eps, True, power_of_two)
@@ -54,7 +56,7 @@ def _new_total(x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., H] as [M, H], copied only where its rows are not equally far apart or not each in one piece."""
+    """Views [..., H] as [M, H]; copies only if its rows are not equally far apart or not each in one piece."""
     return rows_readable(x.reshape(-1, x.shape[-1]))
 
 
@@ -76,15 +78,11 @@ def _forward(
     strides = (x.stride(0), more.stride(0), out.stride(0), scales.stride(1) if quantized else 0)
     with torch.cuda.device_of(x):
         kernel.forward_kernel[(cdiv(rows, tile.rows),)](
-            *(x, more, weight.contiguous(), out, total, rstd, scales, rows, columns, *strides, eps, 1.0 / columns),
+            *(x, more, weight.contiguous(), out, total, rstd, scales, rows, columns, strides, eps, 1.0 / columns),
             ADD=added,
             QUANTIZE=quantized,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            GROUP=GROUP,
-            FLOOR=ACTIVATION_FLOOR,
             POWER_OF_TWO=power_of_two,
-            num_warps=tile.num_warps,
+            **tile.options,
             **OPTIONS,
         )
 
@@ -93,7 +91,7 @@ def _forward(
 def _backward(
     grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum that was normed, and of the weight (nothing if it is not needed)."""
+    """Returns the gradients of the sum that was normed, and of the weight (empty if it is not needed)."""
     grad_x, grad_weight = _new_gradients(grad, grad_total, total, weight, rstd, need_weight)
     if not total.numel():
         return grad_x, grad_weight.zero_()
@@ -107,14 +105,12 @@ def _backward(
     partials = rstd.new_empty(programs if need_weight else 0, columns)
     arguments = (grad, more, total, weight.contiguous(), rstd, grad_x, partials, rows, columns, rows_each)
     with torch.cuda.device_of(total):
-        kernel.backward_kernel[(programs,)](
-            *(*arguments, grad.stride(0), more.stride(0), total.stride(0), 1.0 / columns),
+        backward.backward_kernel[(programs,)](
+            *(*arguments, (grad.stride(0), more.stride(0), total.stride(0)), 1.0 / columns),
             ADD=grad_total is not None,
             NEED_WEIGHT=need_weight,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
             STAGES=backward_stages(tile, sum(one.element_size() for one in loaded)),
-            num_warps=tile.num_warps,
+            **tile.options,
             **OPTIONS,
         )
     return grad_x, partials.sum(0).to(weight.dtype) if need_weight else grad_weight
@@ -127,11 +123,11 @@ def _new_gradients(
     return total.new_empty(total.shape), weight.new_empty(weight.shape if need_weight else 0)
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     x, residual, weight, _ = inputs
     _, total, rstd = output
     ctx.added, ctx.dtypes = residual is not None, (x.dtype, None if residual is None else residual.dtype)
-    ctx.set_materialize_grads(False)  # zeros in place of a gradient that nobody sends would be read for nothing
+    ctx.set_materialize_grads(False)  # zeros in place of an absent gradient would be read for nothing
     ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(total if ctx.added else x, weight, rstd)
 
@@ -146,4 +142,4 @@ def _differentiate(ctx, grad: Tensor | None, grad_total: Tensor | None, _) -> tu
     return *narrow, grad_weight if need_weight else None, None
 
 
-rms_norm.register_autograd(_differentiate, setup_context=_remember)
+rms_norm.register_autograd(_differentiate, setup_context=_save)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...quant.fp8_quantize import reference as fp8
+from ...quant.fp8_quantize import quantize_rows_reference
+
+__all__ = ["add_rms_norm", "add_rms_norm_quantize", "rms_norm", "rms_norm_quantize"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,7 +23,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, power_of_two: bool) -> tuple[Tensor, Tensor]:
     normed = rms_norm(x, weight, eps)
-    return fp8.quantize_rows(normed.reshape(x.shape[:-1].numel(), x.shape[-1]), power_of_two)
+    return quantize_rows_reference(normed.reshape(x.shape[:-1].numel(), x.shape[-1]), power_of_two)
 
 
 def add_rms_norm_quantize(

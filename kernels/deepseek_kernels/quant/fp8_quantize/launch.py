@@ -1,32 +1,29 @@
-"""What starts the kernels: custom operators, opaque to torch.compile, which knows shapes and strides from the fakes."""
+"""Launches the kernels of `fp8_quantize`: custom operators, opaque to torch.compile."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ...common import host
+from ...common.fp8 import GROUP, block_grid, empty_codes, empty_scales
+from ...common.host import cdiv, rows_readable
 from . import kernel
-from .kernel import BOTH, FEW, MANY, TRANSPOSED, Tile, block_warps
-from .reference import ACTIVATION_FLOOR, GROUP, WEIGHT_FLOOR, block_grid, empty_codes, empty_scales, grouped_capacity
+from .configs import BOTH, TRANSPOSED, Tile, block_tile, tile_for
+from .reference import grouped_capacity
 
-ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def tile_for(rows: int, columns: int) -> Tile:
-    programs = cdiv(rows, MANY.rows) * cdiv(columns, MANY.columns)
-    return MANY if programs >= ENOUGH_PROGRAMS else FEW
-
-
-def rows_readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+__all__ = [
+    "dequantize_into",
+    "quantize_blocks",
+    "quantize_both",
+    "quantize_grouped_transposed",
+    "quantize_rows",
+    "quantize_transposed",
+]
 
 
 def _experts(stacked: Tensor) -> Tensor:
-    """[R, C] as [1, R, C]."""
+    """Views [R, C] as [1, R, C]."""
     return stacked if stacked.ndim == 3 else stacked[None]
 
 
@@ -38,14 +35,10 @@ def quantize_rows(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     x, (rows, columns) = rows_readable(x), x.shape
     tile = tile_for(rows, columns)
     with torch.cuda.device_of(x):
-        kernel.rows_kernel[cdiv(rows, tile.rows), cdiv(columns, tile.columns)](
-            *(x, codes, scales, rows, columns, x.stride(0), codes.stride(0), scales.stride(1)),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            GROUP=GROUP,
-            FLOOR=ACTIVATION_FLOOR,
+        kernel.rows_kernel[tile.grid(rows, columns)](
+            *(x, codes, scales, rows, columns, (x.stride(0), codes.stride(0), scales.stride(1))),
             POWER_OF_TWO=power_of_two,
-            num_warps=tile.num_warps,
+            **tile.options,
         )
     return codes, scales
 
@@ -53,7 +46,7 @@ def quantize_rows(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 @quantize_rows.register_fake
 def _new_rows(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    return empty_codes(rows, columns, x.device), empty_scales(rows, -(-columns // GROUP), x.device)
+    return empty_codes(rows, columns, x.device), empty_scales(rows, cdiv(columns, GROUP), x.device)
 
 
 @torch.library.custom_op("deepseek_kernels::fp8_quantize_transposed", mutates_args=())
@@ -70,9 +63,9 @@ def _new_transposed(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("deepseek_kernels::fp8_quantize_both", mutates_args=())
 def quantize_both(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = _new_both(x, power_of_two)
-    _transpose(x, *out, power_of_two, BOTH)
-    return out
+    codes, scales, codes_t, scales_t = _new_both(x, power_of_two)
+    _transpose(x, codes, scales, codes_t, scales_t, power_of_two, BOTH)
+    return codes, scales, codes_t, scales_t
 
 
 @quantize_both.register_fake
@@ -88,14 +81,11 @@ def _transpose(
     x, (rows, columns) = rows_readable(x), x.shape
     strides = (x.stride(0), codes.stride(0), scales.stride(1), codes_t.stride(0), scales_t.stride(1))
     with torch.cuda.device_of(x):
-        kernel.transposing_kernel[cdiv(rows, tile.rows), cdiv(columns, tile.columns)](
-            *(x, codes, scales, codes_t, scales_t, rows, columns, *strides),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            FLOOR=ACTIVATION_FLOOR,
+        kernel.transposing_kernel[tile.grid(rows, columns)](
+            *(x, codes, scales, codes_t, scales_t, rows, columns, strides),
             POWER_OF_TWO=power_of_two,
             BOTH=tile is BOTH,
-            num_warps=tile.num_warps,
+            **tile.options,
         )
 
 
@@ -107,14 +97,11 @@ def quantize_grouped_transposed(x: Tensor, ends: Tensor, power_of_two: bool) -> 
     x, ends, (rows, columns) = rows_readable(x), ends.contiguous(), x.shape
     strides = (x.stride(0), codes_t.stride(0), scales_t.stride(1))
     with torch.cuda.device_of(x):
-        kernel.grouped_kernel[cdiv(codes_t.shape[1], GROUP), cdiv(columns, TRANSPOSED.columns)](
-            *(x, ends, codes_t, scales_t, rows, columns, ends.shape[0], *strides),
-            ROWS=TRANSPOSED.rows,
-            COLUMNS=TRANSPOSED.columns,
-            EXPERTS=1 << max(0, ends.shape[0] - 1).bit_length(),
-            FLOOR=ACTIVATION_FLOOR,
+        kernel.grouped_kernel[TRANSPOSED.grid(codes_t.shape[1], columns)](
+            *(x, ends, codes_t, scales_t, rows, columns, ends.shape[0], strides),
+            EXPERTS=host.power_of_two(max(1, ends.shape[0])),
             POWER_OF_TWO=power_of_two,
-            num_warps=TRANSPOSED.num_warps,
+            **TRANSPOSED.options,
         )
     return codes_t, scales_t
 
@@ -136,12 +123,9 @@ def quantize_blocks(
     _, rows, columns = weight.shape
     with torch.cuda.device_of(weight):
         kernel.quantize_blocks_kernel[(scale.numel(),)](
-            *(weight, codes, scale, rows // parts, columns, parts, *weight.stride()[:2]),
-            ROWS=block_rows,
-            COLUMNS=block_columns,
-            FLOOR=WEIGHT_FLOOR,
+            *(weight, codes, scale, rows // parts, columns, parts, weight.stride()[:2]),
             POWER_OF_TWO=power_of_two,
-            num_warps=block_warps(block_rows * block_columns, values=128),
+            **block_tile(block_rows, block_columns, values=128).options,
         )
     return codes, scale
 
@@ -161,13 +145,11 @@ def dequantize_into(out: Tensor, codes: Tensor, scale: Tensor, block_rows: int, 
         return
     codes, wide, grid = _experts(rows_readable(codes)), _experts(out), _experts(scale)
     _, rows, columns = codes.shape
-    strides = (*codes.stride()[:2], *grid.stride(), *wide.stride())
+    strides = (codes.stride()[:2], grid.stride(), wide.stride())
     with torch.cuda.device_of(codes):
         kernel.dequantize_blocks_kernel[(scale.numel(),)](
             *(codes, scale, out, rows // parts, columns, parts, *strides),
-            ROWS=block_rows,
-            COLUMNS=block_columns,
-            num_warps=block_warps(block_rows * block_columns, values=64),
+            **block_tile(block_rows, block_columns, values=64).options,
         )
 
 

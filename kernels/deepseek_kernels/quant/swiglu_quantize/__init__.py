@@ -1,7 +1,7 @@
 """`swiglu_quantize`: SwiGLU and the FP8 quantization of its result in one reading of the input.
 
-What lies between the two products of an expert or of a dense layer: the second takes FP8 codes, so that the activation
-never has to exist in 16 bits. Codes, scales, floors and the fate of NaN and infinity are those of `fp8_quantize`.
+It stands between the two products of an expert or of a dense layer: the second takes FP8 values, so that the activation
+never has to exist in 16 bits. Values, scales, floors, NaN and infinity are as in `fp8_quantize`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ dispatch.register("swiglu_quantize", "triton", capability=(8, 9))  # as fp8_quan
 
 
 def swiglu_quantize(gate_up: Tensor, scale_format: str | None = None) -> tuple[Tensor, Tensor]:
-    """`quantize_rows(silu(gate) * up)`, the product in float32 and not rounded before it is quantized.
+    """Computes `quantize_rows(silu(gate) * up)`, the product in float32 and not rounded before it is quantized.
 
-    Both implementations quantize bit by bit alike; what they quantize differs by the last bits of their exponentials.
+    Both implementations quantize bit by bit alike; their inputs differ by the last bits of the exponentials.
 
     Args:
         gate_up: [M, 2 I], gate columns before up columns; float32, bfloat16 or float16. I of any size, the last group
@@ -28,7 +28,7 @@ def swiglu_quantize(gate_up: Tensor, scale_format: str | None = None) -> tuple[T
         scale_format: None for float32 scales, "ue8m0" for powers of two.
 
     Returns:
-        codes [M, I] float8_e4m3fn and scales [M, ceil(I / 128)] float32, laid out as those of `quantize_rows`. Neither
+        values [M, I] float8_e4m3fn and scales [M, ceil(I / 128)] float32, laid out as those of `quantize_rows`. Neither
         carries a gradient.
 
     Raises:
@@ -43,6 +43,6 @@ def swiglu_quantize(gate_up: Tensor, scale_format: str | None = None) -> tuple[T
     power_of_two = scale_format == "ue8m0"
     if dispatch.pick("swiglu_quantize", gate_up.device) == "reference":
         return reference.swiglu_quantize(gate_up.detach(), power_of_two)
-    from . import kernel
+    from . import launch
 
-    return kernel.swiglu_quantize(gate_up.detach(), power_of_two)
+    return launch.swiglu_quantize(gate_up.detach(), power_of_two)
