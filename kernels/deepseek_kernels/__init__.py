@@ -1,6 +1,23 @@
-"""Operators of the DeepSeek architecture: one folder each, a PyTorch reference beside every kernel.
+"""Operators of the DeepSeek architecture, each with a PyTorch reference beside its kernels.
 
-`deepseek_kernels.dispatch` decides which implementation runs; switching it changes speed, never semantics.
+Attention (`attention/`)
+    mla_attention, mla_decode, mla_decode_paged, latent_write, latent_write_paged, rope, rope_
+Mixture of experts (`moe/`)
+    topk_gate, sort_by_expert, permute, unpermute, grouped_gemm, grouped_gemm_swiglu, fused_moe
+Products (`gemm/`)
+    dense_gemm, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, fp8_weight_gemm, fp8_weight_grouped_gemm
+FP8 quantization (`quant/`)
+    quantize_rows, quantize_transposed, quantize_both, quantize_grouped_transposed, quantize_blocks, dequantize_blocks,
+    swiglu_quantize
+Norm (`norm/`)
+    rms_norm, add_rms_norm, rms_norm_quantize, add_rms_norm_quantize
+Loss (`loss/`)
+    linear_cross_entropy, LinearCrossEntropy
+Choice of the implementation (`dispatch`)
+    use_backend, use_native_half_matmul, describe, BackendError
+
+`dispatch` decides which implementation runs; another one changes the speed, never the semantics. kernels/README.md has
+the contract and a table of shapes.
 """
 
 from .attention.latent_write import latent_write, latent_write_paged

@@ -23,16 +23,14 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...common.fp8 import FP8_MAX, GROUP, HIGH_PRECISION, WEIGHT_FLOOR, block_grid
+from ...common.fp8 import FP8_MAX, GROUP, HIGH_PRECISION, block_grid
 from . import reference
 from .reference import quantize_rows as quantize_rows_reference
-from .reference import scale_of
 
 __all__ = [
     "FP8_MAX",
     "GROUP",
     "HIGH_PRECISION",
-    "WEIGHT_FLOOR",
     "dequantize_blocks",
     "quantize_blocks",
     "quantize_both",
@@ -40,7 +38,6 @@ __all__ = [
     "quantize_rows",
     "quantize_rows_reference",
     "quantize_transposed",
-    "scale_of",
 ]
 
 # 8.9: the first with conversions between float32 and e4m3.
