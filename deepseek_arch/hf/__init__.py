@@ -10,7 +10,7 @@
 Importing this changes nothing for transformers' own classes.
 """
 
-from .base import DeepseekModel, DeepseekPreTrainedModel
+from .base import DeepseekPreTrainedModel
 from .causal_lm import DeepseekForCausalLM
 from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification
 from .configuration import (
@@ -20,8 +20,10 @@ from .configuration import (
     ArchKimiK2Config,
     as_arch_config,
 )
+from .fp8_config import DeepseekFP8Config
 from .load_balancing_callback import LoadBalancingCallback
-from .quantizer import DeepseekFP8Config
+from .main_model import DeepseekModel
+from .quantizer import DeepseekFP8Quantizer
 from .registration import register, registered, unregister
 from .replaying import replaying
 
@@ -31,6 +33,7 @@ __all__ = [
     "ArchGlm4MoeLiteConfig",
     "ArchKimiK2Config",
     "DeepseekFP8Config",
+    "DeepseekFP8Quantizer",
     "DeepseekForCausalLM",
     "DeepseekForSequenceClassification",
     "DeepseekForTokenClassification",

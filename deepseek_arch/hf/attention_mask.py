@@ -1,8 +1,8 @@
 """Attention masks: transformers' own, and packed sequences kept apart where its helper does not.
 
 `create_causal_mask` separates packed sequences only without a 2D mask and without a cache. Here a sequence's start is
-found from the positions alone, which also works when its tokens lie in a cache: a token at position p sees the last
-p + 1 real tokens, itself included, whatever stands before them. Only a row that has padding among its cached tokens is
+found from the positions alone, which also works when its tokens lie in a cache: a token at position p attends to the
+last p + 1 real tokens, itself included, and to none before them. Only a row that has padding among its cached tokens is
 always taken for one sequence.
 
 B batch, T queries of this call, S keys.
@@ -10,7 +10,7 @@ B batch, T queries of this call, S keys.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ __all__ = ["FirstTokens", "attention_mask_for", "document_starts", "real_tokens"
 
 
 def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """bool [B, T], False for padding, of a mask [B, past + T]; None where nobody says, as with finished masks."""
+    """Returns bool [B, T], False for padding, of a mask [B, past + T]; None without one, or with a finished mask."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -tokens:] != 0
@@ -32,7 +32,7 @@ def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
 def document_starts(
     batch: int, tokens: int, past: int, cu_seq_lens: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor | None:
-    """Where each token's document starts, from what padding-free collators pass beside the tokens.
+    """Returns the start of each token's document, by the arguments that padding-free collators pass beside the tokens.
 
     Args:
         cu_seq_lens: [n + 1], ends of the documents in the flattened batch, from 0.
@@ -66,7 +66,7 @@ def attention_mask_for(
     cache: Cache | None,
     starts: Tensor | None = None,
 ) -> Tensor | None:
-    """The mask for all layers of one call.
+    """Returns the mask for all layers of one call.
 
     Args:
         inputs_embeds: [B, T, H].
@@ -75,7 +75,7 @@ def attention_mask_for(
         starts: [B, T] of `document_starts`.
 
     Returns:
-        None for plain causal attention; else one of the masks of `deepseek_kernels.spans`: spans where every row's real
+        None for plain causal attention; else a mask of `deepseek_kernels.common.masks`: spans where every row's real
         keys are neighbours, otherwise bool or additive float [B, 1, T, S].
     """
     if attention_mask is None or attention_mask.ndim == 2:
@@ -89,14 +89,15 @@ def attention_mask_for(
                 return _spans(first, real, index).expand(inputs_embeds.shape[0], -1, -1)
             if packed:
                 return _dense(first, real, index)
-    # Positions stay out: what they say about packing has been looked at.
-    return create_causal_mask(
+    # Without the positions: their packing has been dealt with above.
+    mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=cache,
         position_ids=None,
     )
+    return cast("Tensor | None", mask)  # a BlockMask comes with flex attention alone, which these classes have not
 
 
 def _first_keys(
@@ -106,11 +107,11 @@ def _first_keys(
     cache: Cache | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each query must not see.
+    """Returns the first key that each query may attend to.
 
     Returns:
-        int64 [B or 1, T or 1], how many real keys at the beginning no longer count, 0 for padding; bool [B or 1, S],
-        which keys are real; and int64 [T], where the queries are among the keys.
+        int64 [B or 1, T or 1], the number of real keys at the beginning that a query does not attend to, 0 for padding;
+        bool [B or 1, S], True for real keys; and int64 [T], the places of the queries among the keys.
     """
     batch, tokens = inputs_embeds.shape[:2]
     device = inputs_embeds.device
@@ -122,10 +123,10 @@ def _first_keys(
     else:
         real = attention_mask.to(device=device, dtype=torch.bool)[:, :keys]
         real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
-    before = real.cumsum(-1) - real.long()  # [B, S], how many real keys stand before each key
+    before = real.cumsum(-1) - real.long()  # [B, S], the number of real keys before each key
     first = torch.zeros(1, 1, dtype=torch.long, device=device)
     if position_ids is not None:
-        # After a prompt padded on the right, generate's positions start again without meaning anything by it.
+        # After a prompt padded on the right, generate's positions start again, which begins no sequence.
         gaps = (~real & (torch.arange(keys, device=device) < past)).any(-1, keepdim=True)
         first = (before[:, index] - position_ids.to(device)).masked_fill(gaps, 0)
     if starts is not None:
@@ -134,9 +135,9 @@ def _first_keys(
 
 
 def _kinds(first: Tensor, real: Tensor, index: Tensor) -> list[bool]:
-    """Whether some row is packed, some token so far is padding, some row has padding between its real keys.
+    """Returns three flags: a row is packed, a token so far is padding, a row has padding between its real keys.
 
-    One answer to wait for, and not three.
+    All in one transfer, so that a GPU is waited for once.
     """
     so_far = torch.arange(real.shape[1], device=real.device) <= index[-1]
     begins = real.long().diff(dim=-1, prepend=torch.zeros_like(real[:, :1], dtype=torch.long)) > 0
@@ -144,14 +145,14 @@ def _kinds(first: Tensor, real: Tensor, index: Tensor) -> list[bool]:
 
 
 def _spans(first: Tensor, real: Tensor, index: Tensor) -> Tensor:
-    """What `_dense` gives, as int32 [B, T, 2] (`deepseek_kernels.spans`): for rows whose real keys are neighbours."""
+    """Returns the mask of `_dense` as spans, int32 [B, T, 2], for rows whose real keys are neighbours."""
     begin = real.long().argmax(-1, keepdim=True)
     end = torch.minimum(index + 1, begin + real.sum(-1, keepdim=True))  # [B, T]
     return torch.stack(torch.broadcast_tensors(begin + first, end), dim=-1).int()
 
 
 def _dense(first: Tensor, real: Tensor, index: Tensor) -> Tensor:
-    """bool [B, 1, T, S]."""
+    """Returns the mask as bool [B, 1, T, S]."""
     before = real.cumsum(-1) - real.long()
     allowed = torch.arange(real.shape[1], device=real.device) <= index[:, None]
     return (allowed & real[:, None] & (before[:, None] >= first[:, :, None]))[:, None]
@@ -160,7 +161,7 @@ def _dense(first: Tensor, real: Tensor, index: Tensor) -> Tensor:
 class FirstTokens:
     """A static cache during its first call, cut to the tokens it has.
 
-    transformers gives no mask then (plain causal attention is meant), yet the cache returns all of its slots.
+    transformers gives no mask then, for plain causal attention, yet the cache returns all of its slots.
     """
 
     def __init__(self, cache: Cache, tokens: int) -> None:

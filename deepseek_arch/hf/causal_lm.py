@@ -3,47 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import MoE
 from .attention_mask import real_tokens
-from .base import DeepseekModel, DeepseekPreTrainedModel
+from .base import DeepseekPreTrainedModel
 from .key_mapping import register_conversions
+from .layers import DeepseekMTPLayer
+from .main_model import DeepseekModel
 from .mtp_generation import generate_with_drafts
-from .mtp_training import (
-    DeepseekCausalLMOutput,
-    DeepseekModelOutput,
-    DeepseekMTPLayer,
-    loss_weight,
-    prediction_losses,
-    share_of_items,
-)
+from .mtp_training import loss_weight, prediction_losses, share_of_items
+from .outputs import DeepseekCausalLMOutput, DeepseekModelOutput
 
 __all__ = ["DeepseekForCausalLM"]
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
-    """The language model: trunk, head, and the multi-token-prediction layers of the checkpoint.
+    """The language model: main model, head, and the multi-token-prediction modules of the checkpoint.
 
-    The prediction layers are kept so that nothing of the checkpoint is lost; `forward` trains them where
+    The MTP modules are kept so that nothing of the checkpoint is lost; `forward` trains them where
     `config.mtp_loss_weight` asks for it (0.3 to 0.1 in V3's report; default 0, and then they do not run).
 
     Args:
         config: one of our configs, transformers' own for the same family, or a `DeepseekConfig`.
 
     Attributes:
-        mtp_detached: whether their loss trains them alone, and neither the trunk nor the embedding and the head that
-            they share with it (TRAPS F12).
+        mtp_detached: True lets their loss train them alone, and neither the main model nor the embedding and the head
+            that they share with it (TRAPS F12).
 
     Raises:
         UnsupportedModelError: a model that cannot be built (sparse attention).
@@ -51,9 +46,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012  as the natives
 
-    reads_prediction_layers = True
+    reads_mtp_modules = True
     mtp_detached = False
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
@@ -79,7 +74,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> DeepseekCausalLMOutput:
         """One forward pass; see `DeepseekModel.forward` for the arguments that are not named here.
 
@@ -92,11 +87,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
         With `config.mtp_loss_weight` above 0, labels and input_ids, and no cache given, the output has `mtp_loss`: in
         both modes the number that `DeepseekLM` gives, which training adds to the loss with that weight; in evaluation
-        the loss is the next token's, to be compared with any other model's. With `num_items_in_batch`, both added
+        the loss is that of the next token alone, comparable with other models'. With `num_items_in_batch`, both added
         losses, means over this call, count by its share of the targets.
 
         Raises:
-            ValueError: as the trunk's, or a weight that is negative or has nothing to weigh.
+            ValueError: as the main model's, or a weight that is negative or has nothing to weigh.
         """
         weight = 0.0
         if labels is not None and input_ids is not None and past_key_values is None:
@@ -112,17 +107,21 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        assert hidden is not None
+        shape = (hidden.shape[0], hidden.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        valid = real_tokens(attention_mask, hidden.shape[1])
+        valid = real_tokens(attention_mask, shape[1])
         loss = aux_loss = mtp_loss = mtp_losses = mtp_accuracy = None
         if outputs.router_logits:
-            aux_loss = self.balance_loss(outputs.router_logits, hidden.shape[:2], valid)
-        if outputs.trunk is not None:
-            balanced = aux_loss is not None
-            mtp_losses, mtp_accuracy, more = prediction_losses(self, outputs.trunk, input_ids, labels, valid, balanced)
+            aux_loss = self.balance_loss(outputs.router_logits, shape, valid)
+        if outputs.trunk is not None and input_ids is not None and labels is not None:
+            mtp_losses, mtp_accuracy, more = prediction_losses(
+                self, outputs.trunk, input_ids, labels, valid, balanced=aux_loss is not None
+            )
             mtp_loss = mtp_losses.mean()
-            aux_loss = aux_loss if more is None else aux_loss + more.to(aux_loss.device)
+            if aux_loss is not None and more is not None:
+                aux_loss = aux_loss + more.to(aux_loss.device)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             share = share_of_items(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
@@ -147,28 +146,28 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`, with every cache of transformers, beams, and draft models.
 
-        With `use_mtp=True` the model's own prediction layers draft up to `num_assistant_tokens` tokens a step (default
+        With `use_mtp=True` the model's own MTP modules draft up to `num_assistant_tokens` tokens a step (default
         1), for any number of rows, greedy or sampling; see `deepseek_arch.generate`.
 
         Raises:
-            ValueError: `use_mtp` without prediction layers, or with a setting that it does not go with.
+            ValueError: `use_mtp` without MTP modules, or with a setting that it does not go with.
         """
         configs = (kwargs.get("generation_config"), *args[1:2], self.generation_config)
         wanted = [kwargs.get("use_mtp"), *(getattr(config, "use_mtp", None) for config in configs)]
         if next((use for use in wanted if use is not None), False):
             return generate_with_drafts(self, *args, **kwargs)
-        return super().generate(*args, **kwargs)
+        return cast(Any, GenerationMixin.generate)(self, *args, **kwargs)
 
     @property
     def router_aux_loss_coef(self) -> float:
-        """The balance loss's factor: `router_aux_loss_coef` of the config, else its family's (`BalanceLoss`)."""
+        """Factor of the balance loss: `router_aux_loss_coef` of the config, else its family's (`BalanceLoss`)."""
         factor = getattr(self.config, "router_aux_loss_coef", None)
         return BalanceLoss.from_config(self.config.to_core()).sequence if factor is None else float(factor)
 
     def balance_loss(
         self, router_logits: tuple[Tensor, ...], shape: tuple[int, int], valid: Tensor | None = None
     ) -> Tensor:
-        """V3's sequence-wise balance loss, or V2's, of all layers with experts together, without a factor.
+        """Returns V3's sequence-wise balance loss, or V2's, of all layers with experts together, without a factor.
 
         Args:
             router_logits: [B T, E] of each layer.

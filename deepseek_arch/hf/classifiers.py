@@ -10,17 +10,18 @@ from transformers.modeling_layers import (
 )
 
 from ..config.deepseek_config import DeepseekConfig
-from .base import DeepseekModel, DeepseekPreTrainedModel
+from .base import DeepseekPreTrainedModel
 from .key_mapping import register_conversions
+from .main_model import DeepseekModel
 
 __all__ = ["DeepseekForSequenceClassification", "DeepseekForTokenClassification"]
 
 
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
-    """The trunk with a classifier on the last token of each row."""
+    """The main model with a classifier on the last token of each row."""
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
-        # Not the generic class's constructor: it asks AutoModel, which knows us only while registered.
+        # Not the generic class's constructor: it asks AutoModel, which knows these classes only while registered.
         DeepseekPreTrainedModel.__init__(self, config)
         self.num_labels = self.config.num_labels
         self.model = DeepseekModel(self.config)
@@ -29,7 +30,7 @@ class DeepseekForSequenceClassification(GenericForSequenceClassification, Deepse
 
 
 class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
-    """The trunk with a classifier on every token."""
+    """The main model with a classifier on every token."""
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
         DeepseekPreTrainedModel.__init__(self, config)

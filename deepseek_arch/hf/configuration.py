@@ -19,10 +19,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, PreTrainedConfig
 
 from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
-from .quantizer import FP8_METHOD, PUBLISHED_METHOD
+from .fp8_config import FP8_METHOD, PUBLISHED_METHOD
 
 __all__ = [
     "CONFIG_CLASSES",
+    "ArchConfig",
     "ArchDeepseekV2Config",
     "ArchDeepseekV3Config",
     "ArchGlm4MoeLiteConfig",
@@ -31,7 +32,7 @@ __all__ = [
     "load_config",
 ]
 
-# Arguments of `from_pretrained` that say where the files are, needed for the config and for the weights ...
+# Arguments of `from_pretrained` that locate the files, needed for the config and for the weights ...
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # ... and those that a config has fields for, although they are about the load.
 _FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
@@ -41,29 +42,29 @@ _SPARSE = (
 )
 
 
-class _ArchConfig(PreTrainedConfig):
-    """What our config classes share; mixed in before the native class."""
+class ArchConfig(PreTrainedConfig):
+    """Fields and conversions of all our config classes; mixed in before the native class."""
 
     published_prefix: ClassVar[str]
-    """What the published class names of the family start with."""
+    """Beginning of the family's published class names."""
 
     mtp_loss_weight: ClassVar[float] = 0.0
-    """Of the prediction layers' loss in training; 0 leaves them out. An instance's own is saved with it."""
+    """Weight of the MTP modules' loss in training; 0 leaves them out. An instance's own is saved with it."""
 
-    # What evaluation is not to take for logits.
+    # Outputs that evaluation must not take for logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "mtp_loss", "mtp_losses", "mtp_accuracy"]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         names = self.architectures
         self.architectures = [_own_name(name, self.published_prefix) for name in names] if names else names
-        self.auto_map = {}
+        self.auto_map: dict[str, str] = {}
         quantization = getattr(self, "quantization_config", None)
         if isinstance(quantization, dict) and quantization.get("quant_method") == PUBLISHED_METHOD:
             self.quantization_config = {**quantization, "quant_method": FP8_METHOD}
 
     def to_dict(self) -> dict[str, Any]:
-        """The published `config.json` layout: published class names, and the rope fields in their older form too."""
+        """Returns the published `config.json` layout: its class names, and the rope fields in their older form too."""
         out = super().to_dict()
         out.pop("auto_map", None)
         if out.get("architectures"):
@@ -79,7 +80,7 @@ class _ArchConfig(PreTrainedConfig):
         return out
 
     def to_core(self) -> DeepseekConfig:
-        """The same model as a `DeepseekConfig`.
+        """Returns the same model as a `DeepseekConfig`.
 
         Raises:
             ConfigError: the fields describe no model of this family.
@@ -96,7 +97,7 @@ def _expert_names(native: type[PreTrainedConfig]) -> dict[str, str]:
 
 
 @strict
-class ArchDeepseekV2Config(_ArchConfig, DeepseekV2Config):
+class ArchDeepseekV2Config(ArchConfig, DeepseekV2Config):
     """DeepSeek-V2, V2-Lite, V2.5."""
 
     model_type = "deepseek_v2"
@@ -106,11 +107,11 @@ class ArchDeepseekV2Config(_ArchConfig, DeepseekV2Config):
     output_router_logits: bool = False  # transformers 5.17 has no such field, and trainers look for it
 
     def validate_architecture(self) -> None:
-        """Heads need not divide the hidden size, as the native check has it: their width is a field of its own."""
+        """Checks nothing: natively heads have to divide the hidden size, but their width is a field of its own."""
 
 
 @strict
-class ArchDeepseekV3Config(_ArchConfig, DeepseekV3Config):
+class ArchDeepseekV3Config(ArchConfig, DeepseekV3Config):
     """DeepSeek-V3, V3.1, R1, Moonlight."""
 
     model_type = "deepseek_v3"
@@ -118,7 +119,7 @@ class ArchDeepseekV3Config(_ArchConfig, DeepseekV3Config):
     attribute_map = _expert_names(DeepseekV3Config)
 
     output_router_logits: bool = False
-    # The native default is one prediction module, whether or not the file speaks of any.
+    # The native default is one MTP module, also for files that name none.
     num_mtp_layers: int = 0
 
 
@@ -130,7 +131,7 @@ class ArchKimiK2Config(ArchDeepseekV3Config):
 
 
 @strict
-class ArchGlm4MoeLiteConfig(_ArchConfig, Glm4MoeLiteConfig):
+class ArchGlm4MoeLiteConfig(ArchConfig, Glm4MoeLiteConfig):
     """GLM-4.7-Flash."""
 
     model_type = "glm4_moe_lite"
@@ -140,16 +141,16 @@ class ArchGlm4MoeLiteConfig(_ArchConfig, Glm4MoeLiteConfig):
     output_router_logits: bool = False
 
 
-CONFIG_CLASSES: dict[str, type[_ArchConfig]] = {
+CONFIG_CLASSES: dict[str, type[ArchConfig]] = {
     cls.model_type: cls for cls in (ArchDeepseekV2Config, ArchDeepseekV3Config, ArchKimiK2Config, ArchGlm4MoeLiteConfig)
 }
 
 
-def config_class(model_type: str | None) -> type[_ArchConfig]:
-    """Our config class for a published model type.
+def config_class(model_type: str | None) -> type[ArchConfig]:
+    """Returns our config class for a published model type.
 
     Raises:
-        UnsupportedModelError: there is none; for V3.2 the message says that sparse attention is what is missing.
+        UnsupportedModelError: there is none; for V3.2 the message names sparse attention as missing.
     """
     if model_type in CONFIG_CLASSES:
         return CONFIG_CLASSES[model_type]
@@ -158,8 +159,8 @@ def config_class(model_type: str | None) -> type[_ArchConfig]:
     raise UnsupportedModelError(f"expected model_type to be one of {', '.join(CONFIG_CLASSES)}, got {model_type!r}")
 
 
-def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> _ArchConfig:
-    """`config` itself if it is one of ours, else our class with the same fields.
+def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> ArchConfig:
+    """Returns `config` itself if it is one of ours, else our class with the same fields.
 
     Args:
         config: one of ours, transformers' native class for the same family, or a `DeepseekConfig`.
@@ -168,7 +169,7 @@ def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> _ArchConfig:
         UnsupportedModelError: a family that cannot be built.
         ValueError: not a config.
     """
-    if isinstance(config, _ArchConfig):
+    if isinstance(config, ArchConfig):
         return config
     if not isinstance(config, PreTrainedConfig | DeepseekConfig):
         raise ValueError(f"expected a transformers config or a DeepseekConfig, got {type(config).__name__}")
@@ -176,11 +177,11 @@ def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> _ArchConfig:
     return own.from_dict(config.to_dict())
 
 
-def load_config(source: Any, **kwargs: Any) -> tuple[_ArchConfig, dict[str, Any]]:
+def load_config(source: Any, **kwargs: Any) -> tuple[ArchConfig, dict[str, Any]]:
     """Reads the config of a checkpoint, and returns it with those of `kwargs` that are for the model's loading.
 
     Args:
-        source: whatever `PreTrainedConfig.from_pretrained` takes.
+        source: a folder or name, as for `PreTrainedConfig.from_pretrained`.
         kwargs: its keyword arguments (`revision`, `token`, ...), or changes of config fields.
     """
     where = {name: kwargs.pop(name) for name in _WHERE if name in kwargs}

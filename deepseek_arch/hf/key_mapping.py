@@ -1,9 +1,9 @@
 """Published tensor names <-> parameters, in transformers' terms.
 
-Stacking the experts is registered for our class names when this module is imported (transformers gives nothing to
-classes from outside by model type, and would leave the experts random). The number of a prediction layer depends on
-the config, so its names are passed to each load (`mtp_key_mapping`), and each model carries what saving has to undo
-(`saving_conversions`).
+Stacking the experts is registered for our class names when this module is imported (transformers knows
+classes from outside by their names only, and would leave the experts random). The number of an MTP module depends on
+the config, so its names are passed to each load (`mtp_key_mapping`), and each model carries the conversions that saving
+undoes (`saving_conversions`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers.core_model_loading import (
     SplitModulelist,
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
 )
 
 from ..config.deepseek_config import DeepseekConfig
@@ -31,7 +30,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class KeepOne(ConversionOps):
-    """Several stored copies of one tensor -> that tensor; saving writes the copies again."""
+    """Several stored copies of one tensor become that tensor; saving writes the copies again."""
 
     def __init__(self, copies: int = 1) -> None:
         self.copies = copies
@@ -39,14 +38,14 @@ class KeepOne(ConversionOps):
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Raises ValueError for copies that differ."""
+    ) -> Any:
+        """Returns the tensor, or raises ValueError for copies that differ."""
         tensors = [t for pattern in source_patterns for t in _as_list(input_dict.get(pattern, []))]
         first, *others = tensors
         for other in others:
             if not torch.equal(other.to(first.dtype), first):
                 raise ValueError(
-                    f"expected {target_patterns[0]} and its copies in the prediction layers to be equal, got others"
+                    f"expected {target_patterns[0]} and its copies in the MTP modules to be equal, got others"
                 )
         return {target_patterns[0]: first}
 
@@ -56,11 +55,11 @@ class KeepOne(ConversionOps):
 
 
 class WriteCopies(ConversionOps):
-    """One tensor -> as many equal ones as there are names; clones, since safetensors refuses shared memory."""
+    """One tensor becomes as many equal ones as there are names; clones, since safetensors refuses shared memory."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Tensor]:
+    ) -> Any:
         (value,) = input_dict.values()
         (tensor,) = _as_list(value)
         return {name: tensor.clone() if i else tensor for i, name in enumerate(target_patterns)}
@@ -71,7 +70,7 @@ class WriteCopies(ConversionOps):
 
 
 class StackScales(MergeModulelist):
-    """A scale grid of each expert -> one tensor; the way back leaves grids of one row or column what they are.
+    """Stacks the scale grids of the experts; the way back leaves grids of one row or column as they are.
 
     transformers 5.17 removes every dimension of size 1 there, not only the experts'.
     """
@@ -85,7 +84,7 @@ class UnstackScales(SplitModulelist):
     """The reverse of `StackScales`."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
@@ -100,7 +99,7 @@ class UnstackScales(SplitModulelist):
         return StackScales(self.dim)
 
 
-def _expert_conversions() -> list[WeightTransform]:
+def _expert_conversions() -> list[WeightConverter | WeightRenaming]:
     # The lookahead keeps `weight` from matching `weight_scale_inv` in transformers 5.17.
     gate, up, down = (f"mlp.experts.*.{name}_proj.weight(?!_scale_inv)" for name in ("gate", "up", "down"))
     return [
@@ -109,7 +108,7 @@ def _expert_conversions() -> list[WeightTransform]:
     ]
 
 
-def _scale_conversions() -> list[WeightTransform]:
+def _scale_conversions() -> list[WeightConverter | WeightRenaming]:
     gate, up, down = (f"mlp.experts.*.{name}_proj.weight_scale_inv" for name in ("gate", "up", "down"))
     return [
         WeightConverter([gate, up], "mlp.experts.gate_up_proj_scale_inv", [StackScales(0), Concatenate(1)]),
@@ -117,11 +116,11 @@ def _scale_conversions() -> list[WeightTransform]:
     ]
 
 
-def loading_conversions(causal_lm: bool) -> list[WeightTransform]:
-    """What is registered for a class.
+def loading_conversions(causal_lm: bool) -> list[WeightConverter | WeightRenaming]:
+    """Returns the conversions to register for a class.
 
     Args:
-        causal_lm: whether it has prediction layers, which bring copies of the embedding and the head.
+        causal_lm: for a class with MTP modules, which bring copies of the embedding and the head.
     """
     if not causal_lm:
         return _expert_conversions()
@@ -133,17 +132,17 @@ def loading_conversions(causal_lm: bool) -> list[WeightTransform]:
 
 
 def mtp_key_mapping(core: DeepseekConfig) -> dict[str, str]:
-    """Published prefix (a regular expression) -> ours, for each prediction layer that the config speaks of."""
+    """Returns our prefix by published prefix (a regular expression), for each MTP module of the config."""
     first = core.num_hidden_layers
     return {rf"^model\.layers\.{first + k}\.": f"mtp.{k}." for k in range(core.num_nextn_predict_layers)}
 
 
-def saving_conversions(core: DeepseekConfig | None, fp8: bool = False) -> list[WeightTransform]:
-    """The conversions whose reverse turns a state dict into the published tensors.
+def saving_conversions(core: DeepseekConfig | None, fp8: bool = False) -> list[WeightConverter | WeightRenaming]:
+    """Returns the conversions whose reverse turns a state dict into the published tensors.
 
     Args:
-        core: the config of a causal language model, or None for a model without prediction layers.
-        fp8: the model has experts in FP8.
+        core: the config of a causal language model, or None for a model without MTP modules.
+        fp8: for a model with experts in FP8.
     """
     # Last: the reverse goes backwards, and in transformers 5.17 `gate_up_proj` also matches `gate_up_proj_scale_inv`.
     experts = [*_expert_conversions(), *(_scale_conversions() if fp8 else ())]
@@ -155,19 +154,19 @@ def saving_conversions(core: DeepseekConfig | None, fp8: bool = False) -> list[W
     heads = [f"{layer}shared_head.head.weight" for layer in layers]
     # A tied head is not in the state dict: its copies are the embedding's.
     tied = core.tie_word_embeddings
-    copies: list[WeightTransform] = [
+    copies: list[WeightConverter | WeightRenaming] = [
         WeightConverter([_EMBEDDING, *embeddings, *(heads if tied else ())], _EMBEDDING, [KeepOne()])
     ]
     if not tied:
         copies.append(WeightConverter([_HEAD, *heads], _HEAD, [KeepOne()]))
-    renamings: list[WeightTransform] = [
+    renamings: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(published, rf"^mtp\.{k}\.") for k, published in enumerate(mtp_key_mapping(core))
     ]
     return [*renamings, *copies, *experts]
 
 
 def register_conversions(class_name: str, causal_lm: bool = False) -> None:
-    """Tells transformers how to load checkpoints into our class of that name."""
+    """Registers with transformers the conversions for our class of that name."""
     register_checkpoint_conversion_mapping(class_name, loading_conversions(causal_lm), overwrite=True)
 
 

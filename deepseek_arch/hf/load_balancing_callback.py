@@ -14,10 +14,10 @@ __all__ = ["LoadBalancingCallback"]
 
 
 class LoadBalancingCallback(TrainerCallback):
-    """`Trainer(..., callbacks=[LoadBalancingCallback()])`: router biases follow the load after each optimizer step.
+    """Moves router biases by the load after each optimizer step: `Trainer(..., callbacks=[LoadBalancingCallback()])`.
 
     The update comes once per optimizer step, whatever `gradient_accumulation_steps` is, with counts summed over all
-    processes. What is printed and `state.log_history` get `max_violation`, the worst layer's; reporters that Trainer
+    processes. The printed log and `state.log_history` get `max_violation`, the worst layer's; reporters that Trainer
     runs before its users' callbacks do not. The biases are part of the checkpoints that Trainer saves; a resumed run
     goes on with them, and with the step that a rate schedule needs.
 

@@ -1,7 +1,7 @@
 """transformers' `generate(use_mtp=True)` on our own speculative decoding.
 
-transformers' loader of prediction layers wants names of one depth, reads FP8 codes for weights, and decodes one row.
-Ours runs on the very modules of the model, any number of rows.
+transformers' loader of MTP modules knows the tensor names of one depth, reads FP8 tensors as weights, and decodes one
+row. Ours runs on the modules of the model itself, with any number of rows.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..generation.entry import generate
 from ..models.causal_lm import DeepseekLM
 
 __all__ = ["core_of", "generate_with_drafts"]
 
-# What our decoding knows; anything else that is set would be ignored.
+# Settings that our decoding follows; any other that is set would be ignored.
 _KNOWN = {
     "bos_token_id",
     "do_sample",
@@ -26,6 +27,7 @@ _KNOWN = {
     "max_new_tokens",
     "num_assistant_tokens",
     "pad_token_id",
+    "return_dict_in_generate",
     "temperature",
     "top_k",
     "top_p",
@@ -36,22 +38,23 @@ _KNOWN = {
 
 
 def core_of(model: Any) -> DeepseekLM:
-    """A `DeepseekLM` made of the modules of a `DeepseekForCausalLM`: nothing is copied."""
+    """Returns a `DeepseekLM` made of the modules of a `DeepseekForCausalLM`, without copying any."""
     core = DeepseekLM(model.config.to_core(), device="meta", dtype=model.dtype)
-    core.model.embed_tokens, core.model.layers, core.model.norm = (
-        model.model.embed_tokens,
-        model.model.layers,
-        model.model.norm,
-    )
-    core.model.rope, core.lm_head, core.mtp = model.model.rotary_emb, model.lm_head, model.mtp
+    main = model.model
+    core.model.embed_tokens, core.model.layers, core.model.norm = main.embed_tokens, main.layers, main.norm
+    core.model.rope, core.lm_head, core.mtp = main.rotary_emb, model.lm_head, model.mtp
     return core
 
 
-def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """`generate` with drafts from the prediction layers; arguments as transformers' own.
+def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
+    """Runs `generate` with drafts of the MTP modules; arguments as transformers' own.
 
-    `num_assistant_tokens` is how many tokens are drafted at most (default 1). Without an attention mask, tokens that
-    are `pad_token_id` are padding, unless that ends a text too.
+    `num_assistant_tokens` is the number of tokens drafted at most (default 1). Without an attention mask, tokens that
+    are `pad_token_id` are padding, unless that ends a text too. A `streamer` gets the prompts, and then every new
+    column as soon as all rows have it.
+
+    Returns:
+        int64 [B, T + new], or with `return_dict_in_generate` an output whose `sequences` they are.
 
     Raises:
         ValueError: no input ids or no limit, or a setting that this way of decoding does not have.
@@ -59,33 +62,14 @@ def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     if len(args) > 2:
         raise ValueError("expected at most inputs and generation_config by position with use_mtp=True, got more")
     given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-    own = given.get("generation_config")
-    drafts = [
-        given.get("num_assistant_tokens"),
-        *(getattr(c, "num_assistant_tokens", None) for c in (own, model.generation_config)),
-    ]
-    drafts = next((count for count in drafts if count is not None), 1)
-    if drafts < 1:
-        raise ValueError(f"expected num_assistant_tokens >= 1 with use_mtp=True, got {drafts}")
-    inputs = given.pop("inputs", None)
+    drafts = _drafts(given, model)
+    inputs, streamer = given.pop("inputs", None), given.pop("streamer", None)
     config, rest = model._prepare_generation_config(given.pop("generation_config", None), **given)
     input_ids = rest.pop("input_ids", None) if inputs is None else inputs
     if input_ids is None:
         raise ValueError("expected input_ids with use_mtp=True, got none")
     mask = rest.pop("attention_mask", None)
-    # Neither the model's own settings nor those of this call may ask for what is not done.
-    usual = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
-    other = {name for name, value in rest.items() if value is not None and value is not False and name != "use_cache"}
-    other |= {
-        name
-        for name, value in config.to_dict().items()
-        if name not in _KNOWN and not name.startswith("_") and value not in (None, False, usual.get(name))
-    }
-    if other:
-        raise ValueError(
-            f"expected only {', '.join(sorted(_KNOWN - {'transformers_version'}))} and an attention mask with "
-            f"use_mtp=True, got {', '.join(sorted(other))}"
-        )
+    _check_settings(config, rest)
     new = config.max_new_tokens
     if new is None:
         if config.max_length is None:
@@ -96,8 +80,10 @@ def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     ending = ends if isinstance(ends, list) else [ends]
     if mask is None and pad is not None and pad not in ending and bool((input_ids == pad).any()):
         mask = (input_ids != pad).long()
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     with torch.no_grad():
-        return generate(
+        tokens = generate(
             core_of(model),
             input_ids,
             mask,
@@ -108,4 +94,36 @@ def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor:
             top_p=config.top_p if samples else None,
             eos_token_id=[] if ends is None else ends,
             pad_token_id=pad,
+            callback=None if streamer is None else lambda column: streamer.put(column.cpu()),
+        )
+    if streamer is not None:
+        streamer.end()
+    assert isinstance(tokens, Tensor)
+    return GenerateDecoderOnlyOutput(sequences=tokens) if config.return_dict_in_generate else tokens  # type: ignore[arg-type]
+
+
+def _drafts(given: dict[str, Any], model: Any) -> int:
+    """Returns the number of tokens to draft: the call's, else its generation config's, else the model's, else 1."""
+    asked = given.get("num_assistant_tokens")
+    for config in (given.get("generation_config"), model.generation_config):
+        asked = getattr(config, "num_assistant_tokens", None) if asked is None else asked
+    drafts = 1 if asked is None else asked
+    if drafts < 1:
+        raise ValueError(f"expected num_assistant_tokens >= 1 with use_mtp=True, got {drafts}")
+    return drafts
+
+
+def _check_settings(config: GenerationConfig, rest: dict[str, Any]) -> None:
+    """Raises ValueError for settings, of the model or of this call, that would be ignored."""
+    usual = GenerationConfig().to_dict() | GenerationConfig._get_default_generation_params()
+    other = {name for name, value in rest.items() if value is not None and value is not False and name != "use_cache"}
+    other |= {
+        name
+        for name, value in config.to_dict().items()
+        if name not in _KNOWN and not name.startswith("_") and value not in (None, False, usual.get(name))
+    }
+    if other:
+        raise ValueError(
+            f"expected only {', '.join(sorted(_KNOWN - {'transformers_version'}))}, a streamer and an attention mask "
+            f"with use_mtp=True, got {', '.join(sorted(other))}"
         )

@@ -1,4 +1,4 @@
-"""Making transformers' Auto classes give our classes, and undoing it."""
+"""Registration of our classes with transformers' Auto classes, and its reverse."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .base import DeepseekModel
 from .causal_lm import DeepseekForCausalLM
 from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification
 from .configuration import CONFIG_CLASSES, config_class
+from .main_model import DeepseekModel
 
 __all__ = ["register", "registered", "unregister"]
 
@@ -28,17 +28,17 @@ _MODEL_CLASSES = (
     (AutoModelForTokenClassification, DeepseekForTokenClassification),
 )
 _ABSENT = object()
-# What stood in transformers' tables before: (table, key) -> value or _ABSENT. Empty while not registered.
+# Entries of transformers' tables from before: (table, key) -> value or _ABSENT. Empty while not registered.
 _before: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
 
 
 def register(*model_types: str) -> None:
-    """From now on `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the classifiers' Auto classes give our classes.
+    """Makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the classifiers' Auto classes give our classes.
 
-    Classes asked for by name, transformers' own among them, stay what they are. Repeating the call changes nothing.
+    Classes imported by name, transformers' own among them, are not changed. Repeating the call changes nothing.
 
     Args:
-        model_types: which families (default: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite).
+        model_types: families (default: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite).
 
     Raises:
         UnsupportedModelError: a family that these modules cannot compute, such as deepseek_v32 (sparse attention).
@@ -51,7 +51,7 @@ def register(*model_types: str) -> None:
 
 
 def unregister() -> None:
-    """Undoes `register`: the Auto classes give what they gave before. Without a registration, nothing happens."""
+    """Undoes `register`: the Auto classes give the classes that they gave before."""
     for (_, key), (table, value) in reversed(_before.items()):
         if value is _ABSENT:
             table.pop(key, None)
@@ -62,7 +62,7 @@ def unregister() -> None:
 
 @contextmanager
 def registered(*model_types: str) -> Iterator[None]:
-    """`register` within a `with` block; a registration that was there before it stays."""
+    """Registers within a `with` block; a registration from before it stays."""
     held = dict(_before)
     register(*model_types)
     try:
@@ -73,7 +73,7 @@ def registered(*model_types: str) -> Iterator[None]:
 
 
 def _put(table: dict[Any, Any], key: Any, value: Any) -> None:
-    # The tables behind transformers' public `register`, which never forgets and refuses its own model types.
+    # The tables behind transformers' public `register`, which cannot be undone and refuses its own model types.
     if table.get(key) is not value:
         _before.setdefault((id(table), key), (table, table.get(key, _ABSENT)))
         table[key] = value

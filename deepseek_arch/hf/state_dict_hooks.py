@@ -19,30 +19,30 @@ from .key_mapping import mtp_key_mapping
 
 __all__ = ["accept_published_experts", "accept_published_names"]
 
-_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the trunk's tensors, in a prediction layer
+_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the main model's tensors, in an MTP module
 
 
 def accept_published_names(model: nn.Module) -> None:
     """Makes `model.load_state_dict` take published names beside its own; a part of the experts is enough (shards).
 
     Args:
-        model: a trunk with `layers`, or a language model with `mtp`; the trunk inside the latter has its own call.
+        model: a main model with `layers`, or a language model with `mtp`, whose main model has its own call.
     """
     for name in ("layers", "mtp"):
         accept_published_experts(getattr(model, name, nn.ModuleList()))
     if hasattr(model, "mtp"):
-        model.register_load_state_dict_pre_hook(_rename_prediction_layers)
+        model.register_load_state_dict_pre_hook(_rename_mtp_modules)
 
 
 def accept_published_experts(model: nn.Module) -> None:
-    """The same for the experts alone: for those that have taken the place of others."""
+    """Makes the experts within `model` take published names; for experts that have replaced others, too."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.register_load_state_dict_pre_hook(_stack_experts)
 
 
-def _rename_prediction_layers(model: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """Replaces `model.layers.{num_hidden_layers + k}.` by `mtp.{k}.`, and drops copies of the trunk's tensors."""
+def _rename_mtp_modules(model: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Replaces `model.layers.{num_hidden_layers + k}.` by `mtp.{k}.`, and drops copies of the main model's tensors."""
     for published, own in mtp_key_mapping(model.config.to_core()).items():
         pattern = re.compile(published)
         for key in [key for key in state_dict if key.startswith(prefix) and pattern.search(key[len(prefix) :])]:
@@ -89,14 +89,14 @@ def _stack(
     if not found:
         return
     first = state_dict[found[0]]
-    # With a part of the experts the others keep their weights.
+    # With a part of the experts given, the others keep their weights.
     whole = len(found) == len(places)
     stacked = torch.empty_like(parameter, device=first.device) if whole else parameter.detach().clone()
     known = len(error_msgs)
     for key in found:
         tensor, expected = state_dict.pop(key), (rows, parameter.shape[2])
         if (tensor.dtype == torch.float8_e4m3fn) != (parameter.dtype == torch.float8_e4m3fn):
-            # A cast would take values for codes, or codes for values (TRAPS E11).
+            # A cast would take values for FP8, or FP8 for values (TRAPS E11).
             error_msgs.append(f"dtype mismatch for {key}: expected {parameter.dtype}, got {tensor.dtype}")
         elif tuple(tensor.shape) != expected:
             error_msgs.append(f"size mismatch for {key}: expected {list(expected)}, got {list(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""`from_pretrained` that reads our configs and raises for whatever the checkpoint leaves undefined."""
+"""`from_pretrained` that reads our configs and raises for every weight that the checkpoint leaves undefined."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from transformers import FineGrainedFP8Config, PreTrainedModel
 from ..moe.moe import Router
 from ..quant.fp8_convert import fp8_layers
 from .configuration import as_arch_config, load_config
+from .fp8_config import FP8_METHOD, DeepseekFP8Config
 from .key_mapping import mtp_key_mapping
-from .quantizer import FP8_METHOD, DeepseekFP8Config
 
 __all__ = ["StrictLoading"]
 
 _OWN_HEAD = ("score.",)  # what a classifier adds to a language model's checkpoint
 _MISMATCHED = "of another shape"
 _OWN_PREFIX = re.compile(r"^mtp\.(\d+)\.")
-_PREDICTION_LAYER = re.compile(r"(?:^|\.)(layers\.\d+\.)eh_proj\.weight$")
+_MTP_MODULE = re.compile(r"(?:^|\.)(layers\.\d+\.)eh_proj\.weight$")
 
 
 class StrictLoading:
-    """Mixed into our models before `PreTrainedModel`."""
+    """Loading that fails rather than leaving weights random; mixed in before `PreTrainedModel`."""
 
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012  stray in Kimi's and old V2 files
-    reads_prediction_layers = False
+    reads_mtp_modules = False
 
     @classmethod
     def from_pretrained(
@@ -45,12 +44,12 @@ class StrictLoading:
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`, except that a checkpoint must define every weight.
 
-        What is FP8 in the files stays FP8, byte for byte, on every device; `dtype` is that of everything else. A
-        classifier's own head may be missing. A folder without the prediction layers that its config speaks of loads
-        without them, with a warning.
+        Tensors that are FP8 in the files stay FP8, byte for byte, on every device; `dtype` is that of all others. A
+        classifier's own head may be missing. A folder without the MTP modules that its config names loads without
+        them, with a warning.
 
         Args:
-            config: a config of ours, transformers' own for the same family, a `DeepseekConfig`, or where to read one.
+            config: a config of ours, transformers' own for the same family, a `DeepseekConfig`, or a folder with one.
             quantization_config: (in `kwargs`) for an FP8 checkpoint, `FineGrainedFP8Config(dequantize=True)` or
                 `DeepseekFP8Config(dequantize=True)` for ordinary weights in `dtype`, exact but for that rounding.
 
@@ -63,7 +62,7 @@ class StrictLoading:
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)
         config = as_arch_config(config)
         config = _with_quantization_argument(config, kwargs)
-        if cls.reads_prediction_layers:
+        if cls.reads_mtp_modules:
             key_mapping = {**mtp_key_mapping(config.to_core()), **(key_mapping or {})}
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path,
@@ -74,7 +73,7 @@ class StrictLoading:
             key_mapping=key_mapping,
             **kwargs,
         )
-        # With an adapter in the folder, `info` is about the adapter: what the model itself lacks was noted before.
+        # With an adapter in the folder, `info` is about the adapter: problems of the model itself were noted before.
         problems = model.__dict__.pop("_load_problems", None)
         if problems is None:
             problems = _problems(**info)
@@ -91,7 +90,7 @@ class StrictLoading:
 
     @staticmethod
     def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers calls this for adapters too, after it made them and before it casts what it reads to them."""
+        """Widens adapters: transformers calls this for them too, before it casts to their dtype."""
         _widen_adapters(model)
         return PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
 
@@ -101,25 +100,25 @@ class StrictLoading:
         _widen_adapters(self)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """transformers calls this between the load and its report."""
+        """Notes the problems of a load; transformers calls this between the load and its report."""
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
-        self._drop_absent_prediction_layers(loading_info.missing_keys)
-        layers = {match[1] for key in loading_info.unexpected_keys if (match := _PREDICTION_LAYER.search(key))}
+        self._drop_absent_mtp_modules(loading_info.missing_keys)
+        layers = {match[1] for key in loading_info.unexpected_keys if (match := _MTP_MODULE.search(key))}
         for key in list(loading_info.unexpected_keys):
-            if any(f".{layer}" in f".{key}" for layer in layers):  # not asked for: the trunk alone, or switched off
+            if any(f".{layer}" in f".{key}" for layer in layers):  # of no use to the main model alone, or switched off
                 loading_info.unexpected_keys.discard(key)
         self._load_problems = _problems(
             loading_info.missing_keys,
             loading_info.unexpected_keys,
             loading_info.mismatched_keys,
             loading_info.conversion_errors,
-            first_prediction_layer=self.config.num_hidden_layers,  # type: ignore[attr-defined]
+            first_mtp_layer=self.config.num_hidden_layers,  # type: ignore[attr-defined]
         )
-        # Reported with the rest; the load report would raise on them, without a word about which they are.
+        # Reported with the rest; the load report would raise on them without naming them.
         loading_info.conversion_errors.clear()
 
-    def _drop_absent_prediction_layers(self, missing: set[str]) -> None:
-        """Removes trailing prediction layers of which the checkpoint has nothing."""
+    def _drop_absent_mtp_modules(self, missing: set[str]) -> None:
+        """Removes trailing MTP modules of which the checkpoint has no tensor."""
         layers: nn.ModuleList = getattr(self, "mtp", None) or nn.ModuleList()
         kept = len(layers)
         while kept and {f"mtp.{kept - 1}.{name}" for name in layers[kept - 1].state_dict()} <= missing:
@@ -127,7 +126,7 @@ class StrictLoading:
         if kept == len(layers):
             return
         warnings.warn(
-            f"the config speaks of {len(layers)} multi-token-prediction layers, the checkpoint has {kept}: loaded "
+            f"the config names {len(layers)} multi-token-prediction modules, the checkpoint has {kept}: loaded "
             f"without the others",
             stacklevel=2,
         )
@@ -142,13 +141,13 @@ def _problems(
     unexpected_keys: Any = (),
     mismatched_keys: Any = (),
     conversion_errors: dict[str, str] | None = None,
-    first_prediction_layer: int = 0,
+    first_mtp_layer: int = 0,
     **other: Any,
 ) -> dict[str, list[str]]:
-    """What leaves a weight undefined, by kind, under published names."""
+    """Returns the published names of weights left undefined, by kind of problem."""
 
     def published(key: str) -> str:
-        return _OWN_PREFIX.sub(lambda match: f"model.layers.{first_prediction_layer + int(match[1])}.", key)
+        return _OWN_PREFIX.sub(lambda match: f"model.layers.{first_mtp_layer + int(match[1])}.", key)
 
     errors = conversion_errors or {}
     # transformers writes a traceback, the message, and what it was doing; here the message is enough.
@@ -171,11 +170,12 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def _with_quantization_argument(config: Any, kwargs: dict[str, Any]) -> Any:
-    """Whether to dequantize FP8, moved from the argument to the config, where our quantizer looks for it.
+    """Moves `dequantize` of the argument to the config, where our quantizer looks for it.
 
-    transformers would refuse its own class beside ours, and ignore what an instance of ours says.
+    transformers would refuse its own class beside ours, and ignore an instance of ours.
     """
-    argument, own = kwargs.get("quantization_config"), getattr(config, "quantization_config", None)
+    argument = kwargs.get("quantization_config")
+    own: Any = getattr(config, "quantization_config", None)
     if isinstance(own, DeepseekFP8Config):
         own = {**own.to_dict(), "quant_method": FP8_METHOD}
     fp8 = isinstance(own, dict) and own.get("quant_method") == FP8_METHOD
@@ -188,7 +188,7 @@ def _with_quantization_argument(config: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _widen_adapters(model: Any) -> None:
-    """PEFT makes adapters of expert parameters in the parameters' dtype, which for codes is no dtype to compute in."""
+    """Casts adapters out of FP8: PEFT makes those of expert parameters in the parameters' dtype."""
     held = {id(t) for layer in fp8_layers(model).values() for name in layer.held for t in layer.pair(name)}
     for parameter in model.parameters():
         if parameter.dtype == torch.float8_e4m3fn and id(parameter) not in held:
@@ -196,7 +196,7 @@ def _widen_adapters(model: Any) -> None:
 
 
 def _keep_router_biases_wide(model: nn.Module) -> None:
-    """Selection biases are float32 whatever they were stored in (TRAPS C2)."""
+    """Casts selection biases to float32, whatever they were stored in (TRAPS C2)."""
     for module in model.modules():
         if isinstance(module, Router) and module.e_score_correction_bias is not None:
             bias = module.e_score_correction_bias

@@ -57,7 +57,7 @@ def test_a_rollout_is_replayed_whole(temperature, chunk):
 
 
 def test_a_model_that_moved_on_takes_the_rollouts_decisions():
-    """What replay is for: the trainer's own choice differs, and the logits are those of the rollout's experts."""
+    """Replay's purpose: the trainer's own choice differs, and the logits are those of the rollout's experts."""
     lm = model(config("v3"))
     out, report = da.generate(lm, tokens(lm.config, 2, 5), max_new_tokens=8, eos_token_id=[], record_routing=True)
     with torch.no_grad():

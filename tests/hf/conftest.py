@@ -49,7 +49,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The "tiny" preset in the published FP8 layout: several shards, partial blocks, a prediction layer."""
+    """The "tiny" preset in the published FP8 layout: several shards, partial blocks, an MTP module."""
     from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
     folder = tmp_path_factory.mktemp("fp8") / "checkpoint"

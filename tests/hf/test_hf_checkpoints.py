@@ -1,4 +1,4 @@
-"""Folders in and out: both ways with transformers and with `da.load`, FP8, prediction layers, and what must fail."""
+"""Folders in and out: both ways with transformers and with `da.load`, FP8, MTP modules, and what must fail."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ def test_router_biases_are_float32_whatever_the_file_stores(folder_of, fp8_folde
         assert {v.dtype for v in biases_of(model).values()} == {torch.float32}
 
 
-def test_trunk_and_classifiers_ignore_prediction_layers_in_silence(folder_of):
+def test_main_model_and_classifiers_ignore_mtp_modules_in_silence(folder_of):
     folder = folder_of("v3", num_nextn_predict_layers=1)
-    trunk, info = load_silently(dhf.DeepseekModel, folder, output_loading_info=True)
+    main, info = load_silently(dhf.DeepseekModel, folder, output_loading_info=True)
     assert info["unexpected_keys"] == {"lm_head.weight"} and not info["missing_keys"]
     classifier, info = load_silently(
         dhf.DeepseekForSequenceClassification, folder, num_labels=3, output_loading_info=True
@@ -150,7 +150,7 @@ def test_trunk_and_classifiers_ignore_prediction_layers_in_silence(folder_of):
     assert info["missing_keys"] == {"score.weight"}
     assert classifier.score.out_features == 3
     core = da.load(folder).model
-    for model in (trunk, classifier.model):
+    for model in (main, classifier.model):
         assert torch.equal(model.layers[1].mlp.experts.gate_up_proj, core.layers[1].mlp.experts.gate_up_proj)
 
 
@@ -162,25 +162,25 @@ def test_stray_rotary_tables_are_skipped_in_silence(folder_of, edited):
     assert not any(info.values())
 
 
-# ---------------------------------------------------------------- prediction layers
+# ---------------------------------------------------------------- MTP modules
 
 
 @pytest.mark.parametrize("present", [0, 1])
-def test_absent_prediction_layers_are_left_out_with_a_warning(folder_of, edited, tmp_path, present):
+def test_absent_mtp_modules_are_left_out_with_a_warning(folder_of, edited, tmp_path, present):
     folder = folder_of("v3", num_nextn_predict_layers=2)
 
     def drop(tensors, _):
         for name in [n for n in tensors if n.startswith(("model.layers.3.", "model.layers.4.")[present:])]:
             del tensors[name]
 
-    with pytest.warns(UserWarning, match=f"2 multi-token-prediction layers, the checkpoint has {present}"):
+    with pytest.warns(UserWarning, match=f"2 multi-token-prediction modules, the checkpoint has {present}"):
         model = dhf.DeepseekForCausalLM.from_pretrained(edited(folder, drop))
     assert len(model.mtp) == model.config.num_nextn_predict_layers == present
     model.save_pretrained(tmp_path / "saved")
     assert len(da.load(tmp_path / "saved").mtp) == present
 
 
-def test_prediction_layers_can_be_left_out(folder_of):
+def test_mtp_modules_can_be_left_out(folder_of):
     folder = folder_of("v3", num_nextn_predict_layers=2)
     model, info = load_silently(dhf.DeepseekForCausalLM, folder, num_nextn_predict_layers=0, output_loading_info=True)
     assert len(model.mtp) == 0 and not any(info.values())
@@ -264,7 +264,7 @@ BROKEN = {
     ),
     "a shape is swapped": (_replaced(OUTPUT, lambda t: t.T), r"1 of another shape: .*\[20, 32\] instead of \[32, 20\]"),
     "an expert's shape is swapped": (_replaced(EXPERT, lambda t: t.T), r"cannot be converted: .*experts\.gate_up_proj"),
-    "a prediction layer is incomplete": (
+    "an MTP module is incomplete": (
         _without("model.layers.3.enorm.weight"),
         r"1 missing: model\.layers\.3\.enorm\.weight",
     ),
@@ -308,7 +308,7 @@ BROKEN_FP8 = {
     ),
     "a matrix is too short": (_short, r"o_proj\.weight: expected shape \[192, 128\], got \[128, 128\]"),
     "a norm is too short": (_replaced("model.norm.weight", lambda t: t[:100]), r"model\.norm\.weight"),
-    # Raw codes would be loaded as weights, without a word (TRAPS E11).
+    # Raw FP8 values would be loaded as weights, without a word (TRAPS E11).
     "the config does not say FP8": (
         lambda tensors, config: config.pop("quantization_config"),
         r"scales without an FP8 quantization_config",

@@ -72,7 +72,7 @@ def test_what_transformers_changes_reaches_the_model():
     assert model.model.layers[1].mlp.gate.top_k == 2
 
 
-def test_configs_speak_of_prediction_layers_only_if_told():
+def test_configs_have_mtp_modules_only_if_given():
     """The native default is one, for files that have none as well."""
     assert dhf.ArchDeepseekV3Config().num_nextn_predict_layers == 0
     assert dhf.ArchDeepseekV3Config(num_nextn_predict_layers=2).num_mtp_layers == 2
@@ -86,7 +86,7 @@ def test_trainers_find_the_expert_fields(kind):
 
 
 def test_heads_need_not_divide_the_hidden_size(tmp_path):
-    """Which transformers demands of V2; with latent attention the two have nothing to do with each other."""
+    """transformers demands it of V2; with latent attention the two do not depend on each other."""
     config = dhf.as_arch_config(small_models.config("v2", num_attention_heads=3))
     config.save_pretrained(tmp_path)
     assert dhf.ArchDeepseekV2Config.from_pretrained(tmp_path).num_attention_heads == 3

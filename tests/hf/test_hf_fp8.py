@@ -24,7 +24,7 @@ O_PROJ, EXPERTS = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.
 
 
 def bytes_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Codes as bytes: equal NaN codes and both zeros are what they are."""
+    """FP8 values as bytes, so that equal NaN and both zeros compare."""
     return {name: t.view(torch.uint8) if t.dtype == E4M3 else t for name, t in state.items()}
 
 
@@ -41,7 +41,7 @@ def quantization(folder) -> dict | None:
     return json.loads((folder / "config.json").read_text()).get("quantization_config")
 
 
-def codes_and_scales(model) -> dict[str, torch.Tensor]:
+def fp8_and_scales(model) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if v.dtype == E4M3 or k.endswith("_scale_inv")}
 
 
@@ -59,7 +59,7 @@ def test_fp8_is_kept_as_da_load_keeps_it(fp8_folder, dtype):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, core(ids).logits)
     assert model.is_quantized and model.config.quantization_config.blocks == (128, 128)
-    held = codes_and_scales(model)
+    held = fp8_and_scales(model)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(held)
 
 
@@ -84,7 +84,7 @@ def test_kept_and_dequantized_agree(fp8_folder):
     generated = [model.generate(ids, max_new_tokens=6, do_sample=False) for model in (kept, plain)]
     assert torch.equal(*generated)
     assert torch.equal(generated[0], da.generate(da.load(fp8_folder, dtype="float32"), ids, max_new_tokens=6))
-    # Drafts of the model's own prediction layers; transformers' loader of such layers would read codes for weights.
+    # Drafts of the model's own MTP modules; transformers' loader of such modules would read FP8 values as weights.
     assert torch.equal(kept.generate(ids, max_new_tokens=6, do_sample=False, use_mtp=True), generated[0])
 
 
@@ -128,8 +128,8 @@ def test_experts_that_are_fp8_in_part_are_an_error_unless_dequantized(fp8_folder
     dhf.DeepseekForCausalLM.from_pretrained(folder, quantization_config=dhf.DeepseekFP8Config(dequantize=True))
 
 
-def test_codes_without_scales_are_named_first(fp8_folder, edited):
-    """transformers 5.17 casts codes before anyone could miss their scales."""
+def test_fp8_values_without_scales_are_named_first(fp8_folder, edited):
+    """transformers 5.17 casts FP8 values before the missing scales could be noticed."""
     folder = edited(fp8_folder, lambda tensors, _: tensors.pop(f"{O_PROJ}_scale_inv"))
     with pytest.raises(ValueError, match=rf"a scale beside each FP8 tensor, got none for {O_PROJ}"):
         dhf.DeepseekForCausalLM.from_pretrained(folder)
@@ -173,15 +173,15 @@ def test_scale_grids_of_one_row_or_column_keep_their_shape(tmp_path):
     assert same_bytes(stored(tmp_path / "b"), stored(tmp_path / "a"))
 
 
-def test_trunks_and_classifiers(fp8_folder, tmp_path):
+def test_main_models_and_classifiers(fp8_folder, tmp_path):
     model = dhf.DeepseekForCausalLM.from_pretrained(fp8_folder)
-    trunk = load_silently(dhf.DeepseekModel, fp8_folder)
-    assert same_bytes(trunk.state_dict(), model.model.state_dict())
-    trunk.save_pretrained(tmp_path / "trunk")
-    assert same_bytes(load_silently(dhf.DeepseekModel, tmp_path / "trunk").state_dict(), trunk.state_dict())
-    assert quantization(tmp_path / "trunk") == quantization(fp8_folder)
+    main = load_silently(dhf.DeepseekModel, fp8_folder)
+    assert same_bytes(main.state_dict(), model.model.state_dict())
+    main.save_pretrained(tmp_path / "main")
+    assert same_bytes(load_silently(dhf.DeepseekModel, tmp_path / "main").state_dict(), main.state_dict())
+    assert quantization(tmp_path / "main") == quantization(fp8_folder)
     classifier = load_silently(dhf.DeepseekForSequenceClassification, fp8_folder, num_labels=3)
-    assert same_bytes(classifier.model.state_dict(), trunk.state_dict())
+    assert same_bytes(classifier.model.state_dict(), main.state_dict())
     classifier.save_pretrained(tmp_path / "classifier")
     again = load_silently(dhf.DeepseekForSequenceClassification, tmp_path / "classifier")
     assert same_bytes(again.state_dict(), classifier.state_dict())
@@ -189,7 +189,7 @@ def test_trunks_and_classifiers(fp8_folder, tmp_path):
 
 def test_casts_leave_fp8_alone(fp8_folder):
     model = dhf.DeepseekForCausalLM.from_pretrained(fp8_folder)
-    before = codes_and_scales(model)
+    before = fp8_and_scales(model)
     ids = tokens(model.config.to_core(), 1, 5)
     for cast, dtype in (
         (model.half, torch.float16),
@@ -198,7 +198,7 @@ def test_casts_leave_fp8_alone(fp8_folder):
         (lambda: model.to(torch.float32), torch.float32),
     ):
         assert cast() is model and model.dtype == dtype
-        assert same_bytes(codes_and_scales(model), before)
+        assert same_bytes(fp8_and_scales(model), before)
         assert model(ids).logits.dtype == dtype
 
 
@@ -221,23 +221,23 @@ def test_dequantizing_in_memory_gives_the_dequantized_model(fp8_folder, tmp_path
 
 
 def test_published_names_are_taken_by_load_state_dict(fp8_folder, tmp_path):
-    """And only in their own kind: a copy would take values for codes, or codes for values (TRAPS E11)."""
+    """And only in their own kind: a copy would take ordinary values for FP8, or FP8 for ordinary ones (TRAPS E11)."""
     model = dhf.DeepseekForCausalLM.from_pretrained(fp8_folder)
     plain = dhf.DeepseekForCausalLM.from_pretrained(
         fp8_folder, quantization_config=dhf.DeepseekFP8Config(dequantize=True)
     )
-    before = codes_and_scales(model)
+    before = fp8_and_scales(model)
     for layer in fp8_layers(model).values():
         for name in layer.held:
             codes, scale = layer.pair(name)
             codes.data, scale.data = torch.zeros_like(codes), torch.zeros_like(scale)
     model.load_state_dict(stored(fp8_folder))  # strict: nothing missing, nothing unexpected
-    assert same_bytes(codes_and_scales(model), before)
+    assert same_bytes(fp8_and_scales(model), before)
     plain.save_pretrained(tmp_path)
     expert = rf"{EXPERTS}0\.down_proj\.weight: expected torch\.float8_e4m3fn, got torch\.bfloat16"
     with pytest.raises(RuntimeError, match=expert):
         model.load_state_dict(stored(tmp_path), strict=False)
-    assert same_bytes(codes_and_scales(model), before)
+    assert same_bytes(fp8_and_scales(model), before)
     with pytest.raises(RuntimeError, match=rf"{EXPERTS}0\.down_proj\.weight: expected torch\.bfloat16, got torch\.fl"):
         plain.load_state_dict(stored(fp8_folder), strict=False)
 
@@ -280,7 +280,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("where", ADAPTERS)
 def test_lora_on_an_fp8_base(fp8_folder, tmp_path, where):
-    """Trains, is saved, loaded and attached; merging needs the base dequantized, and says so by failing."""
+    """Trains, is saved, loaded and attached; merging fails unless the base is dequantized."""
     peft = pytest.importorskip("peft")
 
     def base():
@@ -337,7 +337,7 @@ def test_trainer_trains_adapters_and_refuses_a_bare_fp8_model(fp8_folder, tmp_pa
     from transformers import Trainer, TrainingArguments
 
     base = dhf.DeepseekForCausalLM.from_pretrained(fp8_folder)
-    before = codes_and_scales(base)
+    before = fp8_and_scales(base)
     rows = [{"input_ids": row, "labels": row} for row in tokens(base.config.to_core(), 4, 10)]
     options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     arguments = TrainingArguments(
@@ -355,5 +355,5 @@ def test_trainer_trains_adapters_and_refuses_a_bare_fp8_model(fp8_folder, tmp_pa
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    renamed = {name.replace(".base_layer", ""): tensor for name, tensor in codes_and_scales(base).items()}
+    renamed = {name.replace(".base_layer", ""): tensor for name, tensor in fp8_and_scales(base).items()}
     assert same_bytes(renamed, before)

@@ -121,7 +121,7 @@ def test_the_cache_holds_latents_not_heads(pair):
 
 
 @pytest.mark.parametrize("depths", [1, 2])
-def test_prediction_layers_draft_for_any_number_of_rows(depths):
+def test_mtp_modules_draft_for_any_number_of_rows(depths):
     """TRAPS F10, F13: greedy tokens are those of plain decoding; the layers are the model's own."""
     model = ours(small_models.config("v3", num_nextn_predict_layers=depths))
     core = model.config.to_core()
@@ -145,11 +145,48 @@ def test_drafting_says_what_it_does_not_go_with():
     ids = small_models.tokens(model.config.to_core(), 1, 4)
     with pytest.raises(ValueError, match="got num_beams"):
         model.generate(ids, use_mtp=True, max_new_tokens=3, num_beams=2)
-    with pytest.raises(ValueError, match="got streamer"):
-        model.generate(ids, use_mtp=True, max_new_tokens=3, streamer=object())
+    with pytest.raises(ValueError, match="got output_scores"):
+        model.generate(ids, use_mtp=True, max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
     plain = ours(small_models.config("v3"))
     with pytest.raises(ValueError, match="num_nextn_predict_layers 0"):
         plain.generate(ids, use_mtp=True, max_new_tokens=3)
+
+
+class Received:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.pieces.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_drafting_streams_and_returns_a_dict(drafts):
+    """A streamer gets the prompts, then every new column once and in order, as without drafts."""
+    model = ours(small_models.config("v3", num_nextn_predict_layers=1))
+    ids = small_models.tokens(model.config.to_core(), 1, 5)
+    plain, drafted = Received(), Received()
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    expected = model.generate(ids, streamer=plain, **settings)
+    got = model.generate(ids, streamer=drafted, use_mtp=True, num_assistant_tokens=drafts, **settings)
+    assert type(got) is type(expected) and torch.equal(got.sequences, expected.sequences)
+    assert plain.ended and drafted.ended
+    assert [piece.tolist() for piece in drafted.pieces] == [piece.tolist() for piece in plain.pieces]
+
+
+def test_text_is_streamed(tokenizer, capsys):
+    from transformers import TextStreamer
+
+    model = ours(small_models.config("v3", num_nextn_predict_layers=1))
+    ids = small_models.tokens(model.config.to_core(), 1, 5)
+    out = model.generate(ids, streamer=TextStreamer(tokenizer), use_mtp=True, max_new_tokens=6, do_sample=False)
+    assert capsys.readouterr().out.split() == tokenizer.decode(out[0]).split()
 
 
 def test_drafting_drops_no_setting_in_silence(monkeypatch):
@@ -159,7 +196,10 @@ def test_drafting_drops_no_setting_in_silence(monkeypatch):
     own = GenerationConfig(use_mtp=True, max_new_tokens=3, num_assistant_tokens=3)
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr("deepseek_arch.hf.mtp_generation.generate", lambda *args, **how: asked.append(how["mtp_depth"]))
+        patch.setattr(
+            "deepseek_arch.hf.mtp_generation.generate",
+            lambda core, ids, *args, **how: asked.append(how["mtp_depth"]) or ids,
+        )
         model.generate(ids, own)  # by position, and with the depth that it asks for
         model.generate(ids, use_mtp=True, max_new_tokens=3)
         model.generation_config.num_assistant_tokens = 2

@@ -58,7 +58,7 @@ def test_packed_logits_equal_those_of_the_sequences_alone(model, ids, alone, way
 
 @pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=14)])
 def test_a_packed_cache_goes_on_with_its_last_sequence(model, ids, make):
-    """The new tokens' positions say how far back they may look."""
+    """The new tokens' positions limit how far back they attend."""
     cache = make(config=model.config)
     more = tokens(model.config.to_core(), 1, 3, seed=6)
     with torch.no_grad():

@@ -47,7 +47,7 @@ def configs(draw):
         qk_rope_head_dim=draw(st.sampled_from([2, 8])),
         v_head_dim=draw(st.sampled_from([6, 24])),
         num_hidden_layers=2,
-        # GLM's native class has its first layer dense, whatever the field says.
+        # GLM's native class has its first layer dense, whatever the field.
         first_k_dense_replace=1 if kind == "glm" else draw(st.integers(0, 2)),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
         rope_scaling=draw(st.sampled_from([None, small_models.YARN])),

@@ -75,10 +75,10 @@ def test_with_registered_ends_with_the_block_also_after_an_error():
 
 def test_with_registered_keeps_a_registration_that_was_there():
     dhf.register()
-    held = tables()
+    registered = tables()
     with dhf.registered():
         pass
-    assert tables() == held
+    assert tables() == registered
 
 
 def test_what_others_registered_comes_back():

@@ -1,4 +1,4 @@
-"""Prediction layers trained through transformers: the core's numbers, and off unless asked for."""
+"""MTP modules trained through transformers: the core's numbers, and off unless asked for."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_weight_that_cannot_be():
     ids = tokens(CONFIG, 1, 4)
     with pytest.raises(ValueError, match=r"mtp_loss_weight >= 0, got -1\.0"):
         weighted(-1)(ids, labels=ids)
-    with pytest.raises(ValueError, match=r"with prediction layers for mtp_loss_weight 0\.3"):
+    with pytest.raises(ValueError, match=r"with MTP modules for mtp_loss_weight 0\.3"):
         weighted(config=small_models.config("v3"))(ids, labels=ids)
 
 
@@ -133,13 +133,13 @@ def test_recomputation_changes_nothing(reentrant):
         results.append((out.mtp_losses, gradients(model), LoadBalancer(model, rate=0).step().loads))
     for (name, load), other in zip(results[0][2].items(), results[1][2].values(), strict=True):
         assert torch.equal(load, other), name
-    assert len(results[0][2]) == 4  # two layers of the trunk, two prediction layers
+    assert len(results[0][2]) == 4  # two layers of the main model, two MTP modules
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():
         assert error(results[1][1][name], grad) < SAME, name
 
 
-def test_prediction_layers_are_balanced_too():
+def test_mtp_modules_are_balanced_too():
     """Counted without the tokens that read nothing; their balance loss in `aux_loss`, as the core has it (TRAPS F9)."""
     model, core = weighted(), small_models.model(CONFIG).train()
     ids = tokens(CONFIG, 2, 9)
@@ -152,7 +152,7 @@ def test_prediction_layers_are_balanced_too():
     assert all(torch.equal(load, routers(core)[name].load) for name, load in loads.items())
 
 
-def test_a_detached_trunk_learns_nothing_from_it():
+def test_a_detached_main_model_learns_nothing_from_it():
     """TRAPS F12."""
     model = weighted()
     model.mtp_detached = True
@@ -195,7 +195,7 @@ def test_added_losses_count_once_a_step_whatever_the_accumulation(lengths):
         assert error(parts, whole) > 100 * SAME
 
 
-def test_the_trainer_trains_the_prediction_layers(tmp_path, capsys):
+def test_the_trainer_trains_the_mtp_modules(tmp_path, capsys):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 

@@ -110,9 +110,9 @@ def test_sft_with_biases_and_a_balance_loss(folder_of, tokenizer, tmp_path, accu
     assert len(logs) == 2
     for entry in logs:
         assert math.isfinite(entry["loss"]) and entry["aux_loss"] >= 1 and entry["max_violation"] > 0
-    trunk = {name: bias for name, bias in biases(trainer.model).items() if not name.startswith("mtp.")}
-    assert len(trunk) == 2 and all(len(steps) == 2 for steps in callback.history.shares.values())
-    for name, bias in trunk.items():
+    main = {name: bias for name, bias in biases(trainer.model).items() if not name.startswith("mtp.")}
+    assert len(main) == 2 and all(len(steps) == 2 for steps in callback.history.shares.values())
+    for name, bias in main.items():
         assert 1 <= whole_steps(bias, before[name]) <= 2
-    # TRL computes its own loss from the trunk: the prediction layers see no token.
+    # TRL computes its own loss from the main model: the MTP modules see no token.
     assert torch.equal(biases(trainer.model)["mtp.0.mlp.gate"], before["mtp.0.mlp.gate"])

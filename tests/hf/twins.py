@@ -36,7 +36,7 @@ def ours(config: da.DeepseekConfig, seed: int = 0) -> dhf.DeepseekForCausalLM:
 
 
 def native(model: dhf.DeepseekForCausalLM) -> Any:
-    """transformers' own class with the same weights, which have the same names but for the prediction layers."""
+    """transformers' own class with the same weights, which have the same names but for the MTP modules."""
     core = model.config.to_core()
     config_class, model_class = NATIVE[core.model_type]
     fields = core.to_dict() | {"model_type": config_class.model_type, "num_nextn_predict_layers": 0}

@@ -1,0 +1,44 @@
+"""Decoder layers and MTP modules that transformers can recompute in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..config.deepseek_config import DeepseekConfig
+from ..models.decoder_layer import DecoderLayer
+from ..models.mtp_layer import MTPLayer
+from ..moe.routing import Routing
+from .attention import DeepseekAttention
+from .configuration import as_arch_config
+
+__all__ = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]
+
+
+class DeepseekDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
+    """The core's decoder layer under the argument names that transformers' checkpointing looks for."""
+
+    attention_class = DeepseekAttention
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, core: DeepseekConfig | None = None) -> None:
+        DecoderLayer.__init__(self, core or as_arch_config(config).to_core(), layer_idx)
+        assert isinstance(self.self_attn, DeepseekAttention)
+        self.self_attn.config = config
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """Maps [B, T, H] to the same shape; see `DecoderLayer.forward`."""
+        return DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, routing)
+
+
+class DeepseekMTPLayer(GradientCheckpointingLayer, MTPLayer):
+    """The core's MTP module, under transformers' checkpointing."""

@@ -1,0 +1,133 @@
+"""The main model as transformers knows it: token ids to final hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..attention.masking import document_numbers
+from ..config.deepseek_config import DeepseekConfig
+from ..layers.norm import RMSNorm
+from ..layers.rope import RotaryEmbedding
+from ..models.outputs import TrunkOutput
+from ..moe.routing import Routing
+from ..moe.routing_record import RoutingRecord
+from .attention_mask import FirstTokens, attention_mask_for, document_starts, real_tokens
+from .base import DeepseekPreTrainedModel
+from .key_mapping import register_conversions
+from .layers import DeepseekDecoderLayer
+from .outputs import DeepseekModelOutput
+
+__all__ = ["DeepseekModel"]
+
+
+class DeepseekModel(DeepseekPreTrainedModel):
+    """The main model: token ids to final hidden states.
+
+    Args:
+        config: one of our configs, transformers' own for the same family, or a `DeepseekConfig`.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be built (sparse attention).
+    """
+
+    def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
+        super().__init__(config)
+        core = self.config.to_core()
+        self.padding_idx = self.config.pad_token_id
+        self.vocab_size = core.vocab_size
+        self.embed_tokens = nn.Embedding(core.vocab_size, core.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DeepseekDecoderLayer(self.config, i, core) for i in range(core.num_hidden_layers))
+        self.norm = RMSNorm(core.hidden_size, core.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding.from_config(core)
+        self.replayed_routing: RoutingRecord | None = None  # see `replaying`
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_trunk: bool = False,
+        record_routing: bool = False,
+        replay_routing: RoutingRecord | None = None,
+        **kwargs: Any,
+    ) -> DeepseekModelOutput:
+        """One forward pass.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, past + T], zero for padding, or a finished mask [B, 1, T, S].
+            position_ids: [B, T]; positions that start again within a row mark packed sequences, which never attend to
+                each other, with a mask and with a cache too.
+            past_key_values: any cache of transformers; it holds latents and rotated keys.
+            inputs_embeds: [B, T, H] instead of input_ids.
+            return_trunk: returns the inputs of MTP modules as well.
+            record_routing: returns every routing decision as `routing`.
+            replay_routing: decisions to take instead of the routers' own, for all B x T tokens; weights are still the
+                routers', and differentiable. Default: those of `replaying`, if any.
+            kwargs: `cu_seq_lens_q` and `seq_idx` mark packed sequences as well; `output_hidden_states`,
+                `output_router_logits`, and `output_attentions` (with `attn_implementation="eager"`).
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds, or attention weights without "eager".
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                'expected attn_implementation="eager" with output_attentions, got '
+                f"{self.config._attn_implementation!r}, which computes no weights"
+            )
+        if not getattr(self.config, "is_causal", True):
+            raise ValueError("expected causal attention, got is_causal=False")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens = x.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        starts = document_starts(batch, tokens, past, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
+        mask = attention_mask_for(self.config, x, attention_mask, position_ids, past_key_values, starts)
+        valid = real_tokens(attention_mask, tokens)
+        documents = None
+        if return_trunk:
+            documents = document_numbers(position_ids, valid) if starts is None else starts
+        if position_ids is None:
+            positions = (torch.arange(tokens, device=x.device) + past)[None]
+            positions = positions if starts is None else positions - starts.to(x.device)
+        else:
+            positions = position_ids
+        cache: Any = past_key_values
+        if mask is None and cache is not None and tokens > 1 and cache.get_mask_sizes(tokens, 0)[0] > tokens:
+            cache = FirstTokens(cache, tokens)
+        rope = self.rotary_emb(positions)
+        # Counts for `LoadBalancer`: padding is left out where the mask marks it.
+        replay = self.replayed_routing if replay_routing is None else replay_routing
+        routing = None
+        if self.training or record_routing or replay is not None:
+            routing = Routing((batch, tokens), valid, record=record_routing, replay=replay)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            x = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
+        if routing is not None:
+            routing.commit()
+        hidden = self.norm(x)
+        trunk = TrunkOutput(hidden, x, rope, mask, documents) if return_trunk else None
+        record = None if routing is None else routing.record
+        return DeepseekModelOutput(
+            last_hidden_state=hidden, past_key_values=past_key_values, trunk=trunk, routing=record
+        )
+
+
+register_conversions(DeepseekModel.__name__)
