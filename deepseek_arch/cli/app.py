@@ -11,15 +11,16 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import tables as report
+from . import tables
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -31,10 +32,11 @@ app = typer.Typer(
     help="DeepSeek-family models: plan them, inspect and slice their checkpoints, generate with them.",
     epilog="Set DEEPSEEK_ARCH_TRACEBACK=1 to see where an error came from.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_MOST_TOKENS = 10_000_000  # of a reply; the context of a model is shorter
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoint = Annotated[
@@ -47,12 +49,19 @@ DType = Annotated[
 ]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from .. import __version__
 
         typer.echo(f"deepseek-arch {__version__}")
         raise typer.Exit
+
+
+def _complete_preset(start: str) -> list[str]:
+    """Returns the presets whose names begin with `start`, for the shell."""
+    from ..config.presets import presets as names
+
+    return [name for name in names() if name.startswith(start)]
 
 
 @app.callback()
@@ -69,8 +78,9 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A preset name (deepseek-v3, tiny; a wrong one lists all), a config.json, or a checkpoint folder.",
+            help="A preset name (`deepseek-arch presets` lists them), a config.json, or a checkpoint folder.",
             show_default=False,
+            autocompletion=_complete_preset,
         ),
     ],
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
@@ -141,23 +151,36 @@ def plan(
     if as_json:
         _print_json({"model": model, **made.to_dict()})
     else:
-        report.print_plan(model, made)
+        tables.print_plan(model, made)
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """List the configs that are known by name: the published ones, and two small ones to start with."""
+    from ..config.deepseek_config import DeepseekConfig
+    from ..config.presets import presets as names
+
+    configs = {name: DeepseekConfig.from_pretrained(name) for name in names()}
+    if as_json:
+        _print_json(list(configs))
+    else:
+        tables.print_presets(configs)
 
 
 @app.command()
 def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """What a checkpoint holds, what would be loaded from it, and what is wrong with it.
+    """List a checkpoint's tensors, those that would be loaded, and everything that is wrong with it.
 
     Reads the config and the headers of the shards only. Exits with 1 if the checkpoint would not load.
     """
     from ..checkpoint import inspect_checkpoint
 
-    found = inspect_checkpoint(checkpoint)
+    report = inspect_checkpoint(checkpoint)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(report.to_dict())
     else:
-        report.print_inspection(found)
-    if not found.ok:
+        tables.print_inspection(report)
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -171,15 +194,15 @@ def slice_(
     experts: Annotated[
         int | None, typer.Option(min=1, help="Keep the first so many routed experts.", show_default="all")
     ] = None,
-    mtp: Annotated[bool, typer.Option(help="Keep the multi-token-prediction layers.")] = True,
+    mtp: Annotated[bool, typer.Option(help="Keep the MTP modules.")] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 500MB or 5GB.")] = "5GB",
     as_json: Json = False,
 ) -> None:
     """Write part of a checkpoint as a smaller checkpoint, FP8 codes and scales copied as they are."""
     from ..checkpoint import slice_checkpoint
 
-    wanted = None if layers is None else _parse_numbers(layers, "--layers", ranges=True)
-    saved = slice_checkpoint(checkpoint, out, wanted, experts, mtp, max_shard_size)
+    chosen = None if layers is None else _parse_numbers(layers, "--layers", ranges=True)
+    saved = slice_checkpoint(checkpoint, out, chosen, experts, mtp, max_shard_size)
     if as_json:
         _print_json({"path": str(saved.path), "tensors": saved.tensors, "bytes": saved.nbytes})
     else:
@@ -236,16 +259,16 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 0,17,4.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to add at most.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, max=_MOST_TOKENS, help="Most tokens to add.")
+    ] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the so many best tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Draw from the best tokens that sum to this.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    mtp_depth: Annotated[
-        int, typer.Option(min=0, help="Draft up to so many tokens a step with the prediction layers.")
-    ] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")] = None,
+    mtp_depth: Annotated[int, typer.Option(min=0, help="Draft up to so many tokens a step with the MTP modules.")] = 0,
     fp8: Annotated[Literal["keep", "dequantize"], typer.Option(help="What to do with FP8 weights.")] = "keep",
     device: Device = "cpu",
     dtype: DType = None,
@@ -257,7 +280,7 @@ def generate(
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
     tokenizer = Tokenizer.of(checkpoint)
-    tokens = _parse_numbers(ids, "--ids") if ids is not None else _encode(tokenizer, prompt or "", checkpoint)
+    tokens = list(_parse_numbers(ids, "--ids")) if ids is not None else _encode(tokenizer, prompt or "", checkpoint)
 
     import torch
 
@@ -283,8 +306,8 @@ def generate(
     new = out[0, len(tokens) :].tolist()
     if as_json:
         text = None if tokenizer is None else tokenizer.decode(new)
-        found = {"acceptance": report.acceptance} if mtp_depth else {}
-        _print_json({"prompt_ids": tokens, "new_ids": new, "text": text, "seconds": seconds, **found})
+        drafts = {"acceptance": report.acceptance} if mtp_depth else {}
+        _print_json({"prompt_ids": tokens, "new_ids": new, "text": text, "seconds": seconds, **drafts})
     else:
         printer.end()
         drafted = f"; {report}" if mtp_depth else ""
@@ -296,19 +319,23 @@ def probe(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 0,17,4.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Tokens to add.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=2, max=_MOST_TOKENS, help="Tokens to add.")
+    ] = 64,
     mtp_depth: Annotated[int, typer.Option(min=1, help="Tokens to draft a step.")] = 2,
     device: Device = "cpu",
     dtype: DType = None,
     as_json: Json = False,
 ) -> None:
-    """Measure which way the multi-token-prediction layers want to be fed, by what is accepted of their drafts."""
+    """Measure which inputs the MTP modules were trained with, by how many of their drafts are accepted."""
     from .tokenizer import Tokenizer
 
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
     tokens = (
-        _parse_numbers(ids, "--ids") if ids is not None else _encode(Tokenizer.of(checkpoint), prompt or "", checkpoint)
+        list(_parse_numbers(ids, "--ids"))
+        if ids is not None
+        else _encode(Tokenizer.of(checkpoint), prompt or "", checkpoint)
     )
     import torch
 
@@ -353,30 +380,31 @@ def doctor(as_json: Json = False) -> None:
     """Versions, devices, and which implementation each operator will use here and why."""
     from .doctor import examine
 
-    found = examine()
+    facts = examine()
     if as_json:
-        _print_json(found)
+        _print_json(facts)
     else:
-        report.print_doctor(found)
+        tables.print_doctor(facts)
 
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def _parse_numbers(text: str, option: str, ranges: bool = False) -> list[int]:
-    """`0,3,60` or `0 3 60`; with `ranges` also `0-3`."""
-    numbers: list[int] = []
+def _parse_numbers(text: str, option: str, ranges: bool = False) -> Iterable[int]:
+    """Returns the numbers in `0,3,60` or `0 3 60`, with `ranges` also in `0-3`; a range is not listed, however long."""
+    numbers: list[range] = []
     for part in re.split(r"[,\s]+", text.strip(", \t\n")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?" if ranges else r"(\d+)", part)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?" if ranges else r"(\d{1,18})", part, re.ASCII)
         if match is None:
             forms = "0,3,60 or 0-3" if ranges else "0,17,4"
-            raise typer.BadParameter(f"expected numbers such as {forms}, got {text!r}", param_hint=option)
+            raise typer.BadParameter(f"expected numbers such as {forms}, got {text[:200]!r}", param_hint=option)
         first = int(match[1])
-        numbers += range(first, int(match[2]) + 1) if ranges and match[2] else [first]
-    if not numbers:
-        raise typer.BadParameter(f"expected at least one number, got {text!r}", param_hint=option)
-    return numbers
+        last = int(match[2]) if ranges and match[2] else first
+        if last < first:
+            raise typer.BadParameter(f"expected a range that ascends, got {part!r}", param_hint=option)
+        numbers.append(range(first, last + 1))
+    return chain.from_iterable(numbers)
 
 
 def _encode(tokenizer: Tokenizer | None, prompt: str, checkpoint: Path) -> list[int]:
@@ -403,5 +431,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("DEEPSEEK_ARCH_TRACEBACK"):
             raise
         text = str(error) if isinstance(error, (ValueError, OSError)) else str(error).partition("\n")[0]
+        # Names in a file may hold what no terminal can show.
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         typer.echo(f"error: {text or type(error).__name__}", err=True)
         raise SystemExit(1) from None
