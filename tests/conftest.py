@@ -43,7 +43,10 @@ def pytest_report_header() -> str:
     return ", ".join([*(f"{package} {version(package)}" for package in packages), f"device {device}"])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "fuzz" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if "fuzz" in item.keywords])
+        items[:] = [item for item in items if "fuzz" not in item.keywords]
     if torch.cuda.is_available():
         return
     for item in items:

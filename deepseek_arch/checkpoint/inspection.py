@@ -18,12 +18,12 @@ __all__ = ["CheckpointReport", "inspect_checkpoint"]
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What `inspect_checkpoint` found.
+    """Findings of `inspect_checkpoint`.
 
     Attributes:
         tensors: every tensor, in file order: name, dtype as in the file, shape, shard, bytes.
-        loads: names that would be loaded; dequantized: how many of them are FP8, which `load` keeps or dequantizes.
-        aliases: second copies of the embedding and head, which `load` compares with the trunk's.
+        loads: names that would be loaded; dequantized: number of FP8 ones, which `load` keeps or dequantizes.
+        aliases: second copies of the embedding and head, which `load` compares with the main model's.
         problems: by kind, as far as headers can tell; values (scales that are not finite, repeated embeddings that
             differ) are looked at by `load`.
     """
@@ -59,7 +59,7 @@ class CheckpointReport:
         return sum(info.nbytes for info in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
+        """Returns everything as JSON can hold it."""
         return {
             "path": str(self.path),
             "model_type": self.config.model_type,
@@ -88,7 +88,7 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointReport:
-    """What a checkpoint holds and whether it would load, from its config and its shards' headers alone.
+    """Lists the tensors of a checkpoint and everything that would keep it from loading, from config and headers alone.
 
     Raises:
         ValueError: `path` is no checkpoint folder, or its config describes no supported model. Everything else that
@@ -97,7 +97,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     plan = plan_load(path, open_all=True)
     if plan.subset.source.is_sparse_attention:
         plan.warnings.append("DeepSeek sparse attention is not implemented yet: no model can be built from this config")
-    plan.warnings += [f"{found} are FP8: only fp8='dequantize' loads them" for found in plan.mixed_experts]
+    plan.warnings += [f"{experts} are FP8: only fp8='dequantize' loads them" for experts in plan.mixed_experts]
     return CheckpointReport(
         path=plan.folder,
         config=plan.subset.source,

@@ -6,7 +6,7 @@ shapes and dtypes is known, all at once, before a tensor is read.
 A layer's experts may be stored as published, one tensor each, or stacked as transformers 5 saves them with
 `save_original_format=False` (`TensorSlot.stack`). Every expert's part of a stacked tensor is one run of bytes, the
 bytes of the published tensor: the two layouts are two addresses of the same bytes. So a plan holds an address for each
-published tensor, and whoever reads it need not know which layout it was.
+published tensor, and its readers need not know the layout.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class LoadPlan:
         repeats: second copies of the embedding and head, to be compared.
         sources: published name -> where the bytes of `slots` and `repeats` are.
         scales: published name of an FP8 tensor -> where its scales are.
-        stacked: how many stacked tensors the files have in place of one tensor for each expert.
-        skipped: tensors that belong to no part of any model, and multi-token-prediction layers that are not loaded.
+        stacked: number of stacked tensors that the files have in place of one tensor for each expert.
+        skipped: tensors that belong to no part of any model, and MTP modules that are not loaded.
         tensors: every tensor of the opened shards, in the order of the files.
     """
 
@@ -120,7 +120,7 @@ def plan_load(
 
 
 def _stored_mtp(source: DeepseekConfig, shards: Shards, mtp: bool) -> tuple[bool, list[str]]:
-    """Returns whether to load multi-token-prediction layers, and a warning if the config has some and no file has."""
+    """Returns True to load MTP modules, and a warning if the config has some and no file has."""
     first, depths = source.num_hidden_layers, source.num_nextn_predict_layers
     if not mtp or not depths:
         return False, []
@@ -253,7 +253,7 @@ class _Matching:
         names = self._shards.names
         known = {slot.name for slot in self._published} | stored
         needed = self._slots.keys() | {slot.stack for slot in self._slots.values()} & stored
-        # A config that says 0 beside files that have such layers: a deliberate choice of whoever wrote it.
+        # A config that says 0 beside files that have such layers was written so on purpose.
         undeclared: set[int | None] = set()
         if self._config.num_nextn_predict_layers == 0:
             undeclared = {layer_of(name) for name in names if name.split(".")[3:] == ["eh_proj", "weight"]} - {None}

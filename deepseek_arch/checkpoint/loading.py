@@ -36,15 +36,15 @@ _FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.
 
 @dataclass
 class LoadReport:
-    """What `load` did; `model.load_report`.
+    """Outcome of `load`; `model.load_report`.
 
     Attributes:
         loaded: tensors read into the model.
-        kept: how many of them are FP8 and stayed it.
-        dequantized: how many were FP8 and are not any more.
-        cast: how many others changed their dtype.
-        aliases: second copies of the embedding and the head that were found equal and dropped.
-        skipped: stray tensors, and multi-token-prediction layers that were not wanted.
+        kept: number of FP8 tensors that stayed FP8.
+        dequantized: number of FP8 tensors that became `dtype`.
+        cast: number of others whose dtype changed.
+        aliases: second copies of the embedding and the head that were compared, and equal.
+        skipped: stray tensors, and MTP modules that were left out.
         bytes_read: tensor bytes read, FP8 scales and compared copies included, headers not.
         shards: names of the files that tensors were read from.
         warnings: everything that was also passed to `warnings.warn`.
@@ -96,7 +96,7 @@ def load(
         fp8: "keep" leaves in FP8, byte for byte, the projections and experts that are stored so, with float32 scales
             (`FP8Linear`, `FP8Experts`); the files say which, tensor by tensor. "dequantize" turns FP8 tensors into
             `dtype`, exactly but for that one rounding. Nothing else is ever made FP8.
-        layers, experts, mtp: load part of the model, see `selection.select`. Only the bytes needed are read.
+        layers, experts, mtp: load part of the model, see `layout.subset.select_subset`. Only the bytes needed are read.
 
     Returns:
         The model in eval mode, with a `LoadReport` as `model.load_report`. Its config has the dtype of its parameters,
@@ -152,8 +152,8 @@ def _check_device(device: torch.device | str) -> torch.device:
 
 def _check_dtype(dtype: torch.dtype | str | None, plan: LoadPlan) -> torch.dtype:
     if dtype is None:
-        said = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
-        if said.get("torch_dtype") or said.get("dtype"):
+        file = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
+        if file.get("torch_dtype") or file.get("dtype"):
             dtype = plan.subset.source.dtype
         else:  # not the config class's default, which would round a float32 checkpoint
             embedding = plan.sources.get("model.embed_tokens.weight")

@@ -22,12 +22,12 @@ __all__ = ["FP8_QUANTIZATION", "SaveReport", "save"]
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What was written.
+    """Outcome of `save` and `slice_checkpoint`.
 
     Attributes:
         files: the shards, their index and config.json, and companions such as a tokenizer.
-        tensors: how many tensors, FP8 scales and repeated embeddings included; nbytes: their bytes.
-        quantized: how many of them are FP8.
+        tensors: number of tensors, FP8 scales and repeated embeddings included; nbytes: their bytes.
+        quantized: number of FP8 tensors.
     """
 
     path: Path
@@ -45,15 +45,15 @@ class SaveReport:
 def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_size: int | str = "5GB") -> SaveReport:
     """Writes a model in the published layout, which transformers and the serving engines read.
 
-    Names are the published ones: one tensor for each expert, multi-token-prediction layers at `num_hidden_layers + k`
+    Names are the published ones: one tensor for each expert, MTP modules at `num_hidden_layers + k`
     with their copies of the embedding and the head. Tensors are written one at a time. A checkpoint that is in the
     folder already is replaced when the new one is complete, and is as it was if anything fails; other files in the
     folder stay.
 
     Args:
         format: "bf16" writes all parameters as they are, unquantized: a bfloat16 model in bfloat16, a float32 model in
-            float32, bit for bit (`torch_dtype` of config.json says which); layers held in FP8 are dequantized to the
-            embedding's dtype. "fp8" writes layers held in FP8 bit for bit, codes and scales, and everything else of
+            float32, bit for bit (`torch_dtype` of config.json says which); FP8 layers are dequantized to the
+            embedding's dtype. "fp8" writes FP8 layers bit for bit, codes and scales, and everything else of
             such a model as it is. In a model without any it rounds the projections and experts to FP8 blocks, as the
             published FP8 checkpoints do; router, norms, embedding, head and eh_proj stay as they are (TRAPS E7). Block
             size and scale format are the config's `quantization_config`, or 128 x 128 and float32.
@@ -67,14 +67,14 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
     if format not in ("bf16", "fp8"):
         raise ValueError(f"expected format 'bf16' or 'fp8', got {format!r}")
     max_bytes = parse_size(max_shard_size)
-    state, config, held = _check_model(model)
-    config = _saved_config(config, state, held, fp8=format == "fp8")
+    state, config, fp8_weights = _check_model(model)
+    config = _saved_config(config, state, fp8_weights, fp8=format == "fp8")
     slots = [slot for slot in layout(config) if not _is_tied_head(slot, config)]
-    groups = [_specs(slot, state, held, config.weight_block_size) for slot in slots]
+    groups = [_specs(slot, state, fp8_weights, config.weight_block_size) for slot in slots]
     shards = plan_shards(groups, max_bytes)
     with CheckpointWriter(path, shards) as writer, progress(f"saving {writer.folder.name}", writer.nbytes) as bar:
         for slot, group in zip(slots, groups, strict=True):
-            for spec, tensor in zip(group, _tensors(slot, state, held, config, group), strict=True):
+            for spec, tensor in zip(group, _tensors(slot, state, fp8_weights, config, group), strict=True):
                 writer.write(spec.name, tensor)
             bar.update(sum(spec.nbytes for spec in group))
         files = writer.commit(config.to_dict())
@@ -87,27 +87,27 @@ def _is_tied_head(slot: TensorSlot, config: DeepseekConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What a model holds in FP8: state dict entries of codes, and the blocks that all of them have."""
+class _FP8Weights:
+    """FP8 weights of a model: state dict entries of codes, and the block size that all of them have."""
 
     parameters: frozenset[str]
     block_size: tuple[int, int]
 
 
-def _held_by(model: nn.Module) -> _Held:
+def _fp8_weights_of(model: nn.Module) -> _FP8Weights:
     layers = fp8_layers(model)
     blocks = {layer.block_size for layer in layers.values()}
     if len(blocks) > 1:
         raise ValueError(f"expected one block size in all FP8 layers, got {sorted(blocks)}")
     names = frozenset(f"{path}.{name}" for path, layer in layers.items() for name in layer.held)
-    return _Held(names, blocks.pop() if blocks else (128, 128))
+    return _FP8Weights(names, blocks.pop() if blocks else (128, 128))
 
 
-def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig, _Held]:
+def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig, _FP8Weights]:
     config = getattr(model, "config", None)
     if not isinstance(config, DeepseekConfig):
         raise ValueError(f"expected a DeepseekLM, got {type(model).__name__}")
-    state, slots, held = model.state_dict(), list(layout(config)), _held_by(model)
+    state, slots, fp8_weights = model.state_dict(), list(layout(config)), _fp8_weights_of(model)
     wrong = []
     for slot in slots:
         tensor = state.get(slot.parameter)
@@ -120,20 +120,22 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig, _
             wrong.append(f"{slot.parameter}: expected a tensor with memory, got one on device meta")
         elif type(tensor) not in (Tensor, nn.Parameter):
             wrong.append(f"{slot.parameter}: expected a plain tensor, got a {type(tensor).__name__} (gather it first)")
-        elif tensor.dtype == torch.float8_e4m3fn and slot.parameter not in held.parameters:
+        elif tensor.dtype == torch.float8_e4m3fn and slot.parameter not in fp8_weights.parameters:
             wrong.append(f"{slot.parameter}: expected FP8 codes in an FP8Linear or FP8Experts, got them without scales")
     known = {slot.parameter for slot in slots} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    known |= {scale_name(name) for name in held.parameters}
+    known |= {scale_name(name) for name in fp8_weights.parameters}
     unknown = sorted(set(state) - known)
     wrong += [f"{name}: not a parameter of this model (merge adapters first)" for name in unknown]
     if wrong:
         raise ValueError("expected the parameters that the model's config describes: " + "; ".join(wrong[:5]))
-    return state, config, held
+    return state, config, fp8_weights
 
 
-def _saved_config(config: DeepseekConfig, state: dict[str, Tensor], held: _Held, fp8: bool) -> DeepseekConfig:
-    """The config of the written files. Without FP8 tensors there must be no `quantization_config` (TRAPS E12)."""
-    codes_and_scales = held.parameters | {scale_name(name) for name in held.parameters}
+def _saved_config(
+    config: DeepseekConfig, state: dict[str, Tensor], fp8_weights: _FP8Weights, fp8: bool
+) -> DeepseekConfig:
+    """Returns the config of the written files; without FP8 tensors it has no `quantization_config` (TRAPS E12)."""
+    codes_and_scales = fp8_weights.parameters | {scale_name(name) for name in fp8_weights.parameters}
     ordinary = {name: t for name, t in state.items() if name not in codes_and_scales}
     dtypes = {tensor.dtype for name, tensor in ordinary.items() if not name.endswith(".e_score_correction_bias")}
     # One word for all parameters: the widest, so that reading them back loses nothing.
@@ -141,38 +143,42 @@ def _saved_config(config: DeepseekConfig, state: dict[str, Tensor], held: _Held,
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
     quantization = None
-    if fp8 and held.parameters and config.weight_block_size == held.block_size:
+    if fp8 and fp8_weights.parameters and config.weight_block_size == fp8_weights.block_size:
         quantization = config.quantization_config
     elif fp8:
         given = config.quantization_config if config.weight_block_size else {}
         quantization = {**FP8_QUANTIZATION, **{k: v for k, v in (given or {}).items() if v is not None}}
-        if held.parameters:
-            quantization["weight_block_size"] = list(held.block_size)
+        if fp8_weights.parameters:
+            quantization["weight_block_size"] = list(fp8_weights.block_size)
     return config.replace(dtype=str(widest), quantization_config=quantization)
 
 
 def _specs(
-    slot: TensorSlot, state: dict[str, Tensor], held: _Held, block_size: tuple[int, int] | None
+    slot: TensorSlot, state: dict[str, Tensor], fp8_weights: _FP8Weights, block_size: tuple[int, int] | None
 ) -> list[TensorSpec]:
-    """What is written for one tensor: codes and scales, or values. Without a `block_size` nothing is FP8."""
-    in_fp8 = slot.parameter in held.parameters if held.parameters else slot.fp8
+    """Returns the tensors to write for a slot: codes and scales, or values. Without a `block_size` nothing is FP8."""
+    in_fp8 = slot.parameter in fp8_weights.parameters if fp8_weights.parameters else slot.fp8
     if in_fp8 and block_size is not None:
         scale = TensorSpec(scale_name(slot.name), "F32", block_grid(slot.shape, block_size))
         return [TensorSpec(slot.name, "F8_E4M3", slot.shape), scale]
-    source = "model.embed_tokens.weight" if slot.parameter in held.parameters else slot.parameter
+    source = "model.embed_tokens.weight" if slot.parameter in fp8_weights.parameters else slot.parameter
     return [TensorSpec(slot.name, DTYPE_NAMES[state[source].dtype], slot.shape)]
 
 
 def _tensors(
-    slot: TensorSlot, state: dict[str, Tensor], held: _Held, config: DeepseekConfig, specs: list[TensorSpec]
+    slot: TensorSlot,
+    state: dict[str, Tensor],
+    fp8_weights: _FP8Weights,
+    config: DeepseekConfig,
+    specs: list[TensorSpec],
 ) -> tuple[Tensor, ...]:
-    """The tensors of `_specs`."""
+    """Returns the values of `_specs`."""
     tensor = slot.of(state)
-    if slot.parameter in held.parameters:
-        scale = slot.scale_of(state, held.block_size[0])
+    if slot.parameter in fp8_weights.parameters:
+        scale = slot.scale_of(state, fp8_weights.block_size[0])
         if len(specs) == 2:
             return tensor, scale
-        return (dequantize_blocks(tensor, scale, held.block_size, DTYPES[specs[0].dtype]),)
+        return (dequantize_blocks(tensor, scale, fp8_weights.block_size, DTYPES[specs[0].dtype]),)
     if len(specs) == 1:
         return (tensor,)
     assert config.quantization_config is not None and config.weight_block_size is not None

@@ -27,7 +27,7 @@ def slice_checkpoint(
     mtp: bool = True,
     max_shard_size: int | str = "5GB",
 ) -> SaveReport:
-    """Writes part of a checkpoint as a checkpoint: fewer layers, fewer experts, no multi-token-prediction layers.
+    """Writes part of a checkpoint as a checkpoint: fewer layers, fewer experts, no MTP modules.
 
     Tensors are copied as they are, FP8 codes and scales included, a piece at a time; the config says what is left.
     Tokenizer and other small text files come along, unless `out` has its own.

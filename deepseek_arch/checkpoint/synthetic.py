@@ -32,7 +32,7 @@ def write_checkpoint(
 ) -> SaveReport:
     """Writes random weights for `config` as its authors would publish them.
 
-    As in the published files, multi-token-prediction layers come last and repeat the embedding and the head, router
+    As in the published files, MTP modules come last and repeat the embedding and the head, router
     biases are float32, and everything but projections and experts stays unquantized. Some FP8 tensors have their
     scales in another shard, which the layout allows.
 

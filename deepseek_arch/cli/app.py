@@ -6,23 +6,18 @@ inside the commands, so that help and `plan` need not wait for PyTorch.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from . import tables as report
-
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+from . import tables
+from .checkpoint_commands import convert, inspect, slice_
+from .generation_commands import generate, probe
+from .options import Json, print_json
 
 __all__ = ["app", "main"]
 
@@ -31,28 +26,24 @@ app = typer.Typer(
     help="DeepSeek-family models: plan them, inspect and slice their checkpoints, generate with them.",
     epilog="Set DEEPSEEK_ARCH_TRACEBACK=1 to see where an error came from.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Checkpoint = Annotated[
-    Path, typer.Argument(help="Folder with config.json and safetensors in the published layout.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
-DType = Annotated[
-    Literal["bfloat16", "float16", "float32"] | None,
-    typer.Option(help="Of the weights that are not FP8, and the activations.", show_default="config's"),
-]
 
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from .. import __version__
 
         typer.echo(f"deepseek-arch {__version__}")
         raise typer.Exit
+
+
+def _complete_preset(start: str) -> list[str]:
+    """Returns the presets whose names begin with `start`, for the shell."""
+    from ..config.presets import presets as names
+
+    return [name for name in names() if name.startswith(start)]
 
 
 @app.callback()
@@ -69,8 +60,9 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A preset name (deepseek-v3, tiny; a wrong one lists all), a config.json, or a checkpoint folder.",
+            help="A preset name (`deepseek-arch presets` lists them), a config.json, or a checkpoint folder.",
             show_default=False,
+            autocompletion=_complete_preset,
         ),
     ],
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
@@ -131,7 +123,7 @@ def plan(
         )
         plans = plan_devices(config, request)
         if as_json:
-            _print_json({"model": model, **plans.to_dict()})
+            print_json({"model": model, **plans.to_dict()})
         else:
             print_device_plans(model, plans)
         return
@@ -139,189 +131,22 @@ def plan(
         raise typer.BadParameter("expected --gpus with --layout and --search", param_hint="--gpus")
     made = plan_memory(config, context, batch, memory or DEVICE_GIGABYTES)
     if as_json:
-        _print_json({"model": model, **made.to_dict()})
+        print_json({"model": model, **made.to_dict()})
     else:
-        report.print_plan(model, made)
+        tables.print_plan(model, made)
 
 
 @app.command()
-def inspect(checkpoint: Checkpoint, as_json: Json = False) -> None:
-    """What a checkpoint holds, what would be loaded from it, and what is wrong with it.
+def presets(as_json: Json = False) -> None:
+    """List the configs that are known by name: the published ones, and two small ones to start with."""
+    from ..config.deepseek_config import DeepseekConfig
+    from ..config.presets import presets as names
 
-    Reads the config and the headers of the shards only. Exits with 1 if the checkpoint would not load.
-    """
-    from ..checkpoint import inspect_checkpoint
-
-    found = inspect_checkpoint(checkpoint)
+    configs = {name: DeepseekConfig.from_pretrained(name) for name in names()}
     if as_json:
-        _print_json(found.to_dict())
+        print_json(list(configs))
     else:
-        report.print_inspection(found)
-    if not found.ok:
-        raise typer.Exit(1)
-
-
-@app.command(name="slice")
-def slice_(
-    checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    layers: Annotated[
-        str | None, typer.Option(help="Decoder layers to keep: 0,3,60 or 0-3 or both.", show_default="all")
-    ] = None,
-    experts: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first so many routed experts.", show_default="all")
-    ] = None,
-    mtp: Annotated[bool, typer.Option(help="Keep the multi-token-prediction layers.")] = True,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 500MB or 5GB.")] = "5GB",
-    as_json: Json = False,
-) -> None:
-    """Write part of a checkpoint as a smaller checkpoint, FP8 codes and scales copied as they are."""
-    from ..checkpoint import slice_checkpoint
-
-    wanted = None if layers is None else _parse_numbers(layers, "--layers", ranges=True)
-    saved = slice_checkpoint(checkpoint, out, wanted, experts, mtp, max_shard_size)
-    if as_json:
-        _print_json({"path": str(saved.path), "tensors": saved.tensors, "bytes": saved.nbytes})
-    else:
-        typer.echo(saved)
-
-
-@app.command()
-def convert(
-    checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    to: Annotated[Literal["fp8", "bf16"], typer.Option(help="FP8 with block scales, or none.", show_default=False)],
-    stacked: Annotated[
-        bool | None,
-        typer.Option(
-            "--stacked/--per-expert",
-            help="A layer's experts in one tensor, or one each as published.",
-            show_default="as they are",
-        ),
-    ] = None,
-    ue8m0: Annotated[bool, typer.Option("--ue8m0", help="Powers of two as new FP8 scales.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")
-    ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything back and compare it, bit for bit.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on from where an interrupted conversion stopped.")
-    ] = True,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 500MB or 5GB.")] = "5GB",
-    as_json: Json = False,
-) -> None:
-    """Write a checkpoint in FP8 or BF16, its experts stacked or single; bytes that need not change do not."""
-    from ..checkpoint import convert as convert_checkpoint
-    from ..checkpoint import plan_conversion
-
-    arguments = (checkpoint, out, to, stacked, max_shard_size, "ue8m0" if ue8m0 else None)
-    if dry_run:
-        from .convert_output import print_conversion
-
-        planned = plan_conversion(*arguments)
-        if as_json:
-            _print_json(planned.to_dict())
-        else:
-            print_conversion(planned)
-        return
-    done = convert_checkpoint(*arguments, resume=resume, verify=verify)
-    if as_json:
-        _print_json(done.to_dict())
-    else:
-        typer.echo(done)
-
-
-@app.command()
-def generate(
-    checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 0,17,4.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the so many best tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Draw from the best tokens that sum to this.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    mtp_depth: Annotated[
-        int, typer.Option(min=0, help="Draft up to so many tokens a step with the prediction layers.")
-    ] = 0,
-    fp8: Annotated[Literal["keep", "dequantize"], typer.Option(help="What to do with FP8 weights.")] = "keep",
-    device: Device = "cpu",
-    dtype: DType = None,
-    as_json: Json = False,
-) -> None:
-    """Continue a prompt, given as text or as token ids; new tokens are printed as they come."""
-    from .tokenizer import Tokenizer, TokenPrinter
-
-    if (prompt is None) == (ids is None):
-        raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
-    tokenizer = Tokenizer.of(checkpoint)
-    tokens = _parse_numbers(ids, "--ids") if ids is not None else _encode(tokenizer, prompt or "", checkpoint)
-
-    import torch
-
-    from ..checkpoint import load
-    from ..generation.entry import generate as continue_prompt
-
-    model = load(checkpoint, device=device, dtype=dtype, fp8=fp8, mtp=mtp_depth > 0)
-    printer = TokenPrinter(tokenizer, None if as_json else partial(typer.echo, nl=False))
-    started = time.perf_counter()
-    out, report = continue_prompt(
-        model,
-        torch.tensor([tokens], device=device),
-        max_new_tokens=max_new_tokens,
-        mtp_depth=mtp_depth,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        callback=printer,
-        return_report=True,
-    )
-    seconds = time.perf_counter() - started
-    new = out[0, len(tokens) :].tolist()
-    if as_json:
-        text = None if tokenizer is None else tokenizer.decode(new)
-        found = {"acceptance": report.acceptance} if mtp_depth else {}
-        _print_json({"prompt_ids": tokens, "new_ids": new, "text": text, "seconds": seconds, **found})
-    else:
-        printer.end()
-        drafted = f"; {report}" if mtp_depth else ""
-        typer.echo(f"{len(new)} tokens in {seconds:.2f} s{drafted}", err=True)
-
-
-@app.command(name="probe-mtp")
-def probe(
-    checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Option(help="Text; needs a tokenizer in the folder.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 0,17,4.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Tokens to add.")] = 64,
-    mtp_depth: Annotated[int, typer.Option(min=1, help="Tokens to draft a step.")] = 2,
-    device: Device = "cpu",
-    dtype: DType = None,
-    as_json: Json = False,
-) -> None:
-    """Measure which way the multi-token-prediction layers want to be fed, by what is accepted of their drafts."""
-    from .tokenizer import Tokenizer
-
-    if (prompt is None) == (ids is None):
-        raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
-    tokens = (
-        _parse_numbers(ids, "--ids") if ids is not None else _encode(Tokenizer.of(checkpoint), prompt or "", checkpoint)
-    )
-    import torch
-
-    from ..checkpoint import load
-    from ..generation.mtp_probe import probe_mtp
-
-    model = load(checkpoint, device=device, dtype=dtype)
-    probes = probe_mtp(model, torch.tensor([tokens], device=device), None, max_new_tokens, mtp_depth)
-    if as_json:
-        _print_json([asdict(probe) for probe in probes])
-    else:
-        for probe in probes:
-            typer.echo(probe)
+        tables.print_presets(configs)
 
 
 @app.command()
@@ -343,7 +168,7 @@ def place(
 
     plans = placements(loads, devices, redundant, nodes, last, layer or ())
     if as_json:
-        _print_json(to_json(plans))
+        print_json(to_json(plans))
     else:
         print_placements(plans)
 
@@ -353,42 +178,18 @@ def doctor(as_json: Json = False) -> None:
     """Versions, devices, and which implementation each operator will use here and why."""
     from .doctor import examine
 
-    found = examine()
+    facts = examine()
     if as_json:
-        _print_json(found)
+        print_json(facts)
     else:
-        report.print_doctor(found)
+        tables.print_doctor(facts)
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _parse_numbers(text: str, option: str, ranges: bool = False) -> list[int]:
-    """`0,3,60` or `0 3 60`; with `ranges` also `0-3`."""
-    numbers: list[int] = []
-    for part in re.split(r"[,\s]+", text.strip(", \t\n")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?" if ranges else r"(\d+)", part)
-        if match is None:
-            forms = "0,3,60 or 0-3" if ranges else "0,17,4"
-            raise typer.BadParameter(f"expected numbers such as {forms}, got {text!r}", param_hint=option)
-        first = int(match[1])
-        numbers += range(first, int(match[2]) + 1) if ranges and match[2] else [first]
-    if not numbers:
-        raise typer.BadParameter(f"expected at least one number, got {text!r}", param_hint=option)
-    return numbers
-
-
-def _encode(tokenizer: Tokenizer | None, prompt: str, checkpoint: Path) -> list[int]:
-    if tokenizer is None:
-        raise ValueError(
-            f"expected a tokenizer in {str(checkpoint)!r} for --prompt, found no tokenizer.json or "
-            "tokenizer_config.json; give token ids with --ids"
-        )
-    tokens = tokenizer.encode(prompt)
-    if not tokens:
-        raise ValueError("expected a prompt of at least one token, got an empty one")
-    return tokens
+app.command()(inspect)
+app.command(name="slice")(slice_)
+app.command()(convert)
+app.command()(generate)
+app.command(name="probe-mtp")(probe)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -403,5 +204,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("DEEPSEEK_ARCH_TRACEBACK"):
             raise
         text = str(error) if isinstance(error, (ValueError, OSError)) else str(error).partition("\n")[0]
+        # Names in a file may hold what no terminal can show.
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         typer.echo(f"error: {text or type(error).__name__}", err=True)
         raise SystemExit(1) from None

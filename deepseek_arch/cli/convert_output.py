@@ -1,4 +1,4 @@
-"""What `deepseek-arch convert` prints."""
+"""Output of `deepseek-arch convert --dry-run`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = {"F8_E4M3": "FP8"}
 
 
 def print_conversion(plan: ConversionPlan) -> None:
-    """What each kind of tensor becomes, and what it takes."""
+    """Prints what each kind of tensor becomes, and the disk and memory that it takes."""
     console = Console()
     table = new_table(f"{plan.source.folder} -> {plan.out}", "tensors", "", "from", "to", "bytes read", "bytes written")
     for (part, old, new), (count, read, written) in plan.classes.items():

@@ -1,4 +1,4 @@
-"""What this machine has and which implementation each operator will use: `deepseek-arch doctor` prints it."""
+"""Facts of this machine, and the implementation that each operator will use: `deepseek-arch doctor` prints them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def examine() -> dict[str, Any]:
-    """Versions (None: not installed), devices, and the implementation chosen for each operator with the reason."""
+    """Returns versions (None: not installed), devices, and each operator's implementation with the reason."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,4 +1,4 @@
-"""What a model costs to hold and to run, as one structure: `deepseek-arch plan` prints it."""
+"""Cost of a model in memory and FLOPs, as one structure: `deepseek-arch plan` prints it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ DEVICE_GIGABYTES = (24.0, 40.0, 80.0, 141.0)
 # The rest of a device's memory is left for activations, the runtime and fragmentation.
 USABLE = 0.9
 DTYPES = ("bf16", "fp8", "fp32")
+_MOST = 1e15  # tokens, sequences or gigabytes: far above all there are, and every result is a finite number
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether weights and cache fit into devices of one size (10^9 bytes a gigabyte).
+    """Fit of weights and cache into devices of one size (10^9 bytes a gigabyte).
 
     Attributes:
-        devices: how many it takes, weights and cache spread evenly.
+        devices: number that it takes, weights and cache spread evenly.
         cache_tokens: tokens of cache that one device holds beside all the weights; 0 if these alone are too large.
     """
 
@@ -45,7 +46,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Everything `deepseek-arch plan` prints. Weights include the multi-token-prediction layers, of which
+    """Everything `deepseek-arch plan` prints. Weights include the MTP modules, of which
     `mtp_weight_bytes` is the part; caches are bfloat16; FLOPs are per token."""
 
     model_type: str
@@ -64,21 +65,23 @@ class MemoryPlan:
     fits: tuple[Fit, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
+        """Returns everything as JSON can hold it."""
         return dataclasses.asdict(self)
 
 
 def plan_memory(
     config: DeepseekConfig, context: int = 4096, batch: int = 1, gigabytes: Sequence[float] = DEVICE_GIGABYTES
 ) -> MemoryPlan:
-    """Sizes of `config`'s model, with a cache for `batch` sequences of `context` tokens, on devices of each size.
+    """Returns the sizes of a model with a cache for `batch` sequences of `context` tokens, on devices of each size.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive, not finite, or beyond all measure.
     """
-    for name, least in {"context": context, "batch": batch, "memory": min(gigabytes, default=1.0)}.items():
-        if least <= 0:
-            raise ValueError(f"expected {name} > 0, got {least}")
+    for name, value in (("context", context), ("batch", batch), *(("memory", size) for size in gigabytes)):
+        if value <= 0:
+            raise ValueError(f"expected {name} > 0, got {value}")
+        if not value <= _MOST:
+            raise ValueError(f"expected {name} to be a number of at most {_MOST:g}, got {value}")
     per_token = kv_cache_bytes(config) + indexer_cache_bytes(config)
     cache = per_token * context * batch
     weights = {dtype: weight_bytes(config, dtype, mtp=True) for dtype in DTYPES}

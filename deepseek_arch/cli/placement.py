@@ -1,4 +1,4 @@
-"""Where experts go, layer by layer: `deepseek-arch place` prints it."""
+"""Placement of experts on devices, layer by layer: `deepseek-arch place` prints it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["placements", "print_placements", "to_json"]
 def placements(
     path: Path, devices: int, redundant: int, nodes: int, last: int | None, layers: Sequence[str]
 ) -> dict[str, ExpertPlacement]:
-    """A placement for each router of a file of loads, or for the named ones.
+    """Returns a placement for each router of a file of loads, or for the named ones.
 
     Raises:
         ValueError: the file holds no loads, a name is none of its routers, or the numbers do not fit.
@@ -32,7 +32,7 @@ def placements(
 
 
 def to_json(plans: dict[str, ExpertPlacement]) -> dict[str, Any]:
-    """Everything as JSON can hold it."""
+    """Returns everything as JSON can hold it."""
     return {
         name: {"imbalance_before": plan.imbalance_before, "imbalance": plan.imbalance, **asdict(plan)}
         for name, plan in plans.items()
@@ -40,7 +40,7 @@ def to_json(plans: dict[str, ExpertPlacement]) -> dict[str, Any]:
 
 
 def print_placements(plans: dict[str, ExpertPlacement]) -> None:
-    """Each layer's imbalance and experts by device, then the worst of all layers."""
+    """Prints each layer's imbalance and experts by device, then the worst of all layers."""
     for name, plan in plans.items():
         typer.echo(f"{name}: {plan}\n")
     before, after = (

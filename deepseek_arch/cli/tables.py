@@ -10,15 +10,24 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..checkpoint import CheckpointReport
+    from ..config.deepseek_config import DeepseekConfig
     from .memory_plan import Fit, MemoryPlan
 
-__all__ = ["facts_table", "new_table", "print_doctor", "print_inspection", "print_plan", "scaled"]
+__all__ = [
+    "facts_table",
+    "new_table",
+    "print_doctor",
+    "print_inspection",
+    "print_plan",
+    "print_presets",
+    "scaled",
+]
 
 _SHOWN = 20  # problems of a kind before the rest is only counted
 
 
 def scaled(value: float, unit: str = "", prefixes: str = " kMGT") -> str:
-    """Four digits of a number in decimal units: 671_026_419_200 bytes -> "671.0 GB"."""
+    """Returns four digits of a number in decimal units: 671_026_419_200 bytes -> "671.0 GB"."""
     steps = 0
     while abs(value) >= 999.95 and steps + 1 < len(prefixes):
         value, steps = value / 1000, steps + 1
@@ -27,7 +36,7 @@ def scaled(value: float, unit: str = "", prefixes: str = " kMGT") -> str:
 
 
 def _count(value: int) -> str:
-    """Four digits of a count, in the field's thousand, million, billion."""
+    """Returns four digits of a count, in the field's thousand, million, billion."""
     return scaled(value, prefixes=" kMBT").replace(" ", "")
 
 
@@ -46,7 +55,7 @@ def facts_table(title: str, rows: dict[str, str]) -> Table:
 
 
 def print_plan(model: str, plan: MemoryPlan) -> None:
-    """Parameters, FLOPs, cache, weights, and what fits where."""
+    """Prints parameters, FLOPs, cache, weights, and the devices that they fit on."""
     console, count = Console(), plan.parameters
     table = new_table(f"{model}: parameters", "", "exact", "")
     rows = {
@@ -103,34 +112,48 @@ def _fit(fit: Fit) -> str:
     return f"fits, {_count(fit.cache_tokens)}"
 
 
-def print_inspection(found: CheckpointReport) -> None:
-    """Tensors by dtype, what loads, what is wrong."""
+def print_presets(configs: dict[str, DeepseekConfig]) -> None:
+    """Prints the names of presets, with the facts that tell them apart."""
+    from ..layout.accounting import count_parameters
+
+    table = new_table("presets", "name", "parameters", "activated", "layers", "experts", "checkpoint")
+    table.columns[0].no_wrap = True
+    for name, config in configs.items():
+        count, sizes = count_parameters(config), config.expert_sizes
+        stored = "FP8" if config.weight_block_size else "BF16"
+        figures = (_count(count.total), _count(count.activated), str(config.num_hidden_layers))
+        table.add_row(name, *figures, f"{sizes.chosen} of {sizes.routed}", stored)
+    Console().print(table)
+
+
+def print_inspection(report: CheckpointReport) -> None:
+    """Prints tensors by dtype, those that load, and everything that is wrong."""
     console = Console()
-    table = new_table(f"{found.path}: {found.config.model_type}", "dtype", "tensors", "bytes")
-    for dtype, (tensors, size) in found.dtypes.items():
+    table = new_table(f"{report.path}: {report.config.model_type}", "dtype", "tensors", "bytes")
+    for dtype, (tensors, size) in report.dtypes.items():
         table.add_row(dtype, f"{tensors:,}", f"{size:,}")
     table.add_section()
-    table.add_row(f"{len(found.shards):,} files", f"{len(found.tensors):,}", f"{found.nbytes:,}")
+    table.add_row(f"{len(report.shards):,} files", f"{len(report.tensors):,}", f"{report.nbytes:,}")
     console.print(table)
-    rows = {"would be loaded": f"{len(found.loads):,} tensors"}
-    if found.dequantized:
-        rows["  of these FP8"] = f"{found.dequantized:,}"
-    if found.aliases:
-        rows["repeated embedding and head"] = f"{len(found.aliases):,}"
-    if found.skipped:
-        rows["skipped"] = _some(found.skipped)
+    rows = {"would be loaded": f"{len(report.loads):,} tensors"}
+    if report.dequantized:
+        rows["  of these FP8"] = f"{report.dequantized:,}"
+    if report.aliases:
+        rows["repeated embedding and head"] = f"{len(report.aliases):,}"
+    if report.skipped:
+        rows["skipped"] = _some(report.skipped)
     console.print(facts_table("loading", rows))
-    for warning in found.warnings:
+    for warning in report.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    for kind, details in found.problems.items():
+    for kind, details in report.problems.items():
         console.print(f"[red]{escape(kind)}[/red] ({len(details):,}):")
         for line in details[:_SHOWN]:
             console.print(f"  {escape(line)}")
         if len(details) > _SHOWN:
             console.print(f"  and {len(details) - _SHOWN:,} more (--json lists all)")
-    if not found.ok:
+    if not report.ok:
         console.print("[red]This checkpoint does not load.[/red]")
-    elif found.config.is_sparse_attention:
+    elif report.config.is_sparse_attention:
         console.print("[yellow]Complete, but its model cannot be built yet (sparse attention).[/yellow]")
     else:
         console.print("[green]This checkpoint loads.[/green]")
@@ -140,14 +163,14 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def print_doctor(found: dict[str, Any]) -> None:
-    """Versions, devices, operators."""
+def print_doctor(facts: dict[str, Any]) -> None:
+    """Prints versions, devices, operators."""
     console = Console()
-    versions = {"python": found["python"], "system": found["system"]}
-    versions |= {name: version or "not installed" for name, version in found["packages"].items()}
+    versions = {"python": facts["python"], "system": facts["system"]}
+    versions |= {name: version or "not installed" for name, version in facts["packages"].items()}
     console.print(facts_table("versions", versions))
     devices = {}
-    for device in found["devices"]:
+    for device in facts["devices"]:
         details = {key: value for key, value in device.items() if key != "device"}
         if "memory_bytes" in details:
             details["memory"] = scaled(details.pop("memory_bytes"), "B")
@@ -157,6 +180,6 @@ def print_doctor(found: dict[str, Any]) -> None:
     table = Table(title="operators", title_justify="left", title_style="bold")
     for column in ("operator", "implementation", "why"):
         table.add_column(column)
-    for row in found["operators"]:
+    for row in facts["operators"]:
         table.add_row(row["op"], row["implementation"], escape(row["reason"]))
     console.print(table)

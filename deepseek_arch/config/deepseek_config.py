@@ -7,7 +7,7 @@ checkpoint folder or a dict; whatever the file says beyond the fields below is k
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,39 +15,13 @@ from typing import Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .families import ARCHITECTURES, V4
-from .json_format import read_fields, rope_type
+from .json_format import parse_json, read_fields, read_text, rope_type
 from .presets import presets, read_preset
-from .validation import DTYPES, check_fields, check_relations
+from .sizes import ExpertSizes, IndexerSizes
+from .validation import check_fields, check_relations
 from .yarn import Yarn
 
 __all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSizes:
-    """Sizes of the mixture of experts of a config that has one; none is None.
-
-    Attributes:
-        routed: `n_routed_experts`, E; chosen: `num_experts_per_tok`, K; width: `moe_intermediate_size` of each.
-        shared_width: intermediate size of all shared experts together, which are one MLP; 0 without any.
-        groups, kept_groups: `n_group` and `topk_group`; 1 and 1 without group-limited routing.
-    """
-
-    routed: int
-    chosen: int
-    width: int
-    shared_width: int
-    groups: int
-    kept_groups: int
-
-
-@dataclass(frozen=True, slots=True)
-class IndexerSizes:
-    """Sizes of V3.2's indexer: `index_n_heads`, `index_head_dim`, and the `index_topk` keys a query attends to."""
-
-    heads: int
-    head_dim: int
-    topk: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +34,7 @@ class DeepseekConfig:
     Beyond the published fields:
         latent_norm_eps: epsilon of `q_a_layernorm` and `kv_a_layernorm`. The published code builds both with the
             class default 1e-6 whatever `rms_norm_eps` says.
-        mtp_input: the hidden state a multi-token-prediction module reads: "post_norm" (after the trunk's final norm:
+        mtp_input: the hidden state that an MTP module reads: "post_norm" (after the main model's final norm:
             transformers, vLLM, SGLang) or "pre_norm" (torchtitan). The authors never settled it.
         mtp_chain: the hidden state that a further prediction depth reads from the one before: "block" (the block's
             output: V3 report, vLLM) or "head_norm" (after `shared_head.norm`: transformers, SGLang).
@@ -120,7 +94,7 @@ class DeepseekConfig:
     # ---------------------------------------------------------------- reading
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> DeepseekConfig:
+    def from_pretrained(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> DeepseekConfig:
         """Reads a preset name (see `presets()`), a `config.json`, a checkpoint folder, or a dict.
 
         Raises:
@@ -128,37 +102,13 @@ class DeepseekConfig:
         """
         if isinstance(source, Mapping):
             return cls.from_dict(source)
-        path = Path(source)
-        if path.is_dir():
-            path = path / "config.json"
-            if not path.is_file():
-                raise ConfigError(f"expected a checkpoint folder with a config.json, got {str(source)!r} without one")
-        if path.is_file():
-            try:
-                text, origin = path.read_text(encoding="utf-8"), str(path)
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{path}: expected JSON in UTF-8, got {error}") from None
-        elif str(source) in presets():
-            text, origin = read_preset(str(source)), f"preset {source}"
-        elif str(source).startswith("deepseek-v4"):
-            raise UnsupportedModelError(f"{source}: expected a model with latent attention; {V4}")
-        else:
-            raise ConfigError(
-                f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}; "
-                f"presets: {', '.join(presets())}"
-            )
+        if not isinstance(source, str | os.PathLike):
+            raise ConfigError(f"expected a name, a path or a dict, got {type(source).__name__}")
+        text, origin = _text_of(source)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{origin}: expected JSON, got {error}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{origin}: expected a JSON object, got {type(data).__name__}")
-        try:
-            return cls.from_dict(data)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{origin}: {error}") from None
+            return cls.from_dict(parse_json(text))
         except ConfigError as error:
-            raise ConfigError(f"{origin}: {error}") from None
+            raise type(error)(f"{origin}: {error}") from None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DeepseekConfig:
@@ -167,6 +117,8 @@ class DeepseekConfig:
         Accepts `rope_theta` + `rope_scaling` and the newer `rope_parameters`; fills `scoring_func` and `topk_method`
         from the model type where the file leaves them out.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"expected a JSON object, got {type(data).__name__}")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         values, extra = read_fields(data, known)
         return cls(**values, extra=extra)
@@ -236,7 +188,7 @@ class DeepseekConfig:
         return self.qk_head_dim**-0.5 * (self.yarn.softmax_factor if self.yarn else 1.0)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether decoder layer `layer_idx` has experts; multi-token-prediction layers (>= num_hidden_layers) do."""
+        """Returns True if layer `layer_idx` has experts; MTP modules count on from `num_hidden_layers`."""
         return (
             bool(self.n_routed_experts)
             and layer_idx >= self.first_k_dense_replace
@@ -270,7 +222,7 @@ class DeepseekConfig:
 
     @property
     def is_sparse_attention(self) -> bool:
-        """Whether the model selects its keys with an indexer (V3.2)."""
+        """True if the model selects its keys with an indexer (V3.2)."""
         return self.index_topk is not None
 
     @property
@@ -285,25 +237,45 @@ class DeepseekConfig:
     # ---------------------------------------------------------------- checks
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  the dataclass is frozen
+        changes: dict[str, Any] = {}
         if self.num_key_value_heads is None:
-            set_("num_key_value_heads", self.num_attention_heads)
+            changes["num_key_value_heads"] = self.num_attention_heads
         for name in ("architectures", "eos_token_id"):
             if isinstance(getattr(self, name), list):
-                set_(name, tuple(getattr(self, name)))
+                changes[name] = tuple(getattr(self, name))
         for name in ("rope_scaling", "quantization_config", "extra"):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                set_(name, dict(value))
-            elif value is not None:
-                problems.append(f"expected {name} to be a mapping, got {value!r}")
-        if self.dtype is not None:
-            set_("dtype", str(self.dtype).removeprefix("torch."))
-            if self.dtype not in DTYPES:
-                problems.append(f"expected dtype to be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        check_fields(self, problems)
-        if not problems:
-            check_relations(self, problems)
+            if isinstance(getattr(self, name), Mapping):
+                changes[name] = dict(getattr(self, name))
+        if isinstance(self.dtype, str) or type(self.dtype).__module__ == "torch":  # without importing it
+            changes["dtype"] = str(self.dtype).removeprefix("torch.")
+        values = vars(self) | changes
+        problems = check_fields(values)
         if problems:
             raise ConfigError("; ".join(problems))
+        for f in dataclasses.fields(self):
+            if f.type in ("float", "float | None") and values[f.name] is not None:
+                changes[f.name] = float(values[f.name])  # 10000 and 10000.0 mean the same (TRAPS A10)
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+        problems = check_relations(self)
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
+    """Returns the text of the config.json that `source` names, and its origin for error messages."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"expected a checkpoint folder with a config.json, got {str(source)!r} without one")
+        path = path / "config.json"
+    if path.is_file():
+        return read_text(path), str(path)
+    if str(source) in presets():
+        return read_preset(str(source)), f"preset {source}"
+    if str(source).startswith("deepseek-v4"):
+        raise UnsupportedModelError(f"{source}: expected a model with latent attention; {V4}")
+    raise ConfigError(
+        f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}; "
+        f"presets: {', '.join(presets())}"
+    )

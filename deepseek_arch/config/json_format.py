@@ -1,4 +1,4 @@
-"""What a config.json says: names and defaults by model type, aliases, and the two ways of writing rotary embeddings.
+"""Format of config.json: names and defaults by model type, aliases, and the two ways of writing rotary embeddings.
 
 Published files differ in what they leave out, and transformers 5 renames some fields when it writes them. Here all of
 that becomes one set of fields; `DeepseekConfig` checks the values.
@@ -6,13 +6,18 @@ that becomes one set of fields; `DeepseekConfig` checks the values.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .families import ARCHITECTURES, MODEL_TYPES, V4
 
-__all__ = ["REQUIRED", "read_fields", "rope_type"]
+__all__ = ["parse_json", "read_fields", "read_text", "rope_type"]
+
+_MOST_BYTES = 100 * 2**20  # of a JSON file; published indices have up to 10 MB
+_DEEPEST = 100  # nesting of arrays and objects
 
 # Other names of the same thing: transformers 5 writes some of them, some third-party converters the others.
 _ALIASES = {
@@ -23,7 +28,7 @@ _ALIASES = {
 }
 # Derived from other fields; a stale copy in a file must not win over `replace`.
 _DERIVED = ("head_dim", "qk_head_dim", "mlp_layer_types", "layer_types")
-REQUIRED = (
+_REQUIRED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -34,7 +39,79 @@ REQUIRED = (
     "v_head_dim",
     "intermediate_size",
 )
-_PUBLISHED_ONLY_OFF = {"mlp_bias": (False, None), "pretraining_tp": (1, None), "rope_interleave": (True, None)}
+# Fields that would change the computation, with the only values that this package computes with.
+_ONLY = {
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "rope_interleave": (True, None),
+    "use_mla": (
+        True,
+        None,
+    ),  # false: ordinary attention, as in the language models of DeepSeek-VL2-tiny and DeepSeek-OCR
+}
+
+
+def read_text(file: Path) -> str:
+    """Returns the text of a JSON file.
+
+    Raises:
+        ConfigError: the file is not UTF-8, or larger than any config.
+    """
+    size = file.stat().st_size
+    if size > _MOST_BYTES:
+        raise ConfigError(f"{file}: expected JSON of at most {_MOST_BYTES:,} bytes, got {size:,}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected JSON in UTF-8, got {error}") from None
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Returns the JSON object in a text, every value of which can be computed with, shown and written back.
+
+    Raises:
+        ConfigError: the text is no JSON object, or has integers or nesting without measure.
+    """
+    try:
+        data = json.loads(text, parse_int=_parse_int)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"expected JSON, got {error}") from None
+    except RecursionError:
+        raise ConfigError(f"expected JSON nested at most {_DEEPEST} levels deep, got more") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"expected a JSON object, got {type(data).__name__}")
+    level = [(key, value) for key, value in data.items()]
+    for _ in range(_DEEPEST):
+        for path, value in level:
+            if isinstance(value, _LongInteger):
+                raise ConfigError(f"expected {path} to be an integer of at most {_MOST_DIGITS} digits, got {value}")
+        level = [inner for path, value in level for inner in _inside(path, value)]
+        if not level:
+            return data
+    raise ConfigError(f"expected JSON nested at most {_DEEPEST} levels deep, got more in {level[0][0].split('.')[0]}")
+
+
+_MOST_DIGITS = 4000  # Python refuses to read or show integers of more than 4300 digits
+
+
+class _LongInteger(str):
+    """An integer of too many digits, kept until the field that has it is known."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"one of {len(self)} digits"
+
+
+def _parse_int(digits: str) -> int | _LongInteger:
+    return int(digits) if len(digits) <= _MOST_DIGITS else _LongInteger(digits)
+
+
+def _inside(path: str, value: Any) -> list[tuple[str, Any]]:
+    """Returns the values in an object or an array, each with its path."""
+    if isinstance(value, dict):
+        return [(f"{path}.{key}", inner) for key, inner in value.items()]
+    return [(path, inner) for inner in value] if isinstance(value, list) else []
 
 
 def read_fields(data: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,20 +123,17 @@ def read_fields(data: Mapping[str, Any], known: Collection[str]) -> tuple[dict[s
     """
     data = dict(data)
     model_type = data.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         reason = f" ({V4})" if str(model_type).startswith("deepseek_v4") else ""
         raise UnsupportedModelError(
             f"expected model_type to be one of {', '.join(MODEL_TYPES)}, got {model_type!r}{reason}"
         )
-    for alias, name in _ALIASES.items():
-        value = data.pop(alias, None)
-        if data.get(name) is None and value is not None:
-            data[name] = value
-    problems = [f"{name} is missing" for name in REQUIRED if data.get(name) is None]
+    problems = _read_aliases(data)
+    problems += [f"{name} is missing" for name in _REQUIRED if data.get(name) is None]
     if problems:
         raise ConfigError("; ".join(problems))
-    for name, allowed in _PUBLISHED_ONLY_OFF.items():
-        if data.get(name, allowed[0]) not in allowed:
+    for name, allowed in _ONLY.items():
+        if not any(data.get(name) is one or data.get(name) == one for one in allowed):
             problems.append(f"expected {name} to be {allowed[0]}, got {data[name]!r}")
     _read_layer_types(data, problems)
     _read_rope(data, problems)
@@ -88,25 +162,47 @@ def read_fields(data: Mapping[str, Any], known: Collection[str]) -> tuple[dict[s
     for name in ("moe_layer_freq", "num_nextn_predict_layers", "rope_theta", "first_k_dense_replace"):
         if values.get(name, 0) is None:
             del values[name]
-    if list(values.get("architectures") or ()) == [ARCHITECTURES[model_type]]:
-        del values["architectures"]  # what `to_dict` writes anyway
-    extra = dict(data.get("extra", {})) | {k: v for k, v in data.items() if k not in known and k != "extra"}
+    if values.get("architectures") in ([ARCHITECTURES[model_type]], (ARCHITECTURES[model_type],), []):
+        del values["architectures"]  # `to_dict` writes it anyway
+    extra = data.get("extra", {})
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"expected extra to be a mapping, got {extra!r}")
+    extra = dict(extra) | {k: v for k, v in data.items() if k not in known and k != "extra"}
     return values, extra
 
 
-def rope_type(rope_scaling: Mapping[str, Any]) -> str:
-    """The kind of rotary scaling, under either of its names; "default" is none."""
+def _read_aliases(data: dict[str, Any]) -> list[str]:
+    """Replaces other names of a field by its own; returns the problems: names that contradict each other."""
+    problems = []
+    for alias, name in _ALIASES.items():
+        value = data.pop(alias, None)
+        if value is None:
+            continue
+        if data.get(name) is None:
+            data[name] = value
+        elif str(data[name]).removeprefix("torch.") != str(value).removeprefix("torch."):
+            problems.append(f"expected {name} and {alias} to be the same, got {data[name]!r} and {value!r}")
+    return problems
+
+
+def rope_type(rope_scaling: Mapping[str, Any]) -> Any:
+    """Returns the kind of rotary scaling, under either of its names; "default" is none."""
     return rope_scaling.get("rope_type") or rope_scaling.get("type") or "default"
 
 
 def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
     """transformers 5 writes GLM's dense prefix as a list with one word per layer."""
     kinds = data.get("mlp_layer_types")
-    if not kinds:
+    if kinds is None:
+        return
+    if not isinstance(kinds, list | tuple):
+        problems.append(f"expected mlp_layer_types to be a list, got {kinds!r}")
         return
     dense = sum(kind == "dense" for kind in kinds)
     if list(kinds) != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
-        problems.append(f"expected mlp_layer_types to be dense layers followed by sparse ones, got {kinds}")
+        problems.append(
+            f"expected mlp_layer_types to be dense layers followed by sparse ones, got {list(kinds)!r:.200}"
+        )
     data.setdefault("first_k_dense_replace", dense)
 
 
@@ -129,13 +225,9 @@ def _read_rope(data: dict[str, Any], problems: list[str]) -> None:
         thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta", None)
         if rope_type(parameters) != "default":
             scalings.append(parameters)
-    said = {name: theta for name, theta in thetas.items() if theta is not None}
-    if len(set(map(str, map(_as_float, said.values())))) > 1:
-        problems.append(f"expected one rope_theta, got {said}")
-    if said:
-        data["rope_theta"] = next(iter(said.values()))
+    given = {name: theta for name, theta in thetas.items() if theta is not None}
+    if any(theta != next(iter(given.values())) for theta in given.values()):
+        problems.append(f"expected one rope_theta, got {given}")
+    if given:
+        data["rope_theta"] = next(iter(given.values()))
     data["rope_scaling"] = scalings[0] if scalings else None
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) else value

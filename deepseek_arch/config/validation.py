@@ -1,13 +1,13 @@
-"""Checks of a config: every field by itself, then what must hold between fields."""
+"""Checks of a config: every field by itself, its type and range, then what must hold between fields."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .families import MODEL_TYPES
-from .json_format import REQUIRED, rope_type
+from .json_format import rope_type
 
 if TYPE_CHECKING:
     from .deepseek_config import DeepseekConfig
@@ -16,67 +16,139 @@ __all__ = ["DTYPES", "check_fields", "check_relations"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
+# Far above every model there is. They make sure that whatever is computed or listed from a config stays small: an
+# element count fits into 64 bits, and a loop over layers or experts ends.
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000
+_MOST_EXPERTS = 100_000
+_MOST_HEADS = 2**16
+_WIDEST = 2**20
 
-def check_fields(c: DeepseekConfig, problems: list[str]) -> None:
-    """Types and ranges, field by field; integers given for floats become floats."""
-    positive = {
-        *REQUIRED,
-        "moe_intermediate_size",
-        "n_shared_experts",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-        "q_lora_rank",
-        "num_key_value_heads",
-        "moe_layer_freq",
-        "max_position_embeddings",
-        "index_n_heads",
-        "index_head_dim",
-        "index_topk",
-    }
-    zero_allowed = {"num_nextn_predict_layers", "first_k_dense_replace"}
-    optional = {f.name for f in dataclasses.fields(c) if "None" in str(f.type)}
-    for name in sorted(positive | zero_allowed):
-        value = getattr(c, name)
-        if value is None and name in optional:
-            continue
-        least = 0 if name in zero_allowed or name == "n_shared_experts" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            problems.append(f"expected {name} to be an integer >= {least}, got {value!r}")
-    floats = (
-        "rms_norm_eps",
-        "latent_norm_eps",
-        "rope_theta",
-        "routed_scaling_factor",
-        "initializer_range",
-        "attention_dropout",
-    )
-    for name in (*floats, "aux_loss_alpha"):
-        value = getattr(c, name)
-        if value is None and name == "aux_loss_alpha":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            problems.append(f"expected {name} to be a finite number >= 0, got {value!r}")
-        else:
-            object.__setattr__(c, name, float(value))
-    for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
-        if not isinstance(getattr(c, name), bool):
-            problems.append(f"expected {name} to be true or false, got {getattr(c, name)!r}")
-    for name, allowed in (
-        ("model_type", tuple(MODEL_TYPES)),
-        ("scoring_func", ("sigmoid", "softmax")),
-        ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
-        ("hidden_act", ("silu",)),
-        ("mtp_input", ("post_norm", "pre_norm")),
-        ("mtp_chain", ("block", "head_norm")),
-    ):
-        if getattr(c, name) not in allowed:
-            problems.append(f"expected {name} to be one of {', '.join(allowed)}, got {getattr(c, name)!r}")
+_INTEGERS: dict[str, tuple[int, int]] = {  # least and most
+    "vocab_size": (1, _MOST),
+    "hidden_size": (1, _WIDEST),
+    "intermediate_size": (1, _WIDEST),
+    "num_hidden_layers": (1, _MOST_LAYERS),
+    "num_nextn_predict_layers": (0, _MOST_LAYERS),
+    "num_attention_heads": (1, _MOST_HEADS),
+    "num_key_value_heads": (1, _MOST_HEADS),
+    "first_k_dense_replace": (0, _MOST),
+    "moe_layer_freq": (1, _MOST),
+    "kv_lora_rank": (1, _WIDEST),
+    "qk_nope_head_dim": (1, _WIDEST),
+    "qk_rope_head_dim": (1, _WIDEST),
+    "v_head_dim": (1, _WIDEST),
+    "max_position_embeddings": (1, _MOST),
+}
+_OPTIONAL_INTEGERS: dict[str, tuple[int, int]] = {
+    "moe_intermediate_size": (1, _WIDEST),
+    "n_shared_experts": (0, 1_000),
+    "n_routed_experts": (1, _MOST_EXPERTS),
+    "num_experts_per_tok": (1, _MOST_EXPERTS),
+    "n_group": (1, _MOST_EXPERTS),
+    "topk_group": (1, _MOST_EXPERTS),
+    "q_lora_rank": (1, _WIDEST),
+    "index_n_heads": (1, _MOST_HEADS),
+    "index_head_dim": (1, _WIDEST),
+    "index_topk": (1, _MOST),
+    "bos_token_id": (0, _MOST),
+    "pad_token_id": (-1, _MOST),
+}
+_FLOATS = (
+    "rms_norm_eps",
+    "latent_norm_eps",
+    "rope_theta",
+    "routed_scaling_factor",
+    "initializer_range",
+    "attention_dropout",
+)
+_OPTIONAL_FLOATS = ("aux_loss_alpha",)
+_BOOLEANS = ("norm_topk_prob", "attention_bias", "tie_word_embeddings")
+_OPTIONAL_BOOLEANS = ("seq_aux",)
+_WORDS = {
+    "model_type": tuple(MODEL_TYPES),
+    "scoring_func": ("sigmoid", "softmax"),
+    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
+    "hidden_act": ("silu",),
+    "mtp_input": ("post_norm", "pre_norm"),
+    "mtp_chain": ("block", "head_norm"),
+}
+_MAPPINGS = ("rope_scaling", "quantization_config", "extra")
 
 
-def check_relations(c: DeepseekConfig, problems: list[str]) -> None:
-    """What must hold between fields."""
+def check_fields(values: Mapping[str, Any]) -> list[str]:
+    """Returns the problems of the fields of a config, each by itself: its type and its range.
+
+    Args:
+        values: every field of `DeepseekConfig`, by name.
+    """
+    problems: list[str] = []
+    integers = (_INTEGERS.items(), _OPTIONAL_INTEGERS.items())
+    for optional, fields in zip((False, True), integers, strict=True):
+        for name, (least, most) in fields:
+            if not (optional and values[name] is None):
+                problems += _check_integer(name, values[name], least, most)
+    for name in (*_FLOATS, *_OPTIONAL_FLOATS):
+        if not (name in _OPTIONAL_FLOATS and values[name] is None) and not _is_finite(values[name], 0):
+            problems.append(f"expected {name} to be a finite number >= 0, got {_shown(values[name])}")
+    for name in (*_BOOLEANS, *_OPTIONAL_BOOLEANS):
+        if not (name in _OPTIONAL_BOOLEANS and values[name] is None) and not isinstance(values[name], bool):
+            problems.append(f"expected {name} to be true or false, got {_shown(values[name])}")
+    for name, allowed in _WORDS.items():
+        if not isinstance(values[name], str) or values[name] not in allowed:
+            problems.append(f"expected {name} to be one of {', '.join(allowed)}, got {_shown(values[name])}")
+    for name in _MAPPINGS:
+        value = values[name]
+        is_mapping = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+        if not is_mapping and not (value is None and name != "extra"):
+            problems.append(f"expected {name} to be a mapping from names, got {_shown(value)}")
+    dtype = values["dtype"]
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
+        problems.append(f"expected dtype to be one of {', '.join(DTYPES)}, got {_shown(dtype)}")
+    problems += _check_list("architectures", values["architectures"], "names", lambda one: isinstance(one, str))
+    eos = values["eos_token_id"]
+    if isinstance(eos, tuple):
+        problems += _check_list("eos_token_id", eos, "token ids", lambda one: not _check_integer("", one, 0, _MOST))
+    elif eos is not None:
+        problems += _check_integer("eos_token_id", eos, 0, _MOST)
+    return problems
+
+
+def _check_integer(name: str, value: object, least: int, most: int) -> list[str]:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        return [f"expected {name} to be an integer >= {least}, got {_shown(value)}"]
+    if value > most:
+        return [f"expected {name} to be an integer <= {most}, got {_shown(value)}"]
+    return []
+
+
+def _check_list(name: str, value: object, what: str, is_valid: Callable[[object], bool]) -> list[str]:
+    if value is None or (isinstance(value, tuple) and all(is_valid(one) for one in value)):
+        return []
+    return [f"expected {name} to be a list of {what}, got {_shown(value)}"]
+
+
+def _is_finite(value: object, least: float) -> bool:
+    """Returns True for an integer or a float that is finite as a float, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value)) and value >= least
+    except OverflowError:
+        return False
+
+
+def _shown(value: object) -> str:
+    """Returns a value as an error message shows it, on one line of bounded length."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**50:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_relations(c: DeepseekConfig) -> list[str]:
+    """Returns the problems between the fields of a config, each of which is valid by itself."""
+    problems: list[str] = []
     if c.qk_rope_head_dim % 2:
         problems.append(f"expected an even qk_rope_head_dim (rotary pairs), got {c.qk_rope_head_dim}")
     if c.num_key_value_heads != c.num_attention_heads:
@@ -85,33 +157,44 @@ def check_relations(c: DeepseekConfig, problems: list[str]) -> None:
             f"got {c.num_key_value_heads} and {c.num_attention_heads}"
         )
     if c.n_routed_experts:
-        _check_routing(c, problems)
+        problems += _check_routing(c)
     if c.rope_theta <= 1:
         problems.append(f"expected rope_theta > 1, got {c.rope_theta}")
-    if not 0 <= c.attention_dropout < 1:
+    if not c.attention_dropout < 1:
         problems.append(f"expected attention_dropout in [0, 1), got {c.attention_dropout}")
-    _check_rope_scaling(c, problems)
+    problems += _check_rope_scaling(c.rope_scaling)
     indexer = (c.index_n_heads, c.index_head_dim, c.index_topk)
     if any(v is None for v in indexer) != all(v is None for v in indexer):
         problems.append(f"expected all or none of index_n_heads, index_head_dim, index_topk, got {indexer}")
     if c.is_sparse_attention and c.q_lora_rank is None:
         problems.append("expected a q_lora_rank with an indexer (it reads the query latent), got null")
-    quantization = c.quantization_config or {}
-    blocks = quantization.get("weight_block_size")
-    if quantization.get("quant_method") == "fp8" and blocks is not None:
+    problems += _check_quantization(c.quantization_config or {})
+    return problems
+
+
+def _check_quantization(quantization: Mapping[str, Any]) -> list[str]:
+    method, blocks = quantization.get("quant_method"), quantization.get("weight_block_size")
+    problems = []
+    if method is not None and not isinstance(method, str):
+        problems.append(f"expected quant_method to be a name, got {_shown(method)}")
+    if method != "fp8":
+        return problems
+    if blocks is not None:
         valid = isinstance(blocks, list | tuple) and len(blocks) == 2
-        if not valid or not all(isinstance(b, int) and b > 0 for b in blocks):
-            problems.append(f"expected weight_block_size to be two positive integers, got {blocks!r}")
+        if not valid or any(_check_integer("", size, 1, _WIDEST) for size in blocks):
+            problems.append(f"expected weight_block_size to be two positive integers, got {_shown(blocks)}")
+    if not isinstance(quantization.get("scale_fmt"), str | None):
+        problems.append(f"expected scale_fmt to be a name, got {_shown(quantization['scale_fmt'])}")
+    return problems
 
 
-def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
+def _check_routing(c: DeepseekConfig) -> list[str]:
     if c.moe_intermediate_size is None or c.num_experts_per_tok is None:
-        problems.append(
+        return [
             f"expected moe_intermediate_size and num_experts_per_tok beside n_routed_experts={c.n_routed_experts}, "
             f"got {c.moe_intermediate_size} and {c.num_experts_per_tok}"
-        )
-        return
-    experts = c.expert_sizes
+        ]
+    experts, problems = c.expert_sizes, []
     if (c.topk_method == "noaux_tc") != (c.scoring_func == "sigmoid"):
         problems.append(
             "expected noaux_tc with sigmoid scores, greedy or group_limited_greedy with softmax scores, "
@@ -120,7 +203,7 @@ def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
     groups, kept = experts.groups, experts.kept_groups
     if experts.routed % groups:
         problems.append(f"expected n_routed_experts to be divisible by n_group, got {experts.routed} and {groups}")
-        return
+        return problems
     per_group = experts.routed // groups
     if kept > groups:
         problems.append(f"expected topk_group <= n_group, got {kept} and {groups}")
@@ -133,25 +216,26 @@ def _check_routing(c: DeepseekConfig, problems: list[str]) -> None:
         problems.append(
             f"expected num_experts_per_tok <= {kept * per_group} (the experts of the kept groups), got {experts.chosen}"
         )
+    return problems
 
 
-def _check_rope_scaling(c: DeepseekConfig, problems: list[str]) -> None:
-    if c.rope_scaling is None:
-        return
-    kind = rope_type(c.rope_scaling)
+def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> list[str]:
+    if scaling is None:
+        return []
+    kind = rope_type(scaling)
     if kind not in ("default", "yarn"):
-        problems.append(f"expected rope_scaling of type yarn or default, got {kind!r}")
-        return
+        return [f"expected rope_scaling of type yarn or default, got {_shown(kind)}"]
     if kind == "default":
-        return
-    least = {"factor": 1, "original_max_position_embeddings": 1}
+        return []
+    problems, least = [], {"factor": 1, "original_max_position_embeddings": 1}
     for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", *least):
-        value: Any = c.rope_scaling.get(name)
-        bound = least.get(name, 0)
+        value, bound = scaling.get(name), least.get(name, 0)
         if value is None and name != "factor":
             continue
         positive = name.startswith("beta")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < bound or (positive and value == 0):
-            relation = ">" if positive else ">="
-            problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {value!r}")
+        if not _is_finite(value, bound) or (positive and value == 0):
+            relation, shown = ">" if positive else ">=", _shown(value)
+            problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {shown}")
+    if not isinstance(scaling.get("truncate", True), bool):
+        problems.append(f"expected rope_scaling['truncate'] to be true or false, got {_shown(scaling['truncate'])}")
+    return problems

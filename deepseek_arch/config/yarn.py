@@ -32,7 +32,7 @@ class Yarn:
 
     @property
     def cos_sin_factor(self) -> float:
-        """What cosines and sines are multiplied by; 1.0 for every published file."""
+        """Factor of cosines and sines; 1.0 for every published file."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -41,5 +41,5 @@ class Yarn:
 
     @property
     def softmax_factor(self) -> float:
-        """What `qk_head_dim ** -0.5` is multiplied by; 1.0 without `mscale_all_dim`."""
+        """Factor of `qk_head_dim ** -0.5` in the softmax scale; 1.0 without `mscale_all_dim`."""
         return self.m(self.mscale_all_dim) ** 2

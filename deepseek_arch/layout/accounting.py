@@ -11,7 +11,7 @@ from .published_tensors import (
     DTYPE_BYTES,
     Weight,
     layer_weights,
-    model_weights,
+    main_weights,
     mtp_weights,
     published_dtype,
     published_tensors,
@@ -41,9 +41,9 @@ class ParameterCount:
         activated_without_embedding: the same without the embedding (a lookup); the head is counted.
         activated_without_embedding_and_head: the same without either.
         total_without_embedding_and_head: the main model's layers and final norm.
-        mtp: the multi-token-prediction layers, without the embedding and head they share with the main model.
+        mtp: the MTP modules, without the embedding and head they share with the main model.
         mtp_stored: the same as published, with a copy of both in every layer.
-        embedding, head, final_norm: the trunk's own tensors (a tied head has the embedding's size, counted once).
+        embedding, head, final_norm: the main model's tensors (a tied head has the embedding's size, counted once).
         attention: one layer's attention with its latent norms; indexer: V3.2's key selection beside it.
         layer_norms: the two norms of one layer.
         dense_mlp, expert, shared_experts, router: one layer's, one expert's; 0 where the model has none.
@@ -77,14 +77,31 @@ def _elements(weights: Iterable[Weight], *parts: str) -> int:
     return sum(weight.elements for weight in weights if not parts or weight.part in parts)
 
 
+def _kinds_of_layers(c: DeepseekConfig, layers: range) -> list[tuple[list[Weight], int]]:
+    """Returns the weights of each kind of layer, dense and with experts, and how many of `layers` are of it.
+
+    Layers of one kind are alike, so one of each tells all.
+    """
+    sparse = [c.is_moe_layer(layer_idx) for layer_idx in layers]
+    kinds = [kind for kind in (False, True) if kind in sparse]
+    return [(list(layer_weights(c, layers[sparse.index(kind)])), sparse.count(kind)) for kind in kinds]
+
+
+def _decoder_layers(c: DeepseekConfig) -> range:
+    return range(c.num_hidden_layers)
+
+
+def _mtp_layers(c: DeepseekConfig) -> range:
+    return range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
+
+
 def count_parameters(config: DeepseekConfig) -> ParameterCount:
     """Counts the parameters of `config`'s model, without building it.
 
     DeepSeek-V3: 671,026,419,200 in total, 37,552,297,472 activated, 11,610,068,224 for multi-token prediction.
     """
     c = config
-    sparse = [c.is_moe_layer(layer_idx) for layer_idx in range(c.num_hidden_layers)]
-    # Layers of one kind are alike, so one of each tells all.
+    sparse = [c.is_moe_layer(layer_idx) for layer_idx in _decoder_layers(c)]
     dense = list(layer_weights(c, sparse.index(False))) if False in sparse else []
     moe = list(layer_weights(c, sparse.index(True))) if True in sparse else []
     expert = _elements(moe, "experts") // c.expert_sizes.routed if moe else 0
@@ -95,15 +112,16 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
     embedding = c.vocab_size * c.hidden_size
     embedding_and_head = embedding if c.tie_word_embeddings else 2 * embedding
 
-    depths = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
-    mtp_stored = sum(_elements([*layer_weights(c, layer_idx), *mtp_weights(c)]) for layer_idx in depths)
+    depths = c.num_nextn_predict_layers
+    mtp_stored = depths * _elements(mtp_weights(c))
+    mtp_stored += sum(count * _elements(weights) for weights, count in _kinds_of_layers(c, _mtp_layers(c)))
     return ParameterCount(
         total=stack + embedding_and_head,
         activated=active_stack + embedding_and_head,
         activated_without_embedding=active_stack + embedding,
         activated_without_embedding_and_head=active_stack,
         total_without_embedding_and_head=stack,
-        mtp=mtp_stored - len(depths) * _elements(mtp_weights(c), "duplicate"),
+        mtp=mtp_stored - depths * _elements(mtp_weights(c), "duplicate"),
         mtp_stored=mtp_stored,
         embedding=embedding,
         head=embedding,
@@ -137,22 +155,29 @@ def weight_bytes(config: DeepseekConfig, dtype: str = "bf16", *, mtp: bool = Fal
         dtype: "bf16" or "fp32": all weights so; "fp8": as an FP8 checkpoint stores them, that is the projections as
             one byte a value plus a float32 scale a block, the rest as published. The routers'
             `e_score_correction_bias` is float32 always.
-        mtp: with the multi-token-prediction layers.
+        mtp: with the MTP modules.
 
     Raises:
         ValueError: `dtype` is none of these.
     """
     if dtype not in ("bf16", "fp32", "fp8"):
         raise ValueError(f"expected dtype to be bf16, fp32 or fp8, got {dtype!r}")
-    total = 0
-    for weight in model_weights(config, mtp):
-        if dtype == "fp8":
-            stored = published_dtype(config, weight.kind, fp8=True)
-            total += weight.elements * DTYPE_BYTES[stored]
-            if stored == "F8_E4M3":
-                total += 4 * math.prod(scale_shape(config, weight.shape)) * weight.copies
-        else:
-            total += weight.elements * (4 if dtype == "fp32" or weight.kind == "float32" else 2)
+
+    def size(weight: Weight) -> int:
+        if dtype != "fp8":
+            return weight.elements * (4 if dtype == "fp32" or weight.kind == "float32" else 2)
+        stored = published_dtype(config, weight.kind, fp8=True)
+        scales = math.prod(scale_shape(config, weight.shape)) * weight.copies if stored == "F8_E4M3" else 0
+        return weight.elements * DTYPE_BYTES[stored] + 4 * scales
+
+    total = sum(size(weight) for weight in main_weights(config))
+    for weights, count in _kinds_of_layers(config, _decoder_layers(config)):
+        total += count * sum(map(size, weights))
+    if mtp:
+        for weights, count in _kinds_of_layers(config, _mtp_layers(config)):
+            total += count * sum(map(size, weights))
+        beside = [weight for weight in mtp_weights(config) if weight.part != "duplicate"]
+        total += config.num_nextn_predict_layers * sum(map(size, beside))
     return total
 
 
@@ -166,7 +191,7 @@ def kv_cache_bytes(config: DeepseekConfig, tokens: int = 1, bytes_per_value: int
 
 
 def expanded_cache_bytes(config: DeepseekConfig, tokens: int = 1, bytes_per_value: int = 2) -> int:
-    """Bytes of a cache that held every head's keys and values instead of the latents."""
+    """Bytes of a cache of every head's keys and values instead of the latents."""
     values = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     return values * config.num_hidden_layers * tokens * bytes_per_value
 
@@ -183,7 +208,7 @@ def indexer_cache_bytes(config: DeepseekConfig, tokens: int = 1) -> int:
 
 
 def _matmul_parameters(c: DeepseekConfig, weights: Iterable[Weight]) -> int:
-    """Elements a token is multiplied with: all matrices, of the routed experts only the chosen ones."""
+    """Returns the elements that multiply a token: all matrices, of the routed experts only the chosen ones."""
     return sum(
         math.prod(weight.shape) * (c.expert_sizes.chosen if weight.part == "experts" else 1)
         for weight in weights
@@ -192,12 +217,12 @@ def _matmul_parameters(c: DeepseekConfig, weights: Iterable[Weight]) -> int:
 
 
 def _linear_flops(c: DeepseekConfig, mtp: bool) -> int:
-    """Forward FLOPs of a token in everything but attention. The embedding is a lookup, not a product."""
+    """Returns the forward FLOPs of a token in everything but attention. The embedding is a lookup, not a product."""
     head = c.vocab_size * c.hidden_size
-    parameters = head + sum(_matmul_parameters(c, layer_weights(c, i)) for i in range(c.num_hidden_layers))
+    kinds = _kinds_of_layers(c, _decoder_layers(c)) + (_kinds_of_layers(c, _mtp_layers(c)) if mtp else [])
+    parameters = head + sum(count * _matmul_parameters(c, weights) for weights, count in kinds)
     if mtp:
-        for layer_idx in range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers):
-            parameters += _matmul_parameters(c, layer_weights(c, layer_idx)) + 2 * c.hidden_size**2 + head
+        parameters += c.num_nextn_predict_layers * (2 * c.hidden_size**2 + head)
     return 2 * parameters
 
 
@@ -216,7 +241,7 @@ def flops_per_token(config: DeepseekConfig, context_length: int, *, training: bo
     DeepSeek-V3 trained at 4096: 250e9, as published (arXiv 2505.09343, table 2).
 
     Args:
-        mtp: with the multi-token-prediction layers (the published figure is without).
+        mtp: with the MTP modules (the published figure is without).
 
     Raises:
         ValueError: `context_length` is not positive.

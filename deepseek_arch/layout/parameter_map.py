@@ -2,7 +2,7 @@
 
 `published_tensors` lists what a published checkpoint holds; this file says where each of those tensors lives in a
 `DeepseekLM`. Most have the same name in both. The exceptions are the tables below: experts, one tensor each in the
-files, are stacked; multi-token-prediction layers, `model.layers.{num_hidden_layers + k}` in the files, are `mtp.{k}`;
+files, are stacked; MTP modules, `model.layers.{num_hidden_layers + k}` in the files, are `mtp.{k}`;
 and the files repeat the embedding and the head in each of those.
 """
 
@@ -25,7 +25,7 @@ _STACKED = {
     "mlp.experts.{expert}.up_proj.weight": ("mlp.experts.gate_up_proj", 1),
     "mlp.experts.{expert}.down_proj.weight": ("mlp.experts.down_proj", 0),
 }
-# Published name below a multi-token-prediction layer -> the trunk's tensor that it repeats.
+# Published name below a MTP module -> the main model's tensor that it repeats.
 _REPEATED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 # First dimension = experts: selecting fewer experts takes fewer rows.
 _PER_EXPERT_ROWS = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
@@ -68,7 +68,7 @@ class TensorSlot:
 
     @property
     def parts_per_expert(self) -> int:
-        """How many published tensors of one expert its stacked tensor has: 2 for gate above up, else 1."""
+        """Number of published tensors of one expert in the stacked tensor: 2 for gate above up, else 1."""
         return 2 if self.parameter.endswith(".gate_up_proj") else 1
 
     @property
@@ -90,7 +90,7 @@ class TensorSlot:
         return experts, self.parts_per_expert * rows, columns
 
     def of(self, state: dict[str, Tensor]) -> Tensor:
-        """The view of the model's tensors that this published tensor fills, [rows, ...]."""
+        """Returns the view of the model's tensors that this published tensor fills, [rows, ...]."""
         tensor = state[self.parameter]
         if self.index is None:
             return tensor
@@ -98,7 +98,7 @@ class TensorSlot:
         return tensor[expert, first:end]
 
     def scale_of(self, state: dict[str, Tensor], block_rows: int) -> Tensor:
-        """The view of the model's scales for this published tensor, where `parameter` is held in FP8.
+        """Returns the view of the model's scales for this published tensor, where `parameter` is in FP8.
 
         Stacked parts (gate above up) have a grid of scales each, of as many rows as the tensor alone would have.
         """
@@ -111,7 +111,7 @@ class TensorSlot:
 
 
 def layout(chosen: Subset | DeepseekConfig) -> Iterator[TensorSlot]:
-    """Every published tensor of a model, or of part of one, without FP8 scales (see `scale_name`)."""
+    """Yields every published tensor of a model, or of part of one, without FP8 scales (see `scale_name`)."""
     chosen = select_subset(chosen) if isinstance(chosen, DeepseekConfig) else chosen
     c = chosen.source
     for name, shape in (
@@ -136,9 +136,9 @@ def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Subs
         parameter, part = _STACKED[name]
         rows = shape[0]
         for expert in range(chosen.config.n_routed_experts or 0):
-            own = name.format(expert=expert)
+            below = name.format(expert=expert)
             index = (expert, part * rows, (part + 1) * rows)
-            yield TensorSlot(prefix + own, shape, rows, new_prefix + own, ours + parameter, index, fp8)
+            yield TensorSlot(prefix + below, shape, rows, new_prefix + below, ours + parameter, index, fp8)
     elif name in _REPEATED:
         parameter = _REPEATED[name]
         if parameter == "lm_head.weight" and chosen.source.tie_word_embeddings:
@@ -150,12 +150,12 @@ def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Subs
 
 
 def scale_name(name: str) -> str:
-    """The name of an FP8 weight's scales: `X.weight_scale_inv` beside `X.weight`, published or ours."""
+    """Returns the name of an FP8 weight's scales: `X.weight_scale_inv` beside `X.weight`, published or ours."""
     return f"{name}_scale_inv"
 
 
 def layer_of(name: str) -> int | None:
-    """The L of a published name `model.layers.L...`, None for all others. Whole components only (TRAPS F7)."""
+    """Returns the L of a published name `model.layers.L...`, None for all others. Whole components only (TRAPS F7)."""
     parts = name.split(".")
     if parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdecimal():
         return int(parts[2])
@@ -163,5 +163,5 @@ def layer_of(name: str) -> int | None:
 
 
 def is_stray(name: str) -> bool:
-    """Whether this is a rotary table: old V2 files and Kimi-K2's hold one per layer that nothing reads (TRAPS H2)."""
+    """Returns True for a rotary table: old V2 files and Kimi-K2's hold one per layer that nothing reads (TRAPS H2)."""
     return name.split(".")[-2:] == ["rotary_emb", "inv_freq"]

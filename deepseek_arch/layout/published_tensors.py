@@ -18,6 +18,7 @@ __all__ = [
     "TensorSpec",
     "Weight",
     "layer_weights",
+    "main_weights",
     "model_weights",
     "mtp_weights",
     "published_dtype",
@@ -98,7 +99,7 @@ def _attention(c: DeepseekConfig) -> Iterator[Weight]:
 
 
 def _indexer(c: DeepseekConfig) -> Iterator[Weight]:
-    """DeepSeek-V3.2's selection of keys. Its key norm is a LayerNorm: weight and bias, kept in float32."""
+    """Yields the weights of V3.2's selection of keys. Its key norm is a LayerNorm: weight and bias, in float32."""
     if not c.is_sparse_attention:
         return
     assert c.q_lora_rank is not None  # checked with the config: the indexer reads the query latent
@@ -127,6 +128,7 @@ def _moe(c: DeepseekConfig) -> Iterator[Weight]:
 
 
 def layer_weights(c: DeepseekConfig, layer_idx: int) -> Iterator[Weight]:
+    """Yields the weights of a decoder layer, or of the decoder layer in an MTP module."""
     yield Weight("input_layernorm.weight", (c.hidden_size,), "norms", "norm")
     yield from _attention(c)
     yield from _indexer(c)
@@ -138,7 +140,7 @@ def layer_weights(c: DeepseekConfig, layer_idx: int) -> Iterator[Weight]:
 
 
 def mtp_weights(c: DeepseekConfig) -> Iterator[Weight]:
-    """What a multi-token-prediction layer has beside a decoder layer; `duplicate` parts are the trunk's own tensors."""
+    """Yields the weights of an MTP module beside its decoder layer; `duplicate` parts are the main model's tensors."""
     yield Weight("embed_tokens.weight", (c.vocab_size, c.hidden_size), "duplicate")
     yield Weight("enorm.weight", (c.hidden_size,), "mtp", "norm")
     yield Weight("hnorm.weight", (c.hidden_size,), "mtp", "norm")
@@ -147,8 +149,8 @@ def mtp_weights(c: DeepseekConfig) -> Iterator[Weight]:
     yield Weight("shared_head.head.weight", (c.vocab_size, c.hidden_size), "duplicate")
 
 
-def _trunk(c: DeepseekConfig) -> Iterator[Weight]:
-    """Embedding, final norm and head; a tied head is the embedding and is not stored."""
+def main_weights(c: DeepseekConfig) -> Iterator[Weight]:
+    """Yields embedding, final norm and head; a tied head is the embedding and is not stored."""
     yield Weight("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embedding")
     yield Weight("model.norm.weight", (c.hidden_size,), "norms", "norm")
     if not c.tie_word_embeddings:
@@ -156,8 +158,8 @@ def _trunk(c: DeepseekConfig) -> Iterator[Weight]:
 
 
 def model_weights(c: DeepseekConfig, mtp: bool) -> Iterator[Weight]:
-    """Every tensor of the model once (without the multi-token-prediction layers' duplicates)."""
-    yield from _trunk(c)
+    """Yields every tensor of the model once (without the MTP modules' duplicates)."""
+    yield from main_weights(c)
     for layer_idx in range(c.num_hidden_layers + (c.num_nextn_predict_layers if mtp else 0)):
         yield from layer_weights(c, layer_idx)
         if layer_idx >= c.num_hidden_layers:
@@ -165,12 +167,13 @@ def model_weights(c: DeepseekConfig, mtp: bool) -> Iterator[Weight]:
 
 
 def scale_shape(c: DeepseekConfig, shape: tuple[int, ...]) -> tuple[int, int]:
-    """One float32 scale per block; blocks at the right and lower edge are partial."""
+    """Returns the shape of the scales: one float32 per block; blocks at the right and lower edge are partial."""
     rows, columns = c.weight_block_size or (128, 128)
     return -(-shape[0] // rows), -(-shape[1] // columns)
 
 
 def published_dtype(c: DeepseekConfig, kind: str, fp8: bool) -> str:
+    """Returns the dtype of a kind of weight in a published checkpoint, FP8 or not."""
     if kind == "projection" and fp8:
         return "F8_E4M3"
     # DeepSeek-V3.2 stores every norm in float32, the releases before it in bfloat16.
@@ -180,7 +183,7 @@ def published_dtype(c: DeepseekConfig, kind: str, fp8: bool) -> str:
 
 
 def published_tensors(config: DeepseekConfig) -> Iterator[TensorSpec]:
-    """Every tensor that a published checkpoint of `config` holds, FP8 scales and duplicates included.
+    """Yields every tensor that a published checkpoint of `config` holds, FP8 scales and duplicates included.
 
     DeepSeek-V3: 91,991 tensors. Strays that loaders skip (Kimi-K2's rotary tables) are not among them.
     """
@@ -195,7 +198,7 @@ def published_tensors(config: DeepseekConfig) -> Iterator[TensorSpec]:
             if dtype == "F8_E4M3":
                 yield TensorSpec(f"{name}_scale_inv", "F32", scale_shape(c, weight.shape))
 
-    for weight in _trunk(c):
+    for weight in main_weights(c):
         yield from stored("", weight)
     for layer_idx in range(c.num_hidden_layers + c.num_nextn_predict_layers):
         weights = [*layer_weights(c, layer_idx), *(mtp_weights(c) if layer_idx >= c.num_hidden_layers else ())]

@@ -1,8 +1,8 @@
-"""Part of a model: which decoder layers, how many experts, with or without the multi-token-prediction layers."""
+"""Part of a model: which decoder layers, how many experts, with or without the MTP modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["Subset", "select_subset"]
 
 @dataclass(frozen=True)
 class Subset:
-    """What to take from a checkpoint of `source`, and the config of what that makes.
+    """Part of a checkpoint of `source`, and the config of the model that it makes.
 
     Attributes:
         source: the config of the whole checkpoint.
@@ -27,7 +27,7 @@ class Subset:
 
     @property
     def layer_pairs(self) -> list[tuple[int, int]]:
-        """(number in `source`, number in `config`) of each layer taken, multi-token-prediction layers last."""
+        """Pairs (number in `source`, number in `config`) of each layer taken, MTP modules last."""
         first, first_kept = self.source.num_hidden_layers, self.config.num_hidden_layers
         depths = range(self.config.num_nextn_predict_layers)
         return [(layer, i) for i, layer in enumerate(self.layers)] + [(first + k, first_kept + k) for k in depths]
@@ -47,7 +47,7 @@ def select_subset(
         experts: keep the first so many routed experts of every layer; None for all. Where the router works in groups,
             the kept experts are whole groups, or lie within the first group, so that each group's score still means
             what it meant; `topk_group` and `num_experts_per_tok` shrink to what is left to choose from.
-        mtp: keep the multi-token-prediction layers.
+        mtp: keep the MTP modules.
 
     Raises:
         ValueError: layers that are out of range, repeated or not ascending, an expert count that cuts a group, a
@@ -69,22 +69,28 @@ def _is_count(value: object) -> bool:
 
 
 def _check_layers(source: DeepseekConfig, layers: Iterable[int]) -> tuple[int, ...]:
-    total = source.num_hidden_layers
-    kept = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else ()
-    if not kept or not all(_is_count(layer) and 0 <= layer < total for layer in kept):
-        raise ValueError(f"expected layers to be some of the numbers 0 to {total - 1}, got {layers!r}")
-    if list(kept) != sorted(set(kept)):
-        raise ValueError(f"expected layers to be ascending, each once, got {list(kept)}")
-    return kept
+    """Returns the layers to keep; stops at the first that cannot be, however many follow."""
+    total, kept = source.num_hidden_layers, list[int]()
+    each: Iterable[Any] = layers if isinstance(layers, Iterable) and not isinstance(layers, str | bytes) else (None,)
+    for layer in each:
+        if not _is_count(layer) or not 0 <= layer < total:
+            shown = [*kept, layer] if isinstance(layers, Iterator) else layers
+            raise ValueError(f"expected layers to be some of the numbers 0 to {total - 1}, got {shown!r:.200}")
+        if kept and layer <= kept[-1]:
+            raise ValueError(f"expected layers to be ascending, each once, got {[*kept, layer]!r:.200}")
+        kept.append(layer)
+    if not kept:
+        raise ValueError(f"expected layers to be some of the numbers 0 to {total - 1}, got none")
+    return tuple(kept)
 
 
 def _dense_prefix(source: DeepseekConfig, kept: tuple[int, ...]) -> dict[str, Any]:
-    """The fields that say which of the renumbered layers are dense."""
+    """Returns the fields that say which of the renumbered layers are dense."""
     if not source.n_routed_experts:
         return {}
     experts = [source.is_moe_layer(layer) for layer in kept]
     dense = experts.index(True) if True in experts else len(kept)
-    # Beyond the decoder layers the count goes on to say whether multi-token-prediction layers are dense.
+    # Beyond the decoder layers the count goes on to say whether MTP modules are dense.
     beyond = max(0, source.first_k_dense_replace - source.num_hidden_layers) if dense == len(kept) else 0
     for frequency in (1, source.moe_layer_freq):
         if all(has == (i >= dense and i % frequency == 0) for i, has in enumerate(experts)):

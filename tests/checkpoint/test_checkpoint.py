@@ -280,7 +280,7 @@ def test_some_tensors_of_an_fp8_checkpoint_may_be_plain(tmp_path):
     assert torch.equal(model.state_dict()[name], weights[name])
 
 
-# ---------------------------------------------------------------- prediction layers, repeats, strays
+# ---------------------------------------------------------------- MTP modules, repeats, strays
 
 
 def test_repeated_embeddings_may_be_absent(tmp_path):
@@ -377,7 +377,7 @@ def test_selected_layers_keep_their_kind(base, layers, dense):
     assert chosen.config.first_k_dense_replace == dense
     kinds = [chosen.config.is_moe_layer(i) for i in range(chosen.config.num_hidden_layers)]
     assert kinds == [source.is_moe_layer(layer) for layer in layers]
-    # The prediction layer keeps its experts.
+    # The MTP module keeps its experts.
     assert chosen.config.is_moe_layer(chosen.config.num_hidden_layers)
 
 

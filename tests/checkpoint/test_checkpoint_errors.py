@@ -31,7 +31,7 @@ O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A good float32 checkpoint in three shards, with one prediction layer."""
+    """A good float32 checkpoint in three shards, with one MTP module."""
     config = small_models.config("v3", num_nextn_predict_layers=1)
     return files.write(tmp_path / "checkpoint", files.tensors(config), config)
 

@@ -63,7 +63,7 @@ def test_every_shape_of_model_is_converted_bit_for_bit(tmp_path, changes, old, n
 
 @pytest.fixture(scope="module", params=[None, "ue8m0"])
 def tiny(request, tmp_path_factory):
-    """The tiny preset, which has a prediction layer with copies of embedding and head, in both formats."""
+    """The tiny preset, which has a MTP module with copies of embedding and head, in both formats."""
     quantization = layouts.QUANTIZATION | {"weight_block_size": [128, 128], "scale_fmt": request.param}
     config = DeepseekConfig.from_pretrained("tiny").replace(quantization_config=quantization)
     folder = tmp_path_factory.mktemp("tiny")

@@ -226,7 +226,7 @@ def test_experts_of_two_dtypes_cannot_be_stacked(tmp_path):
 
 
 def test_layers_that_the_config_does_not_have_are_left_out_with_a_warning(tmp_path):
-    """A config that says no prediction layers beside files that have one, as `load` skips them too."""
+    """A config that says no MTP modules beside files that have one, as `load` skips them too."""
     config = layouts.small(num_nextn_predict_layers=1)
     weights = layouts.all_layouts(config)["fp8"]
     source = layouts.write(tmp_path / "old", config.replace(num_nextn_predict_layers=0), "fp8", weights)

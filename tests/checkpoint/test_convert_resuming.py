@@ -27,7 +27,7 @@ OPTIONS = {"format": "bf16", "max_shard_size": "20KB"}
 
 
 class Crash(BaseException):
-    """What stands for the end of the process: nothing catches it."""
+    """Stands for the end of the process: nothing catches it."""
 
 
 @pytest.fixture
@@ -355,28 +355,36 @@ def test_a_full_disk_harms_nothing_and_can_be_continued(source, expected, tmp_pa
     assert snapshot(out) == expected
 
 
-def test_a_disk_that_fails_to_sync_leaves_no_shard_for_whole(source, expected, tmp_path, monkeypatch):
-    """An error that only appears when data reach the disk."""
+@pytest.mark.parametrize("number", [0, 2, 5])
+def test_a_disk_that_fails_to_sync_leaves_no_shard_for_whole(source, expected, tmp_path, monkeypatch, number):
+    """An error that only appears when data reach the disk, and only with those of one shard.
+
+    Which sync of the shard it is, one while it is written or the last, is for the threads to say. The earlier shards
+    are finished then, this one is not, and nothing after it is.
+    """
     monkeypatch.setattr(resuming, "_SYNC_BYTES", 1)
-    fsync, calls = os.fsync, []
+    names = sorted(name for name in expected if name.endswith(".safetensors"))
+    broken = tmp_path / "new" / STAGING / f"{names[number]}.partial"
+    fsync = os.fsync
 
     def failing(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 12:
+        if broken.exists() and os.path.samestat(os.fstat(descriptor), broken.stat()):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(descriptor)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
         patch.setattr(resuming.os, "fsync", failing)
         convert(source, tmp_path / "new", **OPTIONS)
-    for name in finished(tmp_path / "new"):
+    # No folder is left where nothing is finished.
+    assert sorted(finished(tmp_path / "new")) == names[:number]
+    for name in names[:number]:
         assert (tmp_path / "new" / STAGING / name).read_bytes() == expected[name]
     convert(source, tmp_path / "new", **OPTIONS, verify=True)
     assert snapshot(tmp_path / "new") == expected
 
 
 def test_too_little_room_is_known_before_writing(source, tmp_path, monkeypatch):
-    """What is finished already needs no room any more."""
+    """Finished shards need no room any more."""
     left = interrupted(source, tmp_path / "new", monkeypatch)
     plan = plan_conversion(source, tmp_path / "new", **OPTIONS)
     usage = shutil.disk_usage(tmp_path)

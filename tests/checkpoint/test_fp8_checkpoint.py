@@ -57,7 +57,7 @@ def checkpoint(folder: Path, kind: str = "v3", change=lambda weights: None, **ch
 
 
 def expected_state(config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model must hold: codes and scales stacked alike, as bytes, since each is a grid of rows."""
+    """The state that the model must have: codes and scales stacked alike, as bytes, since each is a grid of rows."""
     codes = {name: t.view(torch.uint8) if t.dtype == E4M3 else t for name, t in weights.items()}
     ordinary = {name: t for name, t in codes.items() if not name.endswith("_scale_inv")}
     state = files.expected_state(config, ordinary)
@@ -246,7 +246,7 @@ def test_a_gpu_holds_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("quantization", [{}, {"scale_fmt": "ue8m0", "modules_to_not_convert": ["lm_head"]}], ids=str)
 def test_loading_and_saving_gives_the_published_files_back(tmp_path, quantization):
-    """Blocks of 128 x 128, prediction layer and copies of embedding and head included; bytes and config."""
+    """Blocks of 128 x 128, MTP module and copies of embedding and head included; bytes and config."""
     config = da.DeepseekConfig.from_pretrained("tiny")
     stored = {**(config.quantization_config or {}), **quantization}
     write_checkpoint(tmp_path / "a", config.replace(quantization_config=stored), "fp8")

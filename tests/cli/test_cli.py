@@ -21,7 +21,7 @@ from deepseek_arch.cli.tokenizer import Tokenizer, TokenPrinter
 from deepseek_arch.config.deepseek_config import DeepseekConfig, presets
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("plan", "inspect", "slice", "convert", "generate", "probe-mtp", "place", "doctor")
+COMMANDS = ("plan", "presets", "inspect", "slice", "convert", "generate", "probe-mtp", "place", "doctor")
 
 
 @pytest.fixture
@@ -480,3 +480,63 @@ def test_as_a_process(args, variables, message):
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
     assert message in run.stderr
+
+
+# ------------------------------------------------------- presets and completion
+
+
+def test_presets_are_listed(cli):
+    code, out, _ = cli("presets")
+    assert code == 0
+    assert all(name in out for name in presets())
+    assert "671.0B" in out and "8 of 384" in out
+    assert json.loads(cli("presets", "--json")[1]) == presets()
+
+
+def test_the_shell_completes_presets(monkeypatch):
+    from typer.testing import CliRunner
+
+    from deepseek_arch.cli import app
+
+    words = {
+        "_DEEPSEEK_ARCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": "deepseek-arch plan deepseek-v3.",
+        "COMP_CWORD": "2",
+    }
+    done = CliRunner().invoke(app, [], prog_name="deepseek-arch", env=words)
+    assert set(done.stdout.split()) == {name for name in presets() if name.startswith("deepseek-v3.")}
+
+
+# ----------------------------------------------------------- numbers at the edge
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "1e300"])
+def test_memory_without_measure_is_an_error(cli, memory):
+    code, _, err = cli("plan", "tiny", "--memory", memory)
+    assert code == 1 and err == f"error: expected memory to be a number of at most 1e+15, got {float(memory)}\n"
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("0-999999999999", "error: expected layers to be some of the numbers 0 to 2, got [0, 1, 2, 3]"),
+        ("1-0", "expected a range that ascends, got '1-0'"),
+        ("9" * 5000, "expected numbers such as 0,3,60 or 0-3"),
+    ],
+)
+def test_layers_without_measure_are_errors(cli, stored, tmp_path, layers, message):
+    code, _, err = cli("slice", stored, tmp_path / "out", "--layers", layers)
+    assert code in (1, 2) and message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", "9" * 23), ("--max-new-tokens", "999999999999")])
+def test_numbers_that_no_generator_takes_are_wrong_usage(cli, stored, option, value):
+    code, out, err = cli("generate", stored, "--ids", "1,2", option, value)
+    assert (code, out) == (2, "") and f"Invalid value for '{option}'" in err
+
+
+def test_names_that_no_terminal_shows_are_escaped(cli, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "\\ud800"}')
+    code, _, err = cli("plan", tmp_path / "config.json")
+    assert code == 1 and "\\ud800" in err

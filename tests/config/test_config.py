@@ -63,7 +63,7 @@ def test_values_of_v3():
 
 
 def test_values_of_its_relatives():
-    """What each published file has that the others have not."""
+    """The fields in which each published file differs from the others."""
     lite = DeepseekConfig.from_pretrained("deepseek-v2-lite")
     assert lite.q_lora_rank is None and lite.topk_method == "greedy" and lite.weight_block_size is None
     v2 = DeepseekConfig.from_pretrained("deepseek-v2")
@@ -303,7 +303,7 @@ def test_a_config_is_frozen():
 # -------------------------------------------------------------- rope and scales
 
 
-# FIGURES.md 8: m, m squared, softmax scale, to the last printed digit.
+# m, m squared and softmax scale, computed by hand from the published factors, to the last printed digit.
 SCALES = {
     "deepseek-v3": (1.3688879454113936, 1.8738542070926265, 0.1352337788608801),
     "deepseek-r1": (1.3688879454113936, 1.8738542070926265, 0.1352337788608801),

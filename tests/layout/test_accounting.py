@@ -1,4 +1,4 @@
-"""Counts against the authors' and derived figures of FIGURES.md and TENSORS.md, to the last integer."""
+"""Counts against the authors' figures, and those derived from the published files' headers, to the last integer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deepseek_arch.layout.accounting import (
     kv_cache_bytes,
     weight_bytes,
 )
-from deepseek_arch.layout.published_tensors import published_tensors
+from deepseek_arch.layout.published_tensors import layer_weights, published_tensors
 from support import published
 
 
@@ -27,7 +27,8 @@ def config(name: str) -> DeepseekConfig:
     return DeepseekConfig.from_pretrained(name)
 
 
-# FIGURES.md 1.3: main total; activated with embedding and head, without embedding, without both; total without both.
+# Sums over the headers of the published files: main total; activated with embedding and head, without embedding,
+# without both; total without both.
 PARAMETERS = {
     "deepseek-v2-lite": (15_706_484_224, 2_661_150_208, 2_451_435_008, 2_241_719_808, 15_287_053_824),
     "deepseek-v2": (235_741_434_880, 21_375_800_320, 20_851_512_320, 20_327_224_320, 234_692_858_880),
@@ -55,8 +56,8 @@ def test_parameters_equal_the_derived_figures(name):
     ) == PARAMETERS[name]
 
 
-# FIGURES.md 1.1: billions as the authors print them, which of our figures their activated number is, the unit of its
-# last digit (V2-Lite's 2.451 is printed as 2.4, so cut and not rounded: a whole unit is allowed).
+# Reports and model cards: billions as the authors print them, which of our figures their activated number is, the unit
+# of its last digit (V2-Lite's 2.451 is printed as 2.4, so cut and not rounded: a whole unit is allowed).
 @pytest.mark.parametrize(
     ("name", "total", "activated", "field", "unit"),
     [
@@ -135,7 +136,7 @@ def test_indexers_of_v32():
 
 
 def test_correction_biases_are_counted():
-    """58 routers of 256 experts; V2 routes without a bias (FIGURES.md 1.3)."""
+    """58 routers of 256 experts; V2 routes without a bias."""
     cfg = config("deepseek-v3")
     biases = [t for t in published_tensors(cfg) if t.name.endswith("e_score_correction_bias")]
     assert sum(math.prod(t.shape) for t in biases) - 256 == 58 * 256 == 14_848  # one more in the MTP layer
@@ -144,8 +145,8 @@ def test_correction_biases_are_counted():
 
 # ------------------------------------------------------------------ checkpoints
 
-# TENSORS.md 1: tensors, elements, payload bytes. Strays, which every loader skips, are taken off: Kimi-K2 stores one
-# BF16 [56] a layer, Moonlight has 27 x 64 elements more than its weights.
+# The published files: tensors, elements, payload bytes. Strays, which every loader skips, are taken off: Kimi-K2 stores
+# one BF16 [56] a layer, Moonlight has 27 x 64 elements more than its weights.
 CHECKPOINTS = {
     "deepseek-v3": (91_991, 684_531_386_000, 688_574_839_360),
     "deepseek-r1": (91_991, 684_531_386_000, 688_574_839_360),
@@ -169,7 +170,7 @@ def test_checkpoints_hold_the_published_tensors(name):
     assert payload in (None, checkpoint_bytes(config(name)))
 
 
-# TENSORS.md 1, "V3 by dtype" and "V3.2 by dtype": tensors and elements.
+# The published files of V3 and V3.2 by dtype: tensors and elements.
 @pytest.mark.parametrize(
     ("name", "fp8", "scales", "float32", "bfloat16"),
     [
@@ -255,7 +256,7 @@ def test_tiny_leaves_partial_fp8_blocks_in_every_projection():
 # ----------------------------------------------------------------------- bytes
 
 
-# FIGURES.md 2: elements a token.
+# From the config files: elements a token.
 @pytest.mark.parametrize(
     ("name", "elements"),
     [
@@ -289,7 +290,7 @@ def test_latent_cache_of_v2_against_deepseek_67b():
 
 
 def test_expanded_cache_of_v3():
-    """FIGURES.md 2: 128 heads of 192 + 128 values a layer."""
+    """128 heads of 192 + 128 values a layer."""
     assert expanded_cache_bytes(config("deepseek-v3")) == 40_960 * 61 * 2
     assert expanded_cache_bytes(config("glm-4.7-flash"), tokens=3) == 20 * (256 + 256) * 47 * 2 * 3
 
@@ -369,3 +370,23 @@ def test_counting_allocates_no_tensor(monkeypatch):
     for name in ("empty", "zeros", "ones", "randn", "tensor"):
         monkeypatch.setattr(torch, name, refuse)
     assert count_parameters(config("deepseek-v3")).total == 671_026_419_200
+
+
+def test_prediction_layers_of_two_kinds_are_counted_one_by_one():
+    """The dense prefix may reach into the MTP modules: the first of them is dense here, the second is not."""
+    cfg = config("tiny").replace(first_k_dense_replace=config("tiny").num_hidden_layers + 1, num_nextn_predict_layers=2)
+    listed = sum(t.nbytes for t in published_tensors(cfg.replace(quantization_config=None)))
+    counted = count_parameters(cfg)
+    router_biases = cfg.expert_sizes.routed  # one layer's, in float32
+    assert listed == 2 * (counted.total + counted.mtp_stored + router_biases)
+    dense, moe = (list(layer_weights(cfg, cfg.num_hidden_layers + depth)) for depth in (0, 1))
+    assert not any(w.part == "experts" for w in dense) and any(w.part == "experts" for w in moe)
+
+
+def test_ten_thousand_layers_are_counted_at_once():
+    """Layers of a kind are counted together: a hundred times the layers, not a hundred times the weights looked at."""
+    cfg = config("deepseek-v3")
+    deep = cfg.replace(num_hidden_layers=10_000)
+    per_layer = count_parameters(cfg).moe_layer
+    assert count_parameters(deep).total - count_parameters(cfg).total == (10_000 - 61) * per_layer
+    assert weight_bytes(deep, "fp32") - weight_bytes(cfg, "fp32") == 4 * (10_000 - 61) * per_layer

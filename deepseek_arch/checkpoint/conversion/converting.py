@@ -24,14 +24,14 @@ __all__ = ["ConversionReport", "convert"]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did.
+    """Outcome of `convert`.
 
     Attributes:
         files: the shards, their index and config.json, and companions such as a tokenizer.
         tensors, nbytes: in the new files.
         copied, dequantized, quantized: how many tensors of the published layout, scales included.
-        continued: shards that an earlier, interrupted conversion had finished.
-        verified: whether every byte was read back and compared.
+        continued: number of shards that an earlier, interrupted conversion had finished.
+        verified: True if every byte was read back and compared.
     """
 
     path: Path
@@ -80,15 +80,15 @@ def convert(
 ) -> ConversionReport:
     """Writes a checkpoint as another one of the same model: FP8 or not, experts single or stacked.
 
-    Multi-token-prediction layers, their copies of the embedding and the head, a tokenizer and other small files come
+    MTP modules, their copies of the embedding and the head, a tokenizer and other small files come
     along. config.json changes in `quantization_config` and `torch_dtype` only. A checkpoint that is in `out` already is
     replaced when the new one is complete.
 
     What the bytes are:
-    - Router, router bias, norms, embedding, head, eh_proj and everything that is in the wanted format already keep
+    - Router, router bias, norms, embedding, head, eh_proj and everything that is in the new format already keep
       theirs. FP8 codes and scales keep them where the format stays "fp8", also into a stack and out of it.
     - FP8 to BF16 is `float32(code) * scale`, rounded once to `dtype`. A code that means NaN stays NaN.
-    - BF16 to FP8 is `fp8.quantize_blocks`, the published rule.
+    - BF16 to FP8 is `fp8_blocks.quantize_blocks`, the published rule.
     - FP8 to BF16 and back: with power-of-two scales ("ue8m0") the same model, bit for bit: every product is exact in
       bfloat16. With float32 scales the same codes, and scales that are off by bfloat16's rounding, 2^-8 at most. Both
       hold where the scales are those that `quantize_blocks` chooses and no weight is subnormal. (Same model, not same
@@ -101,7 +101,7 @@ def convert(
 
     Args:
         format: "fp8" or "bf16", which is anything that is not FP8: a float32 checkpoint stays one.
-        stacked: experts of a layer in one tensor, as transformers 5 holds them (see `stacking`); None as they are.
+        stacked: experts of a layer in one tensor, as transformers 5 holds them (see `load_plan`); None as they are.
         max_shard_size: bytes, or "5GB", "200MB" and so on; a larger tensor, such as a stack, gets a file of its own.
         scale_format: of new FP8 scales: "ue8m0" for powers of two. None: what config.json says, or float32.
         dtype: of what was FP8: bfloat16, float16 or float32.
@@ -158,7 +158,7 @@ def _write(plan: ConversionPlan, writer: ResumableWriter, workers: Workers) -> N
 
 def _verify(plan: ConversionPlan, writer: ResumableWriter, workers: Workers) -> None:
     """Converts everything again and compares it with what the files hold."""
-    found: dict[str, set[str]] = {}
+    mismatches: dict[str, set[str]] = {}
 
     def compare(name: str, tensor: Tensor, first_byte: int) -> None:
         expected = tensor.reshape(-1).view(torch.uint8)
@@ -173,9 +173,9 @@ def _verify(plan: ConversionPlan, writer: ResumableWriter, workers: Workers) -> 
             else:
                 different.add("its header")
             if different:
-                found[shard] = different
-    if found:
-        for shard in found:
+                mismatches[shard] = different
+    if mismatches:
+        for shard in mismatches:
             writer.reject(shard)
-        details = [f"{name} in {shard}" for shard, names in found.items() for name in sorted(names)]
+        details = [f"{name} in {shard}" for shard, names in mismatches.items() for name in sorted(names)]
         raise CheckpointError(plan.out, [Problem(ProblemKind.WRITTEN_OTHERWISE, detail) for detail in details])

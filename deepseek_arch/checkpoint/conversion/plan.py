@@ -1,4 +1,4 @@
-"""What a conversion reads, does and writes, from the headers alone: `plan_conversion`."""
+"""Plan of a conversion, from headers alone: the tensors it reads, does something to and writes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ConversionPlan:
     """Everything about a conversion but the values.
 
     Attributes:
-        shards: the tensors of each file that will be written; steps: what they are made from.
+        shards: the tensors of each file that will be written; steps: how they are made.
         config: the content of the new config.json.
         block_size, scale_format: of the FP8 that is read or written.
         unused: tensors of layers that config.json does not have; they are left out.
         finished: files that an interrupted conversion of the same has left, to continue from.
-        manifest: what tells one conversion from another, see `ResumableWriter`.
+        manifest: identity of the conversion, by which a later call knows it again; see `ResumableWriter`.
     """
 
     source: LoadPlan
@@ -55,7 +55,7 @@ class ConversionPlan:
 
     @property
     def names(self) -> list[str]:
-        """Of the files that will be written."""
+        """Names of the files that will be written."""
         return shard_names(len(self.shards))
 
     @property
@@ -92,21 +92,21 @@ class ConversionPlan:
 
     @property
     def actions(self) -> Counter[str]:
-        """How many tensors of the published layout are copied, dequantized and quantized."""
+        """Numbers of tensors of the published layout that are copied, dequantized and quantized."""
         return Counter(step.action for steps in self.steps for step in steps)
 
     @property
     def classes(self) -> dict[tuple[str, str, str], tuple[int, int, int]]:
         """(part of the model, dtype before, dtype after) -> (tensors, bytes read, bytes written)."""
-        found: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+        classes: dict[tuple[str, str, str], tuple[int, int, int]] = {}
         for step in (step for steps in self.steps for step in steps):
             key = step.part, step.source.dtype, step.to.tensor.dtype
-            count, read, written = found.get(key, (0, 0, 0))
-            found[key] = count + 1, read + step.bytes_read, written + step.bytes_written
-        return found
+            count, read, written = classes.get(key, (0, 0, 0))
+            classes[key] = count + 1, read + step.bytes_read, written + step.bytes_written
+        return classes
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--dry-run` says, as JSON can hold it."""
+        """Returns the output of `--dry-run`, as JSON can hold it."""
         return {
             "path": str(self.source.folder),
             "out": str(self.out),
@@ -139,7 +139,7 @@ def plan_conversion(
     scale_format: str | None = None,
     dtype: torch.dtype | str = torch.bfloat16,
 ) -> ConversionPlan:
-    """What `convert` with these arguments would do; writes nothing.
+    """Plans `convert` with these arguments; writes nothing.
 
     Raises:
         CheckpointError: the checkpoint is not what its config says, or experts of different dtypes cannot be stacked.
@@ -196,19 +196,19 @@ def _check(format: str, scale_format: str | None, dtype: torch.dtype | str) -> t
     return _DTYPES[name]
 
 
-def _scale_format(plan: LoadPlan, wanted: str | None) -> str | None:
-    """Of new scales: what is asked for, or what the config says."""
+def _scale_format(plan: LoadPlan, requested: str | None) -> str | None:
+    """Returns the format of new scales: the requested one, or the config's."""
     given = scale_format_of(plan.subset.source.quantization_config)
-    if wanted is not None and plan.scales and wanted != given:
+    if requested is not None and plan.scales and requested != given:
         raise ValueError(
-            f"expected scale_format None for a checkpoint that is in FP8 already, whose scales stay as they are, got "
-            f"{wanted!r}"
+            f"expected scale_format None (no --ue8m0) for a checkpoint that is in FP8 already, whose scales stay, got "
+            f"{requested!r}"
         )
-    return wanted or given
+    return requested or given
 
 
 def _new_config(plan: LoadPlan, format: str, scale_format: str | None, new_dtype: torch.dtype) -> dict[str, Any]:
-    """config.json with the two fields changed that a conversion changes."""
+    """Returns config.json with the two fields changed that a conversion changes."""
     config: dict[str, Any] = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
     if format == "fp8":
         given = config.get("quantization_config") or {}
@@ -218,16 +218,16 @@ def _new_config(plan: LoadPlan, format: str, scale_format: str | None, new_dtype
     config.pop("quantization_config", None)  # TRAPS E12
     if plan.scales:
         # One word for all tensors: wide enough for those that were kept and those that are new.
-        said = plan.subset.source.dtype
+        config_dtype = plan.subset.source.dtype
         embedding = plan.sources["model.embed_tokens.weight"]
-        old = getattr(torch, said) if said else DTYPES[embedding.dtype]
+        old = getattr(torch, config_dtype) if config_dtype else DTYPES[embedding.dtype]
         both = str(torch.promote_types(old, new_dtype)).removeprefix("torch.")
         config["dtype" if "dtype" in config else "torch_dtype"] = both
     return config
 
 
 def _fingerprint(plan: LoadPlan) -> dict[str, Any]:
-    """Name, size, time and header of every file, and the config: what must be the same for a conversion to go on."""
+    """Returns name, size, time and header of every file, and the config: with others a conversion does not go on."""
     files = {}
     for file in sorted({info.file for info in plan.tensors}):
         status = file.stat()

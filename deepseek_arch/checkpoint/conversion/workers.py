@@ -79,7 +79,7 @@ def _bands(step: TensorStep, block_rows: int) -> Iterator[Band]:
 
 
 class _Converter:
-    """What one thread converts with: open files, and memory for a band before and after."""
+    """Open files of one thread, and its memory for a band before and after."""
 
     def __init__(self, plan: ConversionPlan, files: contextlib.ExitStack) -> None:
         self._plan = plan
@@ -99,7 +99,7 @@ class _Converter:
         return self._weights.bytes_read + self._scales.bytes_read - before
 
     def _result(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory that the next band overwrites."""
+        """Returns memory that the next band overwrites."""
         nbytes = math.prod(shape) * dtype.itemsize
         if self._memory.nbytes < nbytes:
             self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")

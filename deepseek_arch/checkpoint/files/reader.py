@@ -45,7 +45,7 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, `dtype` in safetensors' notation."""
+    """Address of a tensor: `nbytes` bytes at `offset` of `file`, `dtype` in safetensors' notation."""
 
     name: str
     dtype: str
@@ -56,7 +56,7 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, by name.
+    """Returns the tensors of a safetensors file, by name.
 
     Raises:
         ShardError: the file is truncated, or its header is unreadable or contradicts itself or the file's size.
@@ -104,7 +104,7 @@ def _tensor_info(name: str, entry: Any, file: Path, start: int) -> TensorInfo:
 
 
 def _check_extent(infos: dict[str, TensorInfo], start: int, size: int) -> None:
-    """The tensors must fill the file, without gap and without overlap."""
+    """Checks that the tensors fill the file, without gap and without overlap."""
     position = start
     for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
         if info.offset != position:
@@ -117,7 +117,7 @@ def _check_extent(infos: dict[str, TensorInfo], start: int, size: int) -> None:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it; valid as long as the tensor is."""
+    """Returns the bytes of a contiguous CPU tensor, shared with it; valid as long as the tensor is."""
     assert tensor.device.type == "cpu" and tensor.is_contiguous()
     if tensor.nbytes == 0:
         return memoryview(b"")
@@ -166,7 +166,7 @@ class TensorReader:
         self.bytes_read += done
 
     def rows(self, info: TensorInfo, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` of a tensor as stored, in a staging buffer that the next call overwrites."""
+        """Returns rows `first` to `last` of a tensor as stored, in a staging buffer that the next call overwrites."""
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
         count = (last - first) * row_bytes
         if self._staging.nbytes < count:

@@ -39,10 +39,10 @@ _SYNC_BYTES = 256 * 2**20  # are on their way to the disk while the next ones ar
 class ResumableWriter(CheckpointWriter):
     """A `CheckpointWriter` whose finished shards outlive it.
 
-    `start` a shard, `put` every byte of its tensors, in any order and from any thread, `finish` it; `settle`, and
-    `commit` when `unfinished` is empty. Shards lie in a hidden folder inside `folder`, the one that is being written
-    under another name until it is whole and on the disk. Beside them a manifest says what they are; a later writer with
-    the same manifest starts with the shards that were finished.
+    Call `start` for a shard, `put` for every byte of its tensors, in any order and from any thread, then `finish`; at
+    the end `settle`, and `commit` when `unfinished` is empty. Shards are written to a hidden folder inside `folder`,
+    each under another name until it is complete and on the disk. A manifest beside them says what they are; a later
+    writer with the same manifest starts with the shards that were finished.
 
     Leaving the context without `commit` keeps them, unless there are none: then everything is as it was before.
 
@@ -141,16 +141,16 @@ class ResumableWriter(CheckpointWriter):
 
     def _open_staging(self) -> None:
         file = self._staging / _MANIFEST
-        found = _read_json(file)
-        if found is not None and self._resume and found != self._manifest:
-            differing = [key for key in self._manifest if found.get(key) != self._manifest[key]]
+        earlier = _read_json(file)
+        if earlier is not None and self._resume and earlier != self._manifest:
+            differing = [key for key in self._manifest if earlier.get(key) != self._manifest[key]]
             raise ValueError(
                 f"expected to continue what was begun in {str(self._staging)!r}, but it has another "
                 f"{', another '.join(differing) or 'content'}; resume=False (--no-resume) throws it away and starts "
                 "afresh"
             )
         self._is_ours = True
-        if found is None or not self._resume:
+        if earlier is None or not self._resume:
             for old in self._staging.iterdir():
                 if old.name != "lock":
                     old.unlink()
@@ -220,7 +220,7 @@ class ResumableWriter(CheckpointWriter):
     # ---------------------------------------------------------------- reading back
 
     def is_sound(self, name: str) -> bool:
-        """Whether a finished shard has the header that it should have, and the length; then `get` can read it."""
+        """Returns True if a finished shard has the right header and length; then `get` can read it."""
         self.start(name)
         partial, file = self._staging / (name + _PARTIAL), self._staging / name
         header = partial.read_bytes()
@@ -255,7 +255,7 @@ class ResumableWriter(CheckpointWriter):
 
 
 def finished_shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Names of the shards that a conversion with this manifest has left in `folder` to continue from."""
+    """Returns the names of the shards that a conversion with this manifest has left in `folder` to continue from."""
     staging = folder / STAGING
     if _read_json(staging / _MANIFEST) != manifest:
         return []
@@ -263,7 +263,7 @@ def finished_shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None if it is absent or broken."""
+    """Returns the JSON object in a file, None if it is absent or broken."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -27,7 +27,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "200 MB", "1.5GiB" or a plain number; GB is 10^9, GiB 2^30.
+    """Returns the bytes of "5GB", "200 MB", "1.5GiB" or a plain number; GB is 10^9, GiB 2^30.
 
     Raises:
         ValueError: anything else, or less than one byte.
@@ -56,7 +56,7 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_bytes: int) -> list[
 
 
 def shard_names(count: int) -> list[str]:
-    """transformers' file names: model.safetensors, or model-00001-of-00003.safetensors and so on."""
+    """Returns transformers' file names: model.safetensors, or model-00001-of-00003.safetensors and so on."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -196,7 +196,7 @@ class CheckpointWriter:
             raise
 
     def _old_weights(self) -> list[str]:
-        """Files of the checkpoint that this one replaces: what its index names, or the single shard."""
+        """Returns the files of the checkpoint that this one replaces: what its index names, or the single shard."""
         try:
             shards = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
             named = sorted({shard for shard in shards if Path(shard).name == shard})
