@@ -21,11 +21,8 @@ from deepseek_kernels import rope as rotate
 
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
-from ..layers.linear import Linear
-from ..layers.norm import RMSNorm
-from ..layers.plain_module import is_plain_module
-from ..quant.fp8_activations import norm_for
-from ..quant.fp8_linear import FP8Linear
+from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
+from ..layers.norm import RMSNorm, normalize
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -129,9 +126,8 @@ class MultiHeadLatentAttention(nn.Module):
             out = self.attend_expanded(q, latents, keys, mask)
         return self.o_proj(out.flatten(-2))
 
-    @property
-    def input_projections(self) -> tuple[nn.Module, nn.Module]:
-        """The two layers that read the input, and nobody else does."""
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns the linear layers that alone read the input, and so a norm before it."""
         return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -140,10 +136,10 @@ class MultiHeadLatentAttention(nn.Module):
             projection, q = self.q_proj, self.q_proj(x)
         else:
             projection = self.q_b_proj
-            q = projection(norm_for((projection,), self.q_a_layernorm, self.q_a_proj(x)))
+            q = projection(normalize(self.q_a_layernorm, self.q_a_proj(x), (projection,)))
         q = q.unflatten(-1, (-1, self.qk_head_dim))  # -1: under tensor parallelism a rank holds a share of the heads
         # In place where nobody else has seen it: a hook may have kept it.
-        own = is_plain_module(projection, Linear, nn.Linear, FP8Linear) and not _differentiated(q)
+        own = is_plain_linear(projection) and not _differentiated(q)
         return rope_(q, *rope) if own else rotate(q, *rope)
 
     def remember(
@@ -209,17 +205,16 @@ class MultiHeadLatentAttention(nn.Module):
     def kv_b_weight(self, like: Tensor) -> Tensor:
         """The matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
 
-        Only a plain linear layer's weight may be read, or dequantized: an adapter, another quantized layer, an offload
-        hook or a sharded parameter computes something else, so those are asked for the images of the unit vectors.
+        Only a plain linear layer is asked for its weight: an adapter, another quantized layer, an offload hook or a
+        sharded parameter computes something else, so those are asked for the images of the unit vectors.
 
         Args:
             like: activations, of whose dtype and device that answer is: parameters may be elsewhere.
         """
-        module = self.kv_b_proj
-        plain = is_plain_module(module, Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
-        if plain:
-            return module.dequantize(like.dtype) if isinstance(module, FP8Linear) else module.weight
-        return module(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
+        weight = dense_weight(self.kv_b_proj, like.dtype)
+        if weight is None:
+            return self.kv_b_proj(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
+        return weight
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"

@@ -28,7 +28,7 @@ class DeepseekAttention(MultiHeadLatentAttention):
         self.attention_weights = AttentionWeights()
         self.config: PreTrainedConfig | None = None  # the model's, whose attention implementation may change
 
-    input_projections = MultiHeadLatentAttention.input_projections
+    norm_consumers = MultiHeadLatentAttention.norm_consumers  # which `forward` below does not change
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Any | None = None

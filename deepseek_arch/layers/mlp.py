@@ -25,9 +25,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, **factory)
         self.down_proj = Linear(intermediate_size, hidden_size, **factory)
 
-    @property
-    def input_projections(self) -> tuple[nn.Module, nn.Module]:
-        """The two layers that read the input, and nobody else does."""
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns the linear layers that alone read the input, and so a norm before it."""
         return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:

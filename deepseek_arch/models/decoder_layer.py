@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from ..attention.mla import MultiHeadLatentAttention
 from ..config.deepseek_config import DeepseekConfig
+from ..layers.linear import declares
 from ..layers.mlp import MLP
-from ..layers.norm import RMSNorm
-from ..layers.plain_module import is_plain_module
+from ..layers.norm import RMSNorm, add_and_normalize, normalize
 from ..moe.moe import MoE
 from ..moe.routing import Routing
-from ..quant.fp8_activations import add_norm_for, norm_for
 
 __all__ = ["DecoderLayer"]
 
@@ -48,15 +47,14 @@ class DecoderLayer(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """[B, T, H] -> the same; arguments as for `MultiHeadLatentAttention.forward` and `MoE.forward`."""
-        attended = self.self_attn(norm_for(self._read_by(self.self_attn), self.input_layernorm, x), rope, mask, cache)
-        normed, x = add_norm_for(self._read_by(self.mlp), self.post_attention_layernorm, attended, x)
+        normed = normalize(self.input_layernorm, x, _norm_consumers(self.self_attn))
+        attended = self.self_attn(normed, rope, mask, cache)
+        normed, x = add_and_normalize(self.post_attention_layernorm, attended, x, _norm_consumers(self.mlp))
         if routing is None or not isinstance(self.mlp, MoE):
             return x + self.mlp(normed)
         return x + self.mlp(normed, routing)
 
-    @staticmethod
-    def _read_by(block: nn.Module) -> tuple[nn.Module, ...]:
-        """The linear layers that alone read a block's input; none where others do too, or may."""
-        kind = type(block)
-        # A class says so of itself: what a subclass computes is not known.
-        return block.input_projections if "input_projections" in vars(kind) and is_plain_module(block, kind) else ()
+
+def _norm_consumers(block: nn.Module) -> tuple[nn.Module, ...]:
+    """Returns the linear layers that alone read a block's input; none where others do too, or may."""
+    return block.norm_consumers() if declares(block, "norm_consumers") else ()  # type: ignore[operator]
