@@ -1,4 +1,4 @@
-"""Linear layers whose product is one of our operators, and what a block may know of a layer without calling it."""
+"""Linear layers and the MLP made of them, and what a block may know of a layer without calling it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as _torch
 
 from deepseek_kernels import dense_gemm
 
-__all__ = ["Embedding", "Linear", "QuantizedRows", "declares", "dense_weight", "is_plain_linear", "is_plain_module"]
+__all__ = [
+    "MLP",
+    "Embedding",
+    "Linear",
+    "QuantizedRows",
+    "declares",
+    "dense_weight",
+    "is_plain_linear",
+    "is_plain_module",
+    "swiglu",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,10 @@ class Linear(nn.Linear):
         """Returns the matrix that the layer multiplies by, [out_features, in_features] in `dtype`."""
         return self.weight.to(dtype)
 
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns the linear layers that alone read the input: this one."""
+        return (self,)
+
     def takes_fp8(self, device: torch.device) -> bool:
         """Returns True if activations on this device become FP8 for the product, so that `QuantizedRows` may come."""
         return False
@@ -66,6 +81,33 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns `silu(gate) * up`, elementwise."""
+    return F.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """SwiGLU block of a dense layer, or the shared experts of a MoE layer (arXiv 2002.05202).
+
+    Computes `down_proj(silu(gate_proj(x)) * up_proj(x))`.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        factory = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = Linear(hidden_size, intermediate_size, **factory)
+        self.up_proj = Linear(hidden_size, intermediate_size, **factory)
+        self.down_proj = Linear(intermediate_size, hidden_size, **factory)
+
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns the linear layers that alone read the input."""
+        return self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., hidden_size] to the same shape."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def is_plain_module(module: nn.Module, *types: type[nn.Module]) -> bool:

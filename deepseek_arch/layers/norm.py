@@ -5,9 +5,6 @@ A norm whose result goes into FP8 layers alone quantizes it in the same pass, on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -39,47 +36,55 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def normalize(norm: nn.Module, x: Tensor, consumers: Sequence[nn.Module]) -> Tensor | QuantizedRows:
-    """Returns `norm(x)` as `consumers` take it: in FP8 if all of them multiply FP8 activations.
+def normalize(norm: nn.Module, x: Tensor, reader: nn.Module) -> Tensor | QuantizedRows:
+    """Returns `norm(x)` as `reader` takes it: in FP8 if it hands it to linear layers alone and they multiply FP8.
 
     The numbers are the same: those layers would quantize the norm's result, each for itself.
 
     Args:
         norm: any module; only a plain `RMSNorm` is fused.
         x: [..., H].
-        consumers: the linear layers that alone read the result; empty where others do too, or may.
+        reader: the only module that reads the result. Its class says with `norm_consumers` which linear layers do.
     """
-    if not consumers or not _quantizes(norm, x, consumers):
+    consumers = _fp8_consumers(reader, x.device)
+    if not consumers or not _may_quantize(norm, x):
         return norm(x)
-    plain = cast(RMSNorm, norm)
-    codes, scale = rms_norm_quantize(x, plain.weight, plain.eps, _scale_format(consumers))
+    codes, scale = rms_norm_quantize(x, norm.weight, norm.eps, consumers[0].scale_format)  # type: ignore
     return QuantizedRows(codes, scale, x.shape, x.dtype)
 
 
 def add_and_normalize(
-    norm: nn.Module, x: Tensor, residual: Tensor, consumers: Sequence[nn.Module]
+    norm: nn.Module, x: Tensor, residual: Tensor, reader: nn.Module
 ) -> tuple[Tensor | QuantizedRows, Tensor]:
     """Returns the norm of `residual + x`, as `normalize` does, and the sum."""
     if not is_plain_module(norm, RMSNorm):  # called as any norm is, with what it always got
         total = residual + x
         return norm(total), total
-    if not consumers or residual.dtype != x.dtype or not _quantizes(norm, x, consumers):
+    consumers = _fp8_consumers(reader, x.device)
+    if not consumers or residual.dtype != x.dtype or not _may_quantize(norm, x):
         return norm(x, residual)
-    plain = cast(RMSNorm, norm)
-    codes, scale, total = add_rms_norm_quantize(x, residual, plain.weight, plain.eps, _scale_format(consumers))
+    codes, scale, total = add_rms_norm_quantize(x, residual, norm.weight, norm.eps, consumers[0].scale_format)  # type: ignore
     return QuantizedRows(codes, scale, x.shape, x.dtype), total
 
 
-def _quantizes(norm: nn.Module, x: Tensor, consumers: Sequence[nn.Module]) -> bool:
-    """Returns True if all consumers take FP8 in one format, and nobody needs the norm's own result or its gradient."""
+def _fp8_consumers(reader: nn.Module, device: torch.device) -> tuple[Linear, ...]:
+    """Returns the linear layers that alone read what `reader` is given, if they take FP8 in one format; else none."""
+    if type(reader) is Linear or "norm_consumers" not in type(reader).__dict__:
+        return ()
+    consumers: tuple[Linear, ...] = reader.norm_consumers()  # type: ignore
     for layer in consumers:
-        if not declares(layer, "takes_fp8") or not cast(Linear, layer).takes_fp8(x.device):
-            return False
+        if type(layer) is Linear:  # nearly always, and the end of it
+            return ()
+    if not is_plain_module(reader, type(reader)):
+        return ()
+    for layer in consumers:
+        if not declares(layer, "takes_fp8") or not layer.takes_fp8(device):
+            return ()
+    return consumers if len({layer.scale_format for layer in consumers}) == 1 else ()
+
+
+def _may_quantize(norm: nn.Module, x: Tensor) -> bool:
+    """Returns True if nothing but FP8 is needed of the norm: no gradient, and no cast by autocast."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    one_format = len({cast(Linear, layer).scale_format for layer in consumers}) == 1
-    return one_format and is_plain_module(norm, RMSNorm) and norm.weight.dtype == x.dtype
-
-
-def _scale_format(consumers: Sequence[nn.Module]) -> str | None:
-    return cast(Linear, consumers[0]).scale_format
+    return is_plain_module(norm, RMSNorm) and norm.weight.dtype == x.dtype

@@ -73,6 +73,10 @@ class FP8Linear(FP8Layer, Linear):
         """Returns the dequantized matrix, as `Linear.dense_weight`."""
         return self.dequantize(dtype)
 
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns this layer, as `Linear.norm_consumers`."""
+        return (self,)
+
     def takes_fp8(self, device: torch.device) -> bool:
         """Returns True if activations on this device become FP8 for the product."""
         return not hasattr(self, "parametrizations") and self._quantizes("fp8_gemm", device)

@@ -5,7 +5,7 @@ import torch
 
 from deepseek_arch import DeepseekLM, keep_fp8
 from deepseek_arch.layers import norm as norms
-from deepseek_arch.layers.mlp import MLP
+from deepseek_arch.layers.linear import MLP
 from deepseek_arch.quant.fp8_convert import fp8_layers
 from support.small_models import config, error
 
@@ -39,7 +39,7 @@ def test_one_quantization_serves_all_layers_behind_a_norm(model, calls, format, 
     fused = model(ids).logits
     # Of each layer the input norm and the query latent's; of the dense one the norm before its MLP.
     assert sorted(calls) == ["add_rms_norm_quantize"] + ["rms_norm_quantize"] * 6
-    monkeypatch.setattr(norms, "_quantizes", lambda *_: False)
+    monkeypatch.setattr(norms, "_may_quantize", lambda *_: False)
     assert torch.equal(model(ids).logits, fused)
 
 
