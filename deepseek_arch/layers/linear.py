@@ -142,7 +142,7 @@ def declares(module: nn.Module, method: str) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Returns True if `module` is a plain linear layer, torch's or one that says what its matrix is."""
-    return is_plain_module(module, nn.Linear) or declares(module, "dense_weight")
+    return declares(module, "dense_weight") or is_plain_module(module, nn.Linear)
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:

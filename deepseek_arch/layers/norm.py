@@ -46,9 +46,11 @@ def normalize(norm: nn.Module, x: Tensor, reader: nn.Module) -> Tensor | Quantiz
         x: [..., H].
         reader: the only module that reads the result. Its class says with `norm_consumers` which linear layers do.
     """
+    if not is_plain_module(norm, RMSNorm):
+        return norm(x)
     consumers = _fp8_consumers(reader, x.device)
     if not consumers or not _may_quantize(norm, x):
-        return norm(x)
+        return rms_norm(x, norm.weight, norm.eps)  # type: ignore
     codes, scale = rms_norm_quantize(x, norm.weight, norm.eps, consumers[0].scale_format)  # type: ignore
     return QuantizedRows(codes, scale, x.shape, x.dtype)
 
@@ -62,7 +64,7 @@ def add_and_normalize(
         return norm(total), total
     consumers = _fp8_consumers(reader, x.device)
     if not consumers or residual.dtype != x.dtype or not _may_quantize(norm, x):
-        return norm(x, residual)
+        return add_rms_norm(x, residual, norm.weight, norm.eps)  # type: ignore
     codes, scale, total = add_rms_norm_quantize(x, residual, norm.weight, norm.eps, consumers[0].scale_format)  # type: ignore
     return QuantizedRows(codes, scale, x.shape, x.dtype), total
 
@@ -87,4 +89,4 @@ def _may_quantize(norm: nn.Module, x: Tensor) -> bool:
     """Returns True if nothing but FP8 is needed of the norm: no gradient, and no cast by autocast."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    return is_plain_module(norm, RMSNorm) and norm.weight.dtype == x.dtype
+    return norm.weight.dtype == x.dtype

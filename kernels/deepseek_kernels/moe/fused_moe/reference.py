@@ -6,13 +6,11 @@ sorted by Python, and give the same bits.
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...gemm.dense_gemm.reference import MIN_ROWS
+from ...common.half_products import MIN_ROWS
 from ..grouped_gemm import grouped_gemm
 from ..moe_permute import permute, sort_by_expert, unpermute
 
@@ -54,21 +52,24 @@ def _few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, we
         rows = x.expand(choices, -1)
     else:
         rows = x.index_select(0, torch.tensor([pair // choices for pair in order], device=x.device))
-    outputs, end = [], 0
-    for expert, pairs in groupby(order, chosen.__getitem__):
-        start, end = end, end + len(tuple(pairs))
-        if expert == gate_up.shape[0]:  # served elsewhere
-            outputs.append(x.new_zeros(end - start, x.shape[1]))
-            continue
-        gate, up = F.linear(rows[start:end], gate_up[expert]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate) * up, down[expert]))
-    sorted_rows = [0] * len(order)
-    for row, pair in enumerate(order):
-        sorted_rows[pair] = row
-    out = torch.cat(outputs).index_select(0, torch.tensor(sorted_rows, device=x.device))  # [T K, H]
-    wide = out.to(torch.promote_types(x.dtype, torch.float32)).view(tokens, choices, -1)
-    weighted = wide * weights[..., None]
+    spans, start = [], 0
+    for end in range(1, len(order) + 1):  # of the rows of each expert; those served elsewhere come last
+        expert = chosen[order[start]]
+        if end == len(order) or chosen[order[end]] != expert:
+            spans += [(expert, slice(start, end))] if expert < gate_up.shape[0] else []
+            start = end
+    if not spans:
+        return torch.zeros_like(x)
+    gate, up = torch.cat([F.linear(rows[own], gate_up[expert]) for expert, own in spans]).chunk(2, dim=-1)
+    hidden = F.silu(gate) * up
+    outputs = [F.linear(hidden[own], down[expert]) for expert, own in spans]
+    if (missing := len(order) - hidden.shape[0]) > 0:
+        outputs.append(x.new_zeros(missing, x.shape[1]))
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    wide = torch.cat(outputs).index_select(0, torch.tensor(inverse, device=x.device)).view(tokens, choices, -1)
+    wide = wide if wide.dtype == torch.float32 else wide.to(torch.promote_types(wide.dtype, torch.float32))
+    weighted = wide * weights[..., None]  # [T, K, H]
     total = weighted[:, 0]
     for choice in range(1, choices):
         total = total + weighted[:, choice]
-    return total.to(x.dtype)
+    return total if total.dtype == x.dtype else total.to(x.dtype)

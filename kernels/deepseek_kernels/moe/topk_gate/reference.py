@@ -12,7 +12,8 @@ def topk_gate(
     scores: Tensor, bias: Tensor | None, top_k: int, groups: tuple[int, int, int], normalize: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
     """See the operator; `groups` are its n_group, topk_group and group_best."""
-    choice = scores.detach() if bias is None else scores.detach() + bias.detach()
+    own = scores.detach() if scores.requires_grad else scores
+    choice = own if bias is None else own + bias.detach()
     ids = choose(choice, top_k, *groups)
     return weigh(scores, ids, normalize, factor), ids
 
