@@ -229,7 +229,7 @@ def test_gradients_may_be_tiny(kind, factor):
 
 
 def test_the_smallest_columns_of_a_tiny_gradient_keep_their_codes():
-    """Columns of a dispatched gradient 2^-20 below the others, in a gradient 2^-36 below one: amax is far below 1e-4."""
+    """Columns 2^-20 below the others, in a gradient 2^-36 below one: their amax is far below 1e-4."""
     layer = linear(40, 30)
     x, grad = torch.randn(9, 40), torch.randn(9, 30)
     grad[:, ::2] *= 2.0**-20

@@ -46,7 +46,7 @@ __all__ = ["product", "swiglu_product"]
 Quantized = tuple[Tensor | None, Tensor | None]  # codes and scales, or neither
 NONE: Quantized = (None, None)
 
-# The quantizers make no scale of an amax below 1e-4, which is right for activations. Gradients of a mean over many tokens
+# The quantizers make no scale of an amax below 1e-4, which is right for activations. Gradients of a mean over tokens
 # are smaller, and those of a gate that hardly opens far smaller again. So gradients are quantized times a power of two,
 # which changes no code from amax 1e-4 x 2^-64 = 5e-24 on, and their scales are divided by it.
 _LIFT = 2.0**64
