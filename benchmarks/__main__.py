@@ -20,6 +20,7 @@ _WITH_SETTINGS = (
     ("fp8-weights", "models.fp8_weights", "FP8 weights under high-precision activations, against torch's own cast."),
     ("fp8-training", "training.fp8_training", "Training in FP8 against training in BF16."),
     ("convert", "models.convert", "Conversion of checkpoints against copying them."),
+    ("overhead", "models.overhead", "Calls, files and time of a decode step, where operators are small."),
     ("train-mini", "training.mini", "A small model trained from nothing."),
 )
 

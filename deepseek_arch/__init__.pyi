@@ -13,7 +13,7 @@ from .layout.accounting import weight_bytes as weight_bytes
 
 # Models and their modules
 from .models.causal_lm import DeepseekLM as DeepseekLM
-from .models.decoder_layer import DecoderLayer as DecoderLayer
+from .models.main_model import DecoderLayer as DecoderLayer
 from .models.main_model import DeepseekModel as DeepseekModel
 from .models.mtp_layer import MTPLayer as MTPLayer
 from .models.outputs import CausalLMOutput as CausalLMOutput
@@ -21,8 +21,8 @@ from .attention.mla import MultiHeadLatentAttention as MultiHeadLatentAttention
 from .moe.moe import Experts as Experts
 from .moe.moe import MoE as MoE
 from .moe.moe import Router as Router
+from .layers.linear import MLP as MLP
 from .layers.linear import Linear as Linear
-from .layers.mlp import MLP as MLP
 from .layers.norm import RMSNorm as RMSNorm
 from .layers.rope import RotaryEmbedding as RotaryEmbedding
 

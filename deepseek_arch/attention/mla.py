@@ -21,11 +21,8 @@ from deepseek_kernels import rope as rotate
 
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
-from ..layers.linear import Linear
-from ..layers.norm import RMSNorm
-from ..layers.plain_module import is_plain_module
-from ..quant.fp8_activations import norm_for
-from ..quant.fp8_linear import FP8Linear
+from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
+from ..layers.norm import RMSNorm, normalize
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -39,7 +36,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_lora_rank: None for a single `q_proj` without a query latent (V2-Lite, Moonlight).
         norm_eps: epsilon of the latent norms; 1e-6 in every published model (TRAPS B1).
         bias: biases on q_a_proj, kv_a_proj_with_mqa and o_proj.
-        layer_idx: which layer of a cache is this one's.
+        layer_idx: index of this layer in a cache.
     """
 
     def __init__(
@@ -111,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
         Args:
             x: [B, T, H], normed hidden states.
             rope: cosines and sines [B, T, R / 2] of the tokens' positions.
-            mask: None for causal attention, or as `deepseek_kernels.spans` describes.
+            mask: None for causal attention, or as `deepseek_kernels.common.masks` describes.
             cache: a `LatentCache`, or anything whose `update(latent [B, 1, T, C], rotated_key [B, 1, T, R],
                 layer_idx)` returns both for all S keys (transformers' caches do).
 
@@ -119,61 +116,61 @@ class MultiHeadLatentAttention(nn.Module):
             [B, T, H].
         """
         q = self.queries(x, rope)
-        latents, keys, states = self.remember(x, rope, cache)
-        if self.prefers_absorbed(x.shape[1], (latents if states is None else states).shape[1]):
-            states = torch.cat((latents, keys), dim=-1) if states is None else states
-            out = self.attend_absorbed(q, states, mask)
+        states = self.append_to_cache(x, rope, cache)
+        if self.prefers_absorbed(x.shape[1], (states[0] if type(states) is tuple else states).shape[1]):
+            out = self.attend_absorbed(q, torch.cat(states, dim=-1) if type(states) is tuple else states, mask)
         else:
-            if latents is None:
-                latents, keys = cache.split(states)
+            latents, keys = _latents_and_keys(states, cache)
             out = self.attend_expanded(q, latents, keys, mask)
         return self.o_proj(out.flatten(-2))
 
-    @property
-    def input_projections(self) -> tuple[nn.Module, nn.Module]:
-        """The two layers that read the input, and nobody else does."""
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns the linear layers that alone read the input."""
         return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, T, H] -> [B, T, N, P + R], the last R of each head rotated."""
+        """Projects x [B, T, H] to queries [B, T, N, P + R], the last R of each head rotated."""
         if self.q_lora_rank is None:
-            projection, q = self.q_proj, self.q_proj(x)
+            projection = self.q_proj
+            q = projection(x)
         else:
             projection = self.q_b_proj
-            q = projection(norm_for((projection,), self.q_a_layernorm, self.q_a_proj(x)))
-        q = q.unflatten(-1, (-1, self.qk_head_dim))  # -1: under tensor parallelism a rank holds a share of the heads
-        # In place where nobody else has seen it: a hook may have kept it.
-        own = is_plain_module(projection, Linear, nn.Linear, FP8Linear) and not _differentiated(q)
+            q = projection(normalize(self.q_a_layernorm, self.q_a_proj(x), projection))
+        # Under tensor parallelism a rank holds a share of the heads, so their number is the projection's.
+        q = q.reshape(*q.shape[:2], q.shape[2] // self.qk_head_dim, self.qk_head_dim)
+        # In place only where no hook may have kept the projection's output.
+        own = is_plain_linear(projection) and not _differentiated(q)
         return rope_(q, *rope) if own else rotate(q, *rope)
 
-    def remember(
+    def append_to_cache(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The tokens' latents, after their norm, and rotated keys, behind those that the cache has.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Appends the tokens' latents and keys to the cache and returns all that it holds.
 
-        The key is shared by all heads and not normed (TRAPS A4).
+        Latents are cached after their norm; the rotated key is shared by all heads and not normed (TRAPS A4, B3).
 
         Returns:
-            latents [B, S, C], keys [B, S, R], and both as one tensor if the cache has one. An FP8 cache gives its bytes
-            [B, S, bytes] and nothing else, since the absorbed form needs no more.
+            Of a `LatentCache`, both side by side as it stores them: [B, S, C + R], or bytes [B, S, bytes] in FP8.
+            Otherwise, and without a cache, latents [B, S, C] and keys [B, S, R].
         """
         kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
         ours = isinstance(cache, LatentCache)
         if ours and is_plain_module(norm, RMSNorm) and not _differentiated(kv, norm.weight):
-            states = cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
-        else:
-            latent, key = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            latent, key = norm(latent), rotate(key, *rope)
-            if cache is None:
-                return latent, key, None
-            if not ours:
-                latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
-                return latents[:, 0], keys[:, 0], None
-            states = cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
-        return (None, None, states) if cache.format == "fp8" else (*cache.split(states), states)
+            return cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
+        latent, key = norm(kv[..., : self.kv_lora_rank]), rotate(kv[..., self.kv_lora_rank :], *rope)
+        if cache is None:
+            return latent, key
+        if ours:
+            return cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
+        latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
+        return latents[:, 0], keys[:, 0]
+
+    def latents_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None) -> tuple[Tensor, Tensor]:
+        """Returns latents [B, S, C] and rotated keys [B, S, R] of all tokens, after `append_to_cache`."""
+        return _latents_and_keys(self.append_to_cache(x, rope, cache), cache)
 
     def prefers_absorbed(self, queries: int, keys: int) -> bool:
-        """Whether the absorbed form costs fewer multiplications for T queries on S keys.
+        """Returns True if the absorbed form costs fewer multiplications for T queries on S keys.
 
         Per head, expanding costs (P + V) C a key, absorbing the same a query; attending costs 2 max(P + R, V) a pair
         expanded and 2 (C + R) absorbed (both after padding keys and values to one width). V3: absorbed up to about 170
@@ -186,53 +183,67 @@ class MultiHeadLatentAttention(nn.Module):
         return queries * form + queries * keys * extra < keys * form
 
     def attend_expanded(self, q: Tensor, latents: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention on per-head keys and values -> [B, T, N, V]."""
+        """Attends with per-head keys and values -> [B, T, N, V]."""
         dropout = self.dropout if self.training else 0.0
         return mla_attention(q, self.expand(latents), keys, self.softmax_scale, mask, dropout)
 
     def expand(self, latents: Tensor) -> Tensor:
-        """Latents [B, S, C] -> each head's keys, without the rotated part, above its values: [B, S, N, P + V]."""
+        """Expands latents [B, S, C] to each head's unrotated keys, then its values: [B, S, N, P + V]."""
         return self.kv_b_proj(latents).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
 
     def attend_absorbed(self, q: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention on the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V].
+        """Attends to the latents themselves, keys and values being the same [B, S, C + R] -> [B, T, N, V].
 
         `states` may also be the bytes [B, S, bytes] of an FP8 cache.
         """
-        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        up = self.kv_b_weight(q).unflatten(0, (q.shape[2], -1))  # [N, P + V, C]
-        q_latent = _per_head("btnp,npc->btnc", q_nope, up[:, : self.qk_nope_head_dim])
-        q = torch.cat((q_latent, q_rope), dim=-1)  # [B, T, N, C + R]
+        split = self.qk_nope_head_dim
+        up = self.kv_b_weight(q).view(q.shape[2], split + self.v_head_dim, self.kv_lora_rank)  # [N, P + V, C]
+        q_latent = _per_head(q[..., :split], up[:, :split])
+        q = torch.cat((q_latent, q[..., split:]), dim=-1)  # [B, T, N, C + R]
         out = mla_decode(q, states, self.kv_lora_rank, self.softmax_scale, mask)
-        return _per_head("btnc,nvc->btnv", out, up[:, self.qk_nope_head_dim :])
+        return _per_head(out, up[:, split:].transpose(1, 2))
 
     def kv_b_weight(self, like: Tensor) -> Tensor:
-        """The matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
+        """Returns the matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
 
-        Only a plain linear layer's weight may be read, or dequantized: an adapter, another quantized layer, an offload
-        hook or a sharded parameter computes something else, so those are asked for the images of the unit vectors.
+        Only a plain linear layer is asked for its weight. An adapter, another quantized layer, an offload hook or a
+        sharded parameter computes something else, so the module is applied to the unit vectors.
 
         Args:
-            like: activations, of whose dtype and device that answer is: parameters may be elsewhere.
+            like: activations, whose dtype and device the unit vectors get: parameters may be elsewhere.
         """
-        module = self.kv_b_proj
-        plain = is_plain_module(module, Linear, nn.Linear, FP8Linear) and type(module.weight) is nn.Parameter
-        if plain:
-            return module.dequantize(like.dtype) if isinstance(module, FP8Linear) else module.weight
-        return module(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
+        weight = dense_weight(self.kv_b_proj, like.dtype)
+        if weight is None:
+            return self.kv_b_proj(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
+        return weight
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
 
 
+def _latents_and_keys(states: Tensor | tuple[Tensor, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
+    return states if isinstance(states, tuple) else cache.split(states)
+
+
 def _differentiated(*tensors: Tensor) -> bool:
-    """Whether some derivative of these is wanted, backward or forward: then nothing may be written in place."""
-    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return backward or torch.autograd.forward_ad._current_level >= 0
+    """Returns True if a derivative of these is needed, backward or forward: then nothing may be written in place."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
-def _per_head(equation: str, x: Tensor, weight: Tensor) -> Tensor:
-    """An einsum with one weight per head, in float32 where the CPU has no 16-bit products."""
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiplies x [B, T, N, K] by one matrix for each head, [N, K, M] -> [B, T, N, M].
+
+    In float32 where the CPU has no 16-bit products.
+    """
+    rows = x.flatten(0, 1).transpose(0, 1)  # [N, B T, K]
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not dispatch.native_half_matmul():
-        return torch.einsum(equation, x.float(), weight.float()).to(x.dtype)
-    return torch.einsum(equation, x, weight)
+        out = torch.bmm(rows.float(), weight.float()).to(x.dtype)
+    else:
+        out = torch.bmm(rows, weight)
+    return out.transpose(0, 1).view(*x.shape[:3], weight.shape[2])

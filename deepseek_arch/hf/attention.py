@@ -28,7 +28,7 @@ class DeepseekAttention(MultiHeadLatentAttention):
         self.attention_weights = AttentionWeights()
         self.config: PreTrainedConfig | None = None  # the model's, whose attention implementation may change
 
-    input_projections = MultiHeadLatentAttention.input_projections
+    norm_consumers = MultiHeadLatentAttention.norm_consumers  # which `forward` below does not change
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Any | None = None
@@ -37,7 +37,7 @@ class DeepseekAttention(MultiHeadLatentAttention):
         if self.config is None or self.config._attn_implementation != "eager":
             return super().forward(x, rope, mask, cache)
         q = self.queries(x, rope).transpose(1, 2)
-        latents, keys, _ = self.remember(x, rope, cache)
+        latents, keys = self.latents_and_keys(x, rope, cache)
         k_nope, values = self.expand(latents).transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         key_states = torch.cat((k_nope, keys[:, None].expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         scores = q @ key_states.transpose(-1, -2) * self.softmax_scale  # [B, N, T, S]

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.deepseek_config import DeepseekConfig
-from ..models.decoder_layer import DecoderLayer
+from ..models.main_model import DecoderLayer
 from ..models.mtp_layer import MTPLayer
 from ..moe.routing import Routing
 from .attention import DeepseekAttention

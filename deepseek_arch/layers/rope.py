@@ -56,6 +56,7 @@ class RotaryEmbedding(nn.Module):
         if dim <= 0 or dim % 2:
             raise ValueError(f"expected a positive even rotary dimension, got {dim}")
         self.dim, self.theta, self.yarn = dim, theta, yarn
+        self._factor = yarn.cos_sin_factor if yarn else 1.0
 
     @classmethod
     def from_config(cls, config: DeepseekConfig) -> RotaryEmbedding:
@@ -66,8 +67,7 @@ class RotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * inverse_frequencies(
             self.dim, self.theta, self.yarn, position_ids.device
         )
-        factor = self.yarn.cos_sin_factor if self.yarn else 1.0
-        return angles.cos() * factor, angles.sin() * factor
+        return angles.cos() * self._factor, angles.sin() * self._factor
 
     def extra_repr(self) -> str:
         return f"{self.dim}, theta={self.theta}, yarn={self.yarn}"

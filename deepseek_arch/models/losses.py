@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from deepseek_kernels import linear_cross_entropy
 
-from ..layers.linear import Linear
-from ..layers.plain_module import is_plain_module
+from ..layers.linear import Linear, is_plain_module
 
 __all__ = ["IGNORE", "cross_entropy", "head_losses", "ignore", "plain_weight"]
 

@@ -1,11 +1,10 @@
-"""The trunk and the language model: embedding, decoder layers, final norm, head, multi-token prediction.
+"""The main model: embedding, decoder layers and final norm.
 
 Notation: B batch, T tokens of this call, S keys, H hidden_size.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,20 +12,63 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention.masking import attention_mask_for_documents, document_numbers, positions_from_mask
+from ..attention.mla import MultiHeadLatentAttention
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
-from ..layers.linear import Embedding
-from ..layers.norm import RMSNorm
+from ..layers.linear import MLP, Embedding
+from ..layers.norm import RMSNorm, add_and_normalize, normalize
 from ..layers.rope import RotaryEmbedding
+from ..moe.moe import MoE
 from ..moe.routing import Routing
-from .decoder_layer import DecoderLayer
 from .outputs import TrunkOutput
 
-__all__ = ["DeepseekModel"]
+__all__ = ["DecoderLayer", "DeepseekModel"]
+
+
+class DecoderLayer(nn.Module):
+    """Decoder layer `layer_idx`: attention and a dense MLP or experts, each behind a norm and a residual.
+
+    Subclasses may set `attention_class` to another implementation of the same attention.
+    """
+
+    attention_class: type[MultiHeadLatentAttention] = MultiHeadLatentAttention
+
+    def __init__(self, config: DeepseekConfig, layer_idx: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.layer_idx = layer_idx
+        self.self_attn = self.attention_class.from_config(config, layer_idx, **factory)
+        self.mlp: MoE | MLP
+        if config.is_moe_layer(layer_idx):
+            self.mlp = MoE.from_config(config, layer_idx, **factory)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, **factory)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Any | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """Maps [B, T, H] to the same shape; arguments as for `MultiHeadLatentAttention.forward` and `MoE.forward`."""
+        attention, mlp = self.self_attn, self.mlp
+        attended = attention(normalize(self.input_layernorm, x, attention), rope, mask, cache)
+        normed, x = add_and_normalize(self.post_attention_layernorm, attended, x, mlp)
+        if routing is None or not isinstance(mlp, MoE):
+            return x + mlp(normed)
+        return x + mlp(normed, routing)
 
 
 class DeepseekModel(nn.Module):
-    """The trunk: token ids to final hidden states."""
+    """The main model: token ids to final hidden states.
+
+    Raises:
+        UnsupportedModelError: the config describes a model with sparse attention.
+    """
 
     def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -59,28 +101,36 @@ class DeepseekModel(nn.Module):
         valid = _check_mask(attention_mask, batch, tokens, cache)
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
             raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
-        if cache is not None:
-            self._check_cache(cache, batch, x.dtype)
         documents = None
-        if cache is None or not torch.compiler.is_compiling():
+        if position_ids is not None and (cache is None or not torch.compiler.is_compiling()):
             documents = document_numbers(position_ids, valid)
-        if cache is not None and documents is not None:
+        if cache is None:
+            if position_ids is None:
+                position_ids = positions_from_mask(valid, batch, tokens, x.device)
+            mask, rope = attention_mask_for_documents(documents, valid, batch), self.rope(position_ids)
+            return self._run(x, rope, mask, None, routing, documents)
+        self._check_cache(cache, batch, x.dtype)
+        if documents is not None:
             raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
-        with cache.append(tokens, valid) if cache is not None else nullcontext() as slots:
-            if slots is not None:
-                mask = cache.spans(slots, valid)
-                positions = slots if position_ids is None else position_ids
+        with cache.append(tokens, valid) as slots:
+            rope = self.rope(slots if position_ids is None else position_ids)
+            return self._run(x, rope, cache.spans(slots, valid), cache, routing, None)
+
+    def _run(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LatentCache | None,
+        routing: Routing | None,
+        documents: Tensor | None,
+    ) -> TrunkOutput:
+        recomputes = self.gradient_checkpointing and self.training and cache is None
+        for layer in self.layers:
+            if recomputes:
+                x = checkpoint(layer, x, rope, mask, None, routing, use_reentrant=False)
             else:
-                mask = attention_mask_for_documents(documents, valid, batch)
-                positions = (
-                    positions_from_mask(valid, batch, tokens, x.device) if position_ids is None else position_ids
-                )
-            rope = self.rope(positions)
-            for layer in self.layers:
-                if self.gradient_checkpointing and self.training and cache is None:
-                    x = checkpoint(layer, x, rope, mask, None, routing, use_reentrant=False)
-                else:
-                    x = layer(x, rope, mask, cache, routing)
+                x = layer(x, rope, mask, cache, routing)
         return TrunkOutput(self.norm(x), x, rope, mask, documents)
 
     def _check_cache(self, cache: LatentCache, batch: int, dtype: torch.dtype) -> None:
@@ -96,7 +146,7 @@ class DeepseekModel(nn.Module):
             raise ValueError(f"expected a cache of dtype {dtype}, got {cache.dtype}")
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Token embeddings [B, T, H] of ids [B, T], or `inputs_embeds` as it is.
+        """Returns token embeddings [B, T, H] of ids [B, T], or `inputs_embeds` as it is.
 
         Raises:
             ValueError: neither or both are given, a shape is wrong, or an id lies outside the vocabulary.
@@ -109,6 +159,7 @@ class DeepseekModel(nn.Module):
                     f"expected inputs_embeds [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}"
                 )
             return inputs_embeds
+        assert input_ids is not None
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
             raise ValueError(
                 f"expected integer input_ids [B, T] with T >= 1, got {list(input_ids.shape)} {input_ids.dtype}"
@@ -124,7 +175,7 @@ class DeepseekModel(nn.Module):
 
 
 def _check_mask(mask: Tensor | None, batch: int, tokens: int, cache: LatentCache | None) -> Tensor | None:
-    """The attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
+    """Returns the attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
     if mask is None:
         return None
     wide_enough = mask.shape[-1] == tokens or (cache is not None and mask.shape[-1] > tokens)

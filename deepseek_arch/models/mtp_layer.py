@@ -11,7 +11,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..moe.routing import Routing
-from .decoder_layer import DecoderLayer
+from .main_model import DecoderLayer
 
 __all__ = ["MTPLayer"]
 

@@ -5,8 +5,6 @@ Notation: T tokens (batch and sequence flattened), H hidden_size, E experts, K c
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +13,7 @@ from deepseek_kernels.moe.fused_moe import fused_moe
 from deepseek_kernels.moe.topk_gate import group_scores, limit_to_groups, topk_gate, weigh
 
 from ..config.deepseek_config import DeepseekConfig
-from ..layers.mlp import MLP
+from ..layers.linear import MLP
 from .routing import Routing
 
 __all__ = ["Experts", "MoE", "Router"]
@@ -121,10 +119,16 @@ class Router(nn.Module):
         Args:
             ids: int64 [T, K], a choice to weigh instead of making one.
         """
-        kind = x.device.type
-        # Autocast would take the product down to 16 bits; the meta device has none.
-        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
-            logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())  # [T, E]
+        rows, weight, kind = x.reshape(-1, self.hidden_size), self.weight, x.device.type
+        if rows.dtype != torch.float32:
+            rows = rows.float()
+        if weight.dtype != torch.float32:
+            weight = weight.float()
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # it would take the product down to 16 bits
+            with torch.autocast(kind, enabled=False):
+                logits = F.linear(rows, weight)
+        else:
+            logits = F.linear(rows, weight)  # [T, E]
         weights, ids = self.route(logits, ids)
         return logits, weights, ids
 
@@ -256,5 +260,5 @@ class MoE(nn.Module):
         logits, weights, expert_ids = self.gate(x) if given is None else self.gate(x, given)
         if routing is not None:
             expert_ids = routing.observe(self.layer_idx, self.gate, logits, weights, expert_ids)
-        out = self.experts(x.reshape(-1, x.shape[-1]), expert_ids, weights).view_as(x)
+        out = self.experts(x.reshape(-1, x.shape[-1]), expert_ids, weights).view(x.shape)
         return out if self.shared_experts is None else out + self.shared_experts(x)

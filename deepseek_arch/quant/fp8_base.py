@@ -7,7 +7,6 @@ without their scales mean nothing (TRAPS E11).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,13 +17,17 @@ from deepseek_kernels import dequantize_blocks, dispatch, fp8_gemm, fp8_grouped_
 from deepseek_kernels.gemm.fp8_gemm import unsupported_by_triton
 from deepseek_kernels.gemm.fp8_weight_gemm import fp8_weight_product as weight_product
 
-from ..layout.parameter_map import scale_name
 from .fp8_blocks import block_grid, quantize_blocks
 
-__all__ = ["ACTIVATIONS", "GROUP", "FP8Layer", "QuantizedProduct", "QuantizedRows"]
+__all__ = ["ACTIVATIONS", "GROUP", "FP8Layer", "QuantizedProduct"]
 
 ACTIVATIONS = ("auto", "fp8", "high")
 GROUP = (128, 128)  # the blocks that FP8 products know
+
+
+def scale_name(name: str) -> str:
+    """Returns the name of the parameter with the scales of `name`, as published checkpoints have it."""
+    return f"{name}_scale_inv"
 
 
 class FP8Layer(nn.Module):
@@ -150,23 +153,6 @@ class FP8Layer(nn.Module):
     def _describe(self) -> str:
         rows, columns = self.block_size
         return f"fp8 in blocks of {rows}x{columns}, activations={self.activations}"
-
-
-@dataclass(frozen=True)
-class QuantizedRows:
-    """Activations that are FP8 already.
-
-    Attributes:
-        codes: [M, K] float8_e4m3fn.
-        scale: [M, ceil(K / 128)] float32, as of `quantize_rows`.
-        shape: [..., K], M rows in all.
-        dtype: of the values that were quantized, and of the products.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 class QuantizedProduct(torch.autograd.Function):

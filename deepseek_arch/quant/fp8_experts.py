@@ -19,7 +19,7 @@ from deepseek_kernels import (
     unpermute,
 )
 
-from ..layers.mlp import swiglu
+from ..layers.linear import swiglu
 from ..moe.moe import Experts
 from .fp8_base import GROUP, FP8Layer, QuantizedProduct
 

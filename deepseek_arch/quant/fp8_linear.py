@@ -14,8 +14,8 @@ from deepseek_kernels import (
     fp8_weight_gemm,
 )
 
-from ..layers.linear import Linear
-from .fp8_base import GROUP, FP8Layer, QuantizedProduct, QuantizedRows
+from ..layers.linear import Linear, QuantizedRows
+from .fp8_base import GROUP, FP8Layer, QuantizedProduct
 
 __all__ = ["FP8Linear"]
 
@@ -69,8 +69,16 @@ class FP8Linear(FP8Layer, Linear):
         """The matrix that the layer multiplies by, [out_features, in_features] in `dtype` (default `compute_dtype`)."""
         return self.values("weight", dtype or self.compute_dtype)
 
-    def reads_fp8(self, device: torch.device) -> bool:
-        """Whether activations on this device become FP8 for the product."""
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Returns the dequantized matrix, as `Linear.dense_weight`."""
+        return self.dequantize(dtype)
+
+    def norm_consumers(self) -> tuple[nn.Module, ...]:
+        """Returns this layer, as `Linear.norm_consumers`."""
+        return (self,)
+
+    def takes_fp8(self, device: torch.device) -> bool:
+        """Returns True if activations on this device become FP8 for the product."""
         return not hasattr(self, "parametrizations") and self._quantizes("fp8_gemm", device)
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
@@ -82,7 +90,7 @@ class FP8Linear(FP8Layer, Linear):
         (x,) = dispatch.autocast(x)
         if hasattr(self, "parametrizations"):
             out = dense_gemm(x, self.dequantize(x.dtype))
-        elif self.reads_fp8(x.device):
+        elif self.takes_fp8(x.device):
             rows = x.reshape(-1, self.in_features)
             out = QuantizedProduct.apply(rows, self.weight, self.weight_scale_inv, None, 1, self.scale_format, x.dtype)
             out = out.reshape(*x.shape[:-1], self.out_features)

@@ -17,7 +17,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
@@ -58,6 +58,8 @@ class Choice:
 class _Operator:
     implementations: tuple[str, ...]
     capability: tuple[int, int]
+    settled: dict[tuple[torch.device | None, str], str] = field(default_factory=dict)
+    """By device and backend in force, what this machine runs, operands permitting: looked up once, see `forget`."""
 
 
 # Plain module globals: Dynamo traces and guards them, which it cannot do with a ContextVar or a look at the processor.
@@ -105,6 +107,14 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
     Raises:
         BackendError: "triton" was asked for by name and cannot run.
     """
+    settled, key = _operators[op].settled, (device, _backend)
+    if key not in settled:
+        settled[key] = _choose(op, device, None)
+    chosen = settled[key]
+    return chosen if unsupported is None or chosen == "reference" else _choose(op, device, unsupported)
+
+
+def _choose(op: str, device: torch.device | None, unsupported: str | None) -> str:
     name = requested()
     if name == "reference" or not _operators[op].implementations:
         return "reference"
@@ -137,7 +147,7 @@ _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _machine_obstacle(operator: _Operator, kind: str, index: int | None, auto: bool) -> str | None:
     if not _triton_installed():
         return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels then run in Python, on any device, very slowly
+    if _interprets():  # kernels then run in Python, on any device, very slowly
         return "TRITON_INTERPRET is set, and the interpreter runs only when asked for by name" if auto else None
     if kind != "cuda":
         return f"it needs a CUDA device, got {kind}"
@@ -146,6 +156,18 @@ def _machine_obstacle(operator: _Operator, kind: str, index: int | None, auto: b
         least = ".".join(map(str, operator.capability))
         return f"it needs compute capability {least}, got {found[0]}.{found[1]}"
     return None
+
+
+def forget() -> None:
+    """Has the machine looked at again, for tests that pretend to run on another one."""
+    _interprets.cache_clear()
+    for operator in _operators.values():
+        operator.settled.clear()
+
+
+@functools.cache
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -20,8 +20,11 @@ def pretend(monkeypatch):
         monkeypatch.setattr(dispatch, "_triton_installed", lambda: installed)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
         monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+        dispatch.forget()
 
-    return set_up
+    yield set_up
+    monkeypatch.undo()
+    dispatch.forget()
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from deepseek_arch import DeepseekLM, keep_fp8
-from deepseek_arch.layers.mlp import MLP
-from deepseek_arch.quant import fp8_activations
+from deepseek_arch.layers import norm as norms
+from deepseek_arch.layers.linear import MLP
 from deepseek_arch.quant.fp8_convert import fp8_layers
 from support.small_models import config, error
 
@@ -25,10 +25,8 @@ def calls(monkeypatch):
     """Names of the fused norms that were called."""
     made = []
     for name in ("rms_norm_quantize", "add_rms_norm_quantize"):
-        real = getattr(fp8_activations, name)
-        monkeypatch.setattr(
-            fp8_activations, name, lambda *args, name=name, real=real: (made.append(name), real(*args))[1]
-        )
+        real = getattr(norms, name)
+        monkeypatch.setattr(norms, name, lambda *args, name=name, real=real: (made.append(name), real(*args))[1])
     return made
 
 
@@ -41,7 +39,7 @@ def test_one_quantization_serves_all_layers_behind_a_norm(model, calls, format, 
     fused = model(ids).logits
     # Of each layer the input norm and the query latent's; of the dense one the norm before its MLP.
     assert sorted(calls) == ["add_rms_norm_quantize"] + ["rms_norm_quantize"] * 6
-    monkeypatch.setattr(fp8_activations, "_quantized", lambda *_: False)
+    monkeypatch.setattr(norms, "_may_quantize", lambda *_: False)
     assert torch.equal(model(ids).logits, fused)
 
 

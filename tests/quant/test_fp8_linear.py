@@ -25,7 +25,7 @@ from deepseek_arch.quant.fp8_blocks import quantize_blocks
 from deepseek_arch.quant.fp8_convert import fp8_layers
 from deepseek_arch.quant.fp8_experts import FP8Experts
 from deepseek_arch.quant.fp8_linear import FP8Linear
-from deepseek_kernels import BackendError, fp8_gemm, quantize_rows, use_backend
+from deepseek_kernels import BackendError, dispatch, fp8_gemm, quantize_rows, use_backend
 from support import small_models
 from support.small_models import config, error, model
 
@@ -222,8 +222,10 @@ def test_the_device_decides_about_activations_unless_told(monkeypatch):
     assert not torch.equal(layer(x), high)
     layer.activations = "auto"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which the operators' tests may have set in this process
+    dispatch.forget()
     with use_backend("triton"), pytest.raises(BackendError):  # asked for by name, it is not replaced in silence
         layer(x)
+    dispatch.forget()
     monkeypatch.setattr("deepseek_arch.quant.fp8_base.dispatch.pick", lambda *_: "triton")
     assert layer._quantizes("fp8_gemm", x.device) and not blocks._quantizes("fp8_gemm", x.device)
     layer.activations = "high"

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from deepseek_kernels import grouped_gemm, permute, quantize_blocks, sort_by_expert, unpermute
 
-from ...layers.linear import Linear
-from ...layers.mlp import swiglu
+from ...layers.linear import Linear, swiglu
 from ...moe.moe import Experts
 from .policy import FP8Precision
 from .products import NONE, Quantized, product, swiglu_product

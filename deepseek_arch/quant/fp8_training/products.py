@@ -46,9 +46,10 @@ __all__ = ["product", "swiglu_product"]
 Quantized = tuple[Tensor | None, Tensor | None]  # codes and scales, or neither
 NONE: Quantized = (None, None)
 
-# The quantizers take no group to be smaller than 1e-4, which is right for activations. Gradients of a mean over many
-# tokens are, so they are quantized times a power of two, which changes no code, and the scales made to fit again.
-_LIFT = 2.0**40
+# The quantizers make no scale of an amax below 1e-4, which is right for activations. Gradients of a mean over tokens
+# are smaller, and those of a gate that hardly opens far smaller again. So gradients are quantized times a power of two,
+# which changes no code from amax 1e-4 x 2^-64 = 5e-24 on, and their scales are divided by it.
+_LIFT = 2.0**64
 
 
 class _Plan(NamedTuple):

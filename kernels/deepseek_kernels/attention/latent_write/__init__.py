@@ -75,7 +75,7 @@ def _check(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, buffer: Tensor,
             f"expected kv [B, T, C + R] and weight [C], R even, got {list(kv.shape)}, {list(weight.shape)}"
         )
     for name, tensor in (("kv", kv), ("weight", weight)):
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise ValueError(f"expected {name} in a floating dtype, got {tensor.dtype}")
     (batch, tokens, width), latent = kv.shape, weight.shape[0]
     for name, tensor, dtype, last in (
@@ -83,12 +83,16 @@ def _check(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, buffer: Tensor,
         ("sin", sin, torch.float32, ((width - latent) // 2,)),
         ("slots", slots, torch.int64, ()),
     ):
-        if tensor.dtype != dtype or tuple(tensor.shape) not in ((batch, tokens, *last), (1, tokens, *last)):
+        if tensor.dtype != dtype or tensor.shape not in ((batch, tokens, *last), (1, tokens, *last)):
             expected = ", ".join(map(str, (f"{batch} or 1", tokens, *last)))
             raise ValueError(f"expected {name} {dtype} [{expected}], got {tensor.dtype} {list(tensor.shape)}")
-    packed = packed_bytes(latent, width - latent)
-    fits = buffer.shape[2:] == ((packed if buffer.dtype == torch.uint8 else width),)
-    if buffer.ndim != 3 or not fits or not (buffer.dtype == torch.uint8 or buffer.is_floating_point()):
+    stored = packed_bytes(latent, width - latent) if buffer.dtype == torch.uint8 else width
+    if (
+        buffer.ndim != 3
+        or buffer.shape[2] != stored
+        or not (buffer.dtype == torch.uint8 or buffer.dtype.is_floating_point)
+    ):
+        packed = packed_bytes(latent, width - latent)
         raise ValueError(
             f"expected a cache [.., .., {width}] in a floating dtype or uint8 [.., .., {packed}], "
             f"got {buffer.dtype} {list(buffer.shape)}"

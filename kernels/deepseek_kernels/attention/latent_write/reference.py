@@ -18,10 +18,10 @@ def write(
     """See `latent_write` and `latent_write_paged`."""
     if kv.numel() == 0 or buffer.numel() == 0:
         return
-    batch, tokens, width = kv.shape
-    latent, key = kv.split([len(weight), width - len(weight)], dim=-1)
-    states = torch.cat((rms_norm_reference(latent, weight, eps).to(kv.dtype), rope_reference(key, cos, sin)), dim=-1)
-    stored = pack(states, len(weight)) if buffer.dtype == torch.uint8 else states.to(buffer.dtype)
+    (batch, tokens, _), rank = kv.shape, weight.shape[0]
+    latent, key = rms_norm_reference(kv[..., :rank], weight, eps), rope_reference(kv[..., rank:], cos, sin)
+    states = torch.cat((latent.to(kv.dtype), key), dim=-1)
+    stored = pack(states, rank) if buffer.dtype == torch.uint8 else states.to(buffer.dtype)
     slots = slots.expand(batch, tokens)
     limit = buffer.shape[1] * (buffer.shape[0] if paged else 1)
     valid = (slots >= 0) & (slots < limit)

@@ -101,7 +101,7 @@ def _check(q: Tensor, states: Tensor, kv_lora_rank: int, what: str) -> None:
         raise ValueError(f"expected q [B, T, N, C + R] for a latent of {kv_lora_rank}, got {list(q.shape)}")
     rotated, packed = q.shape[3] - kv_lora_rank, states.dtype == torch.uint8
     width = packed_bytes(kv_lora_rank, rotated) if packed else kv_lora_rank + rotated
-    if states.ndim != 3 or states.shape[2] != width or not (packed or states.is_floating_point()):
+    if states.ndim != 3 or states.shape[2] != width or not (packed or states.dtype.is_floating_point):
         packed_width = packed_bytes(kv_lora_rank, rotated)
         raise ValueError(
             f"expected {what}{kv_lora_rank + rotated}] or uint8 {what}{packed_width}] for q {list(q.shape)} and a "

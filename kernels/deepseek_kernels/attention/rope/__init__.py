@@ -65,7 +65,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    if x.ndim not in (3, 4) or not x.is_floating_point():
+    if x.ndim not in (3, 4) or not x.dtype.is_floating_point:
         raise ValueError(f"expected floating-point x [B, T, N, D] or [B, T, D], got {x.dtype} {list(x.shape)}")
     if cos.shape != sin.shape or cos.dtype != sin.dtype or cos.dtype not in (torch.float32, torch.float64):
         raise ValueError(

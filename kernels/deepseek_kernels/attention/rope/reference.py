@@ -12,16 +12,17 @@ def _rotated(rotary: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Both halves of each pair, rotated: [..., R] -> twice [..., R / 2] in the dtype of cos."""
     if rotary.ndim == 4:
         cos, sin = cos[:, :, None], sin[:, :, None]  # the same for all heads
-    even, odd = rotary.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    wide = rotary if rotary.dtype == cos.dtype else rotary.to(cos.dtype)
+    even, odd = wide[..., ::2], wide[..., 1::2]
     return even * cos - odd * sin, even * sin + odd * cos
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See the operator, without its checks."""
-    width = 2 * cos.shape[-1]
-    kept, rotary = x.split([x.shape[-1] - width, width], dim=-1)
+    start = x.shape[-1] - 2 * cos.shape[-1]
+    kept, rotary = x[..., :start], x[..., start:]
     rotated = torch.stack(_rotated(rotary, cos, sin), dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat((kept, rotated), dim=-1) if kept.shape[-1] else rotated
+    return torch.cat((kept, rotated), dim=-1) if start else rotated
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,7 +30,5 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotary = x[..., x.shape[-1] - 2 * cos.shape[-1] :]
     # Both are computed before either is written: where nothing is cast, they are computed from x itself.
     first, second = _rotated(rotary, cos, sin)
-    even, odd = rotary.unflatten(-1, (-1, 2)).unbind(-1)
-    even.copy_(first)
-    odd.copy_(second)
+    rotary[..., ::2], rotary[..., 1::2] = first, second
     return x

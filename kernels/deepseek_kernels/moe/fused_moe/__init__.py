@@ -39,14 +39,14 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weig
     Raises:
         ValueError: the shapes or the dtypes do not fit.
     """
-    _check_matrices(x, gate_up, down)
+    dtype = _check_matrices(x, gate_up, down)
     if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0] or expert_ids.dtype != torch.int64:
         raise ValueError(
             f"expected int64 expert_ids [{x.shape[0]}, K], got {expert_ids.dtype} {list(expert_ids.shape)}"
         )
     if weights.shape != expert_ids.shape:
         raise ValueError(f"expected weights {list(expert_ids.shape)}, got {list(weights.shape)}")
-    obstacle = _obstacle(*_dtypes(x, gate_up, down), weights.dtype)
+    obstacle = _obstacle(dtype, weights.dtype)
     if _needs_gradient(x, gate_up, down, weights) or dispatch.pick("fused_moe", x.device, obstacle) == "reference":
         return reference.fused_moe(x, gate_up, down, expert_ids, weights)
     from . import launch
@@ -71,11 +71,11 @@ def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes or the dtypes do not fit.
     """
-    _check_matrices(x, gate_up)
+    dtype = _check_matrices(x, gate_up)
     if ends.shape != gate_up.shape[:1]:
         raise ValueError(f"expected ends {list(gate_up.shape[:1])}, got {list(ends.shape)}")
     needs_gradient = _needs_gradient(x, gate_up)
-    obstacle = "its fused SwiGLU has no gradient" if needs_gradient else _obstacle(*_dtypes(x, gate_up))
+    obstacle = "its fused SwiGLU has no gradient" if needs_gradient else _obstacle(dtype)
     if dispatch.pick("fused_moe", x.device, obstacle) == "reference":
         return reference.grouped_gemm_swiglu(x, gate_up, ends)
     from . import launch
@@ -83,7 +83,8 @@ def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
     return launch.grouped_gemm_swiglu(*dispatch.autocast(x, gate_up), ends)
 
 
-def _check_matrices(x: Tensor, gate_up: Tensor, *down: Tensor) -> None:
+def _check_matrices(x: Tensor, gate_up: Tensor, *down: Tensor) -> torch.dtype:
+    """The dtype that all of them have, or get by autocast."""
     if x.ndim != 2 or gate_up.ndim != 3 or gate_up.shape[1] % 2:
         raise ValueError(f"expected x [T, H] and gate_up [E, 2 I, H], got {list(x.shape)} and {list(gate_up.shape)}")
     experts, double, hidden = gate_up.shape
@@ -92,20 +93,26 @@ def _check_matrices(x: Tensor, gate_up: Tensor, *down: Tensor) -> None:
     for matrix in down:
         if matrix.shape != (experts, hidden, double // 2):
             raise ValueError(f"expected down {[experts, hidden, double // 2]}, got {list(matrix.shape)}")
-    dtypes = _dtypes(x, gate_up, *down)
-    if len(set(dtypes)) > 1:
-        raise ValueError(f"expected x and the weights of one dtype, got {', '.join(map(str, dtypes))}")
-
-
-def _dtypes(*tensors: Tensor) -> list[torch.dtype]:
-    """Returns the dtypes that `dispatch.autocast` gives these tensors, without casting all of the weights."""
-    return [one.dtype for one in dispatch.autocast(*(one[:0] for one in tensors))]
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        # Without casting all the weights to see.
+        x, gate_up, *down = dispatch.autocast(*(one[:0] for one in (x, gate_up, *down)))
+    for matrix in (gate_up, *down):
+        if matrix.dtype != x.dtype:
+            dtypes = ", ".join(str(one.dtype) for one in (x, gate_up, *down))
+            raise ValueError(f"expected x and the weights of one dtype, got {dtypes}")
+    return x.dtype
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def _obstacle(*dtypes: torch.dtype) -> str | None:
-    wrong = next((dtype for dtype in dtypes if dtype not in _DTYPES), None)
-    return None if wrong is None else f"its operands are bfloat16, float16 or float32, got {wrong}"
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"its operands are bfloat16, float16 or float32, got {dtype}"
+    return None

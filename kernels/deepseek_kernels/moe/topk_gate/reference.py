@@ -12,7 +12,8 @@ def topk_gate(
     scores: Tensor, bias: Tensor | None, top_k: int, groups: tuple[int, int, int], normalize: bool, factor: float
 ) -> tuple[Tensor, Tensor]:
     """See the operator; `groups` are its n_group, topk_group and group_best."""
-    choice = scores.detach() if bias is None else scores.detach() + bias.detach()
+    own = scores.detach() if scores.requires_grad else scores
+    choice = own if bias is None else own + bias.detach()
     ids = choose(choice, top_k, *groups)
     return weigh(scores, ids, normalize, factor), ids
 
@@ -26,7 +27,7 @@ def choose(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_best
 
 def group_scores(choice: Tensor, n_group: int, group_best: int) -> Tensor:
     """Returns the scores [T, G] by which groups are chosen, each the sum of its `group_best` best of [T, E]."""
-    return choice.unflatten(-1, (n_group, -1)).topk(group_best, dim=-1).values.sum(-1)
+    return choice.reshape(-1, n_group, choice.shape[-1] // n_group).topk(group_best, dim=-1).values.sum(-1)
 
 
 def limit_to_groups(choice: Tensor, scores: Tensor, topk_group: int) -> Tensor:
@@ -34,7 +35,8 @@ def limit_to_groups(choice: Tensor, scores: Tensor, topk_group: int) -> Tensor:
     kept = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :topk_group]
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
     # -inf, not 0: biased scores can be negative (TRAPS C4).
-    return choice.unflatten(-1, (scores.shape[-1], -1)).masked_fill(~keep[..., None], float("-inf")).flatten(-2)
+    groups = choice.reshape(*scores.shape, choice.shape[-1] // scores.shape[-1])
+    return groups.masked_fill(~keep[..., None], float("-inf")).reshape(choice.shape)
 
 
 def weigh(scores: Tensor, ids: Tensor, normalize: bool, factor: float) -> Tensor:

@@ -126,12 +126,12 @@ def add_rms_norm_quantize(
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
-    if x.ndim < 1 or weight.shape != x.shape[-1:]:
+    if not x.ndim or weight.shape != x.shape[-1:]:
         raise ValueError(f"expected x [..., H] and weight [H], got {list(x.shape)} and {list(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"expected a residual {list(x.shape)}, as x, got {list(residual.shape)}")
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"expected {name} in a floating dtype, got {tensor.dtype}")
 
 
@@ -147,9 +147,9 @@ def _check_quantized(x: Tensor, residual: Tensor | None, weight: Tensor, scale_f
 
 
 def _obstacle(*tensors: Tensor) -> str | None:
-    wrong = next((tensor.dtype for tensor in tensors if tensor.dtype not in _DTYPES), None)
-    if wrong is not None:
-        return f"its operands are bfloat16, float16 or float32, got {wrong}"
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            return f"its operands are bfloat16, float16 or float32, got {tensor.dtype}"
     if tensors[0].shape[-1] > _MOST_COLUMNS:
         return f"its rows have {_MOST_COLUMNS} features at most, got {tensors[0].shape[-1]}"
     return None

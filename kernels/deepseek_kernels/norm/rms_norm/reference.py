@@ -9,8 +9,12 @@ from ...quant.fp8_quantize import quantize_rows_reference
 
 __all__ = ["add_rms_norm", "add_rms_norm_quantize", "rms_norm", "rms_norm_quantize"]
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == weight.dtype and x.dtype in _WIDE:  # torch's own rounds 16-bit values only after the weight
+        return torch.rms_norm(x, weight.shape, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
