@@ -1,6 +1,6 @@
-"""What the package does, in one minute on a laptop's CPU: `python -m benchmarks.demo`, or `make demo`.
+"""Demonstration of the package in one minute on a laptop's CPU: `python -m benchmarks.demo`, or `make demo`.
 
-Exits with 1 if the models do not agree.
+The exit status is 1 if the models do not agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from deepseek_arch.cli.memory_plan import plan_memory
 from deepseek_arch.cli.tables import print_plan
 from deepseek_arch.layout.accounting import expanded_cache_bytes
 
-from .core.report import NATIVE, OURS, interleave
+from .core.report import NATIVE, OURS
+from .core.timing import interleave
 from .models.contestants import PARITY, check_same_logits, comparable, decode_actions, native_twin, random_model
 
 NEW_TOKENS = 24
@@ -44,7 +45,7 @@ def main() -> int:
         agreed = agree(folder, model, tokens)
     cache_size(config)
     agreed &= decode_speed()
-    title("6. What DeepSeek-V3 itself would take (`deepseek-arch plan deepseek-v3`)")
+    title("6. The memory of DeepSeek-V3 itself (`deepseek-arch plan deepseek-v3`)")
     print_plan("deepseek-v3", plan_memory(da.DeepseekConfig.from_pretrained("deepseek-v3")))
     verdict = "[green]Everything agreed.[/green]" if agreed else "[red]The models do not agree: see above.[/red]"
     console.print(f"\n{verdict} {time.perf_counter() - started:.0f} s.")
@@ -58,12 +59,14 @@ def title(text: str) -> None:
 def write(folder: Path) -> da.DeepseekConfig:
     title("1. A tiny checkpoint in the layout that DeepSeek-V3 was published in, random weights")
     config = da.DeepseekConfig.from_pretrained("tiny")
-    # Larger weights than at the start of a training, so that every layer matters to the next token.
+    # The weights are larger than at the start of a training, so that every layer affects the next token.
     saved = write_checkpoint(folder, config, "fp8", shards=4, std=0.08)
-    found = da.inspect_checkpoint(folder)
-    console.print(f"   {len(found.tensors)} tensors in {len(found.shards)} safetensors files, {saved.nbytes:,} bytes;")
+    checkpoint = da.inspect_checkpoint(folder)
+    console.print(
+        f"   {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} safetensors files, {saved.nbytes:,} bytes;"
+    )
     console.print(f"   {saved.quantized} in FP8, one float32 scale per block of 128 x 128, partial at the edges;")
-    console.print(f"   {config.num_hidden_layers} decoder layers and a layer for multi-token prediction.")
+    console.print(f"   {config.num_hidden_layers} decoder layers and one MTP module.")
     return config
 
 
@@ -125,22 +128,11 @@ def cache_size(config: da.DeepseekConfig) -> None:
 
 def decode_speed() -> bool:
     title(f"5. Decoding on a context of {CONTEXT:,} tokens, against transformers on the same weights")
-    config = comparable(da.DeepseekConfig.from_pretrained("deepseek-v3")).replace(
-        hidden_size=512,
-        intermediate_size=1024,
-        moe_intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        n_routed_experts=16,
-        n_group=4,
-        topk_group=2,
-        num_experts_per_tok=4,
-        first_k_dense_replace=1,
-        q_lora_rank=256,
-        vocab_size=4096,
-        dtype="float32",
-    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256, "vocab_size": 4096}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16}
+    routing = {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
+    v3 = comparable(da.DeepseekConfig.from_pretrained("deepseek-v3"))
+    config = v3.replace(**sizes, **layers, **routing, q_lora_rank=256, dtype="float32")
     model = random_model(config, torch.float32)
     twin = native_twin(model)
     try:

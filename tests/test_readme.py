@@ -18,7 +18,7 @@ TITLES = ["quick start", "train", "checkpoints", "fp8", "experts", "operators", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the blocks run, with the checkpoint that the second one writes: each also runs alone."""
+    """Folder in which the blocks run, with the checkpoint that the second one writes: each also runs alone."""
     import deepseek_arch as da
     from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
@@ -55,31 +55,24 @@ def test_the_fine_tuned_checkpoint_of_the_second_block_loads(folder, monkeypatch
 
     monkeypatch.chdir(folder)
     exec(compile(BLOCKS[TITLES.index("checkpoints")], "README.md", "exec"), {"__name__": "readme"})
-    found = da.inspect_checkpoint(folder / "fine-tuned")
-    assert found.ok
-    assert len(found.shards) > 1
+    checkpoint = da.inspect_checkpoint(folder / "fine-tuned")
+    assert checkpoint.ok
+    assert len(checkpoint.shards) > 1
 
 
-def test_shell_blocks_name_commands_that_exist(capsys):
+def test_shell_blocks_name_commands_that_exist():
     from typer.main import get_command
 
-    from benchmarks import __main__ as benchmarks
-    from benchmarks.cli.commands import app
+    from benchmarks.cli.commands import COMMANDS
     from deepseek_arch.cli import app as command_line
 
     def options_of(command) -> set[str]:
-        if not callable(getattr(command, "main", None)):  # one that reads its own arguments
-            with pytest.raises(SystemExit):
-                command(["--help"])
-            return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        if command in COMMANDS.values():
+            return command.options()
         return {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
 
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    own = {name: command for name, (_, command) in benchmarks._commands().items()}
-    known = {
-        "deepseek-arch": get_command(command_line).commands,
-        "python -m benchmarks": get_command(app).commands | own,
-    }
+    known = {"deepseek-arch": get_command(command_line).commands, "python -m benchmarks": COMMANDS}
     seen = set()
     for line in "".join(SHELL).splitlines():
         text = line.partition(" #")[0].strip()
@@ -106,8 +99,8 @@ def test_the_map_of_the_package_names_every_folder_in_the_order_of_imports():
 
 def test_tables_are_those_of_the_committed_reports():
     pytest.importorskip("transformers")
+    from benchmarks.cli.table_of_report import refresh_document
     from benchmarks.core.report import Report
-    from benchmarks.core.tables import refresh_document
 
     paths = re.findall(r"^<!-- begin (\S+) -->$", MEASUREMENTS, re.MULTILINE)
     assert paths
@@ -117,7 +110,7 @@ def test_tables_are_those_of_the_committed_reports():
 
 
 def test_links_lead_somewhere():
-    """Relative links of every document of the repository."""
+    """Every relative link of every document of the repository."""
     for document in ROOT.glob("**/*.md"):
         if ".venv" in document.parts:
             continue

@@ -1,1 +1,1 @@
-"""The command line of the benchmarks."""
+"""The command line of the benchmarks, and its commands for saved reports."""

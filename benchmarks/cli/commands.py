@@ -1,133 +1,104 @@
-"""The commands that typer describes, and in their list those that describe themselves."""
+"""The commands of `python -m benchmarks`.
+
+A command is a module with a dataclass `Settings`, whose fields are its options (see `core.options`), and a function
+`main(settings)` that returns the exit status. The module is imported only when its command runs, so that `kernels` and
+`gpu` need nothing but torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
-import typer
+from ..core.options import parse_settings, parser_of
 
-from ..core.compare import show_changes
-from ..core.report import Report, Row
-from ..core.tables import refresh_document, show, to_markdown
-
-__all__ = ["app", "include"]
-
-RESULTS = Path("benchmarks") / "results"  # of the repository root
-
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+__all__ = ["COMMANDS", "Command", "main", "run"]
 
 
-def include(name: str, about: str, command: Callable[[Sequence[str]], int]) -> None:
-    """Lists a command that reads its own arguments."""
+@dataclass(frozen=True)
+class Command:
+    """One command: its name, the module of `benchmarks` that implements it, and a line for the list of commands."""
 
-    def forward(context: typer.Context) -> None:
-        raise typer.Exit(command(context.args))
+    name: str
+    module: str
+    about: str
 
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(name, help=about, context_settings=settings)(forward)
+    @property
+    def prog(self) -> str:
+        return f"python -m benchmarks {self.name}"
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(f"benchmarks.{self.module}")
+
+    def options(self) -> set[str]:
+        """Returns the names of the options, with their dashes."""
+        parser = parser_of(self.prog, self.load().Settings, "")
+        return {name for action in parser._actions for name in action.option_strings}
 
 
-@app.callback()
-def about() -> None:
-    """Measures deepseek-arch. Run from the repository root, on a machine that does nothing else."""
-
-
-@app.command()
-def model(
-    preset: Annotated[str, typer.Option(help="A preset name, a config.json or a checkpoint folder.")] = (
-        "deepseek-v2-lite"
-    ),
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to keep.")] = 4,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    threads: Annotated[int, typer.Option(min=1)] = 2,
-    only: Annotated[str, typer.Option(help="Parts to measure: decode,prefill,train,load.")] = "",
-    contexts: Annotated[str, typer.Option(help="Cached tokens to decode at.")] = "512,8192,32768",
-    prompts: Annotated[str, typer.Option(help="Prompt lengths to prefill.")] = "2048,8192",
-    sequence: Annotated[int, typer.Option(min=1, help="Tokens of the training step.")] = 2048,
-    loads: Annotated[int, typer.Option(min=1, help="Times that each contestant loads the checkpoint.")] = 3,
-    budget: Annotated[float, typer.Option(min=0, help="Seconds after which a slow contestant is not run again.")] = 45,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds that one run of transformers may take.")] = 180,
-    deepseek_inference: Annotated[
-        str, typer.Option(help="The folder `inference` of DeepSeek-V3's repository: decode and prefill with it too.")
-    ] = "",
-    profile: Annotated[bool, typer.Option(help="Also show which operators take our model's time.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Report file (default: in benchmarks/results).")] = None,
-) -> None:
-    """The whole model against transformers' native one, on the same weights and threads."""
-    from ..models import whole_model as bench_model
-
-    settings = bench_model.Settings(
-        preset=preset,
-        layers=layers,
-        dtype=dtype,
-        threads=threads,
-        contexts=_integers(contexts),
-        prompts=_integers(prompts),
-        sequence=sequence,
-        loads=loads,
-        budget_s=budget,
-        limit_s=limit,
-        deepseek_inference=deepseek_inference,
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("kernels", "operators.run", "Operators against torch's built-ins, at the shapes of published models."),
+        Command("gpu", "gpu.run", "Every GPU check and benchmark, within ten minutes."),
+        Command("model", "models.whole_model", "The whole model against transformers' on the same weights."),
+        Command("fp8-weights", "models.fp8_weights", "FP8 weights under high-precision activations, against a cast."),
+        Command("overhead", "models.overhead", "Calls, files and time of a decode step, where operators are small."),
+        Command("convert", "models.convert", "Conversion of checkpoints against copying them."),
+        Command("fp8-training", "training.fp8_training", "Training in FP8 against training in BF16."),
+        Command("train-mini", "training.mini_measurements", "A small model trained from nothing, and measured."),
+        Command("compare", "cli.compare_reports", "Compares two reports; exits with 1 if a row regressed or is gone."),
+        Command("plot", "cli.plot_report", "Draws a report of `kernels`: roofline, bandwidth and sweeps."),
+        Command("table", "cli.table_of_report", "Prints a report as a Markdown table, or puts it into a document."),
     )
-    parts = tuple(only.split(",")) if only else bench_model.PARTS
-    report = bench_model.run(settings, parts, profiled=profile, on_row=_progress)
-    show(report)
-    path = out or RESULTS / f"model-{Path(preset).stem}-{layers}-layers-{dtype}-{threads}-threads.json"
-    report.save(path)
-    typer.echo(f"saved {path}")
+}
 
 
-@app.command(name="compare")
-def compare_reports(
-    old: Path,
-    new: Path,
-    tolerance: Annotated[float, typer.Option(min=0, help="How much worse a row may be.")] = 0.1,
-    by: Annotated[
-        str, typer.Option(help="median, or ratio (to the baseline); default: median if both ran on one machine.")
-    ] = "",
-) -> None:
-    """Compares two reports; the exit status is 1 if a row got worse by more than the tolerance, or one is gone."""
-    raise typer.Exit(
-        show_changes(Report.load(old), Report.load(new), tolerance=tolerance, by=by or None, echo=typer.echo)
-    )
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit status.
+
+    Raises:
+        ValueError: an unknown command, or settings that mean nothing.
+        SystemExit: arguments that argparse refuses, after a message; `--help`.
+    """
+    if name not in COMMANDS:
+        raise ValueError(f"expected a command among {', '.join(COMMANDS)}, got {name!r}")
+    command = COMMANDS[name]
+    module = command.load()
+    return module.main(parse_settings(command.prog, module.Settings, module.__doc__, arguments))
 
 
-@app.command()
-def plot(report: Path, folder: Path) -> None:
-    """Draws a report of `kernels`: roofline, bandwidth and sweeps, as PNG files."""
-    from ..operators.plots import draw
-
-    for path in draw(Report.load(report), folder):
-        typer.echo(f"saved {path}")
-
-
-@app.command()
-def table(
-    report: Path,
-    into: Annotated[
-        Path | None, typer.Option(help="Replace the table of this report in a document, instead of printing it.")
-    ] = None,
-) -> None:
-    """Prints a report as a Markdown table."""
-    loaded = Report.load(report)
-    if into is None:
-        typer.echo(to_markdown(loaded), nl=False)
-    else:
-        text = refresh_document(into.read_text(encoding="utf-8"), report.as_posix(), loaded)
-        into.write_text(text, encoding="utf-8")
-
-
-def _integers(text: str) -> tuple[int, ...]:
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; an error that the user can correct is one line, without a traceback."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
+        return run(arguments[0], arguments[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("benchmarks", "deepseek_")):
+            raise
+        print(f"error: `{arguments[0]}` needs the package {error.name}, which is not installed", file=sys.stderr)
+    return 2
 
 
-def _progress(row: Row) -> None:
-    ratio = row.ratio()
-    medians = ", ".join(f"{who} {samples.median:.4g}" for who, samples in row.results.items())
-    faster = "" if ratio is None else f": {ratio:.2f}x"
-    typer.echo(f"{row.name} ({row.unit}): {medians}{faster}", err=True)
+def overview() -> str:
+    """Returns the list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command.name:{width}}  {command.about}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "usage: python -m benchmarks COMMAND [options]",
+            "",
+            "Measures deepseek-arch. Run from the repository root, on a machine that does nothing else.",
+            "",
+            *lines,
+            "",
+            "python -m benchmarks COMMAND --help shows the options of a command.",
+        ]
+    )

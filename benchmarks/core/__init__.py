@@ -1,1 +1,1 @@
-"""Pieces that all benchmarks share: reports, timing, the machine, worker processes, tables."""
+"""Shared by all benchmarks: options, workers, machine, report, timing, tables, comparison. Imports no benchmark."""

@@ -1,99 +1,103 @@
-"""Reports for reading: a table in the terminal, the same in Markdown, and the one in a document refreshed."""
+"""Tables of results as aligned text for a terminal and as Markdown."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from ..operators.tables import is_of_kernels, lines, remarks, to_text
-from .report import PACKAGES, Report
+from .machine import machine_line
+from .report import Report, Row, Samples
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["Table", "print_progress", "progress_line", "show_and_save", "summary_table", "title_of"]
 
-__all__ = ["machine_line", "refresh_document", "show", "to_markdown", "to_table"]
+
+@dataclass(frozen=True)
+class Table:
+    """A table with the command and machine above it and remarks below.
+
+    Attributes:
+        rows: cells; the first row has the titles.
+        labels: how many of the first columns hold text, which is aligned to the left.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    labels: int
+    remarks: Sequence[str]
+
+    def to_text(self) -> str:
+        """Returns aligned columns for a terminal."""
+        widths = [max(map(_width, column)) for column in zip(*self.rows, strict=True)]
+        lines = ["  ".join(self._aligned(row, widths)).rstrip() for row in self.rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*lines, "", *self.remarks, self.title])
+
+    def _aligned(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            fill = " " * (width - _width(cell))
+            yield cell + fill if place < self.labels else fill + cell
+
+    def to_markdown(self) -> str:
+        head, *rows = self.rows
+        rule = ["---" if place < self.labels else "---:" for place in range(len(head))]
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+        return f"{self.title}\n\n{table}\n\n" + "".join(f"- {remark}\n" for remark in self.remarks)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that the text takes."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def title_of(report: Report) -> str:
+    """Returns the command, the machine and the date of a report."""
+    return f"`{report.command}` on {machine_line(report.machine)}; {report.date}"
+
+
+def summary_table(report: Report) -> Table:
+    """Returns a table with a column for each contestant: the median (10th to 90th percentile) of every row."""
+    names = list(dict.fromkeys(name for row in report.rows for name in row.results))
+    rows = [("", *names, "ratio", "goal"), *(_cells(row, names) for row in report.rows)]
+    remarks = [*(f"{row.name}: {row.note}" for row in report.rows if row.note), *report.notes]
+    return Table(title_of(report), rows, labels=1, remarks=remarks)
+
+
+def _cells(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    values = [_spread(row.results[name]) if name in row.results else "-" for name in names]
+    ratio = row.ratio()
+    times = "x" if row.baseline else ""
+    goal = "" if row.goal is None else f"{row.goal:g}{times}"
+    return (f"{row.name} ({row.unit})", *values, "" if ratio is None else f"{ratio:.2f}x", goal)
+
+
+def _spread(samples: Samples) -> str:
+    median = _number(samples.median)
+    return median if len(samples.values) == 1 else f"{median} ({_number(samples.p10)} - {_number(samples.p90)})"
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _cells(report: Report) -> Iterable[tuple[str, ...]]:
-    names = _contestants(report)
-    yield ("", *names, "ratio", "goal")
-    for row in report.rows:
-        cells = [f"{row.name} ({row.unit})"]
-        for name in names:
-            s = row.results.get(name)
-            spread = "" if s is None or len(s.values) == 1 else f" ({_number(s.p10)} - {_number(s.p90)})"
-            cells.append("-" if s is None else f"{_number(s.median)}{spread}")
-        ratio = row.ratio()
-        times = "x" if row.baseline else ""
-        goal = "" if row.goal is None else f"{row.goal:g}{times}"
-        yield (*cells, "" if ratio is None else f"{ratio:.2f}x", goal)
+def progress_line(row: Row) -> str:
+    """Returns one line for a row that has just been measured."""
+    if "error" in row.details:
+        return f"{row.name}: {row.details['error']}"
+    medians = ", ".join(f"{name} {samples.median:.4g}" for name, samples in row.results.items())
+    ratio = row.ratio()
+    return f"{row.name} ({row.unit}): {medians}" + ("" if ratio is None else f": {ratio:.2f}x")
 
 
-def _remarks(report: Report) -> list[str]:
-    if is_of_kernels(report):
-        return remarks(report)
-    return [*(f"{row.name}: {row.note}" for row in report.rows if row.note), *report.notes]
+def print_progress(row: Row) -> None:
+    """Prints a row that has just been measured, beside standard output."""
+    print(progress_line(row), file=sys.stderr, flush=True)
 
 
-def _contestants(report: Report) -> list[str]:
-    return list(dict.fromkeys(name for row in report.rows for name in row.results))
-
-
-def machine_line(report: Report) -> str:
-    m = report.machine
-    versions = ", ".join(f"{name} {m[name]}" for name in PACKAGES if m.get(name))
-    return f"{m['gpu'] or m['cpu']} ({m['cpu_capability']}), {m['threads']} threads; {versions}; {report.date}"
-
-
-def to_table(report: Report) -> Table:
-    """Medians (10th to 90th percentile) of every row, for a terminal."""
-    from rich.table import Table  # a bare GPU machine has none, and prints Markdown only
-
-    head, *rows = _cells(report)
-    table = Table(title=report.command, caption=machine_line(report), caption_justify="left")
-    for place, title in enumerate(head):
-        table.add_column(title, justify="left" if place == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def to_markdown(report: Report) -> str:
-    """The same table for a README."""
-    head, *rows = lines(report) if is_of_kernels(report) else _cells(report)
-    names = 3 if is_of_kernels(report) else 1  # columns of text
-    rule = ("---" if place < names else "---:" for place in range(len(head)))
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
-    notes = "".join(f"- {remark}\n" for remark in _remarks(report))
-    return f"`{report.command}` on {machine_line(report)}\n\n{table}\n\n{notes}"
-
-
-def refresh_document(text: str, path: str, report: Report) -> str:
-    """Puts the table of `report` between the lines `<!-- begin path -->` and `<!-- end path -->` of a document.
-
-    Raises:
-        ValueError: the document has no such lines.
-    """
-    begin, end = f"<!-- begin {path} -->\n", f"<!-- end {path} -->\n"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"expected a document with the lines {begin.strip()} and {end.strip()}")
-    return f"{before}{begin}{to_markdown(report)}{end}{after}"
-
-
-def show(report: Report) -> None:
-    if is_of_kernels(report):
-        print(to_text(report))
-        return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(to_table(report))
-    for remark in _remarks(report):
-        console.print(remark, highlight=False, markup=False)
+def show_and_save(report: Report, path: str | Path) -> None:
+    """Prints the summary of a report and writes its file."""
+    print(summary_table(report).to_text())
+    report.save(path)
+    print(f"saved {path}")

@@ -1,1 +1,1 @@
-"""Every GPU check and benchmark in one command."""
+"""Every check and benchmark that needs a GPU, in one command with a time limit."""

@@ -1,51 +1,46 @@
-"""Every GPU check and benchmark in one command with a time limit: `python -m benchmarks gpu --help`.
+"""Every GPU check and benchmark in one command with a time limit.
 
-First the operators' tests, then what only a GPU can show, then the machine's ceilings, then the operators, the most
-important shapes first. The report is written again after every result, so that whatever ends the run leaves what it
-found.
+First the operators' tests, then the checks that only a GPU can make, then the machine's ceilings, then the operators,
+the most important shapes first. The report is written after every result, so that it survives any end of the run.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from ..core.machine import describe_machine
-from ..core.report import Report, Row
-from ..core.tables import to_markdown
-from ..core.workers import ROOT, Budget, Worker, environment, run_tasks
+from ..core.machine import device_slug
+from ..core.report import RESULTS, Report, Row
+from ..core.tables import progress_line
+from ..core.workers import Budget, Worker, run_tasks
 from ..operators.declare import Operator, Shape, select
+from ..operators.measuring import plan
 from ..operators.rooflines import Ceilings
-from ..operators.run import RESULTS, plan, slug
 from ..operators.scales import SCALES
-from ..operators.tables import to_text
-from . import checks as gpu_checks
+from ..operators.tables import kernel_table
+from .checks import checks
+from .pytest_process import run_pytest
+from .sizes import FULL, SMALL
 
-__all__ = ["PARTS", "Session", "main"]
+__all__ = ["PARTS", "Session", "Settings", "main"]
 
 PARTS = ("tests", "checks", "kernels")
-# What each part may have spent, with those before it, of the whole time. A part that needs less leaves it to the next.
+# Share of the whole time that each part may have spent, with those before it. The rest is left to the next part.
 SHARES = {"tests": 0.4, "checks": 0.6, "kernels": 1.0}
-LIMIT_S = 60.0  # that one task may take
+LIMIT_S = 60.0  # of one task
 _KEEP = 0.97  # the rest is for starting, stopping and writing
 
 
 @dataclass
 class Session:
-    """One run: what it is to do and what it has found.
+    """One run: its work and its results.
 
     Attributes:
         stem: of its files.
@@ -68,28 +63,27 @@ class Session:
         return self.stem.with_name(self.stem.name + ending)
 
     def save(self) -> None:
-        """Writes JSON and Markdown, each by way of a file beside it: a reader never sees half of one."""
+        """Writes JSON and Markdown, each to another file that is then renamed, so that neither is ever half written."""
         self.report = replace(self.report, facts=dict(self.report.facts) | {"checks": list(self.checks)})
         with tempfile.TemporaryDirectory(dir=self.stem.parent) as folder:
             drafts = Path(folder) / "report.json", Path(folder) / "report.md"
             self.report.save(drafts[0])
-            drafts[1].write_text(to_markdown(self.report), encoding="utf-8")
+            drafts[1].write_text(kernel_table(self.report).to_markdown(), encoding="utf-8")
             for draft in drafts:
                 draft.replace(self.path(draft.suffix))
 
     # ---------------------------------------------------------------- parts
 
     def tests(self) -> None:
-        """pytest on the operators' tests, on the device."""
-        what = "tests/ops/test_dispatch.py" if self.small else "tests/ops"
+        """Runs pytest on the operators' tests, on the device."""
+        tests = "tests/ops/test_dispatch.py" if self.small else "tests/ops"
         start, budget = time.monotonic(), self.budget.until(SHARES["tests"])
-        status, message = run_pytest(what, self.path("-tests.log"), budget.left(), parallel=not self.small)
-        self.add_check(f"pytest {what}", status, message, time.monotonic() - start)
+        status, message = run_pytest(tests, self.path("-tests.log"), budget.left(), parallel=not self.small)
+        self.add_check(f"pytest {tests}", status, message, time.monotonic() - start)
 
     def run_checks(self) -> None:
-        """What only a GPU can show."""
-        sizes = gpu_checks.SMALL if self.small else gpu_checks.FULL
-        names = list(gpu_checks.checks(sizes))
+        """Runs the checks that only a GPU can make."""
+        names = list(checks(SMALL if self.small else FULL))
         start = time.monotonic()
         for task, result in self._run([{"task": "check", "name": name} for name in names], "checks"):
             status = "failed" if "error" in result else result["status"]
@@ -99,7 +93,7 @@ class Session:
         self._not_run(names)
 
     def kernels(self) -> None:
-        """The ceilings, then the operators."""
+        """Measures the ceilings, then the operators."""
         tasks: list[dict[str, Any]] = [{"task": "ceilings"}]
         tasks += [
             {"task": "kernel", "op": operator.name, "shape": shape.name, "scale": shape.scale}
@@ -120,7 +114,7 @@ class Session:
         todo = [{**task, "device": self.device, "small": self.small} for task in tasks]
         return run_tasks(self.worker, todo, self.budget.until(SHARES[part]), LIMIT_S)
 
-    # ---------------------------------------------------------------- findings
+    # ---------------------------------------------------------------- results
 
     def add_check(self, name: str, status: str, message: str, seconds: float) -> None:
         self.checks.append({"name": name, "status": status, "seconds": round(seconds, 2), "message": message})
@@ -135,9 +129,7 @@ class Session:
 
     def add_row(self, row: Row) -> None:
         self.report = replace(self.report, rows=(*self.report.rows, row))
-        error = row.details.get("error")
-        found = ", ".join(f"{name} {samples.median:.4g} ms" for name, samples in row.results.items())
-        print(f"{'failed' if error else 'timed':8} {row.name}: {error or found}", flush=True)
+        print(f"{'failed' if 'error' in row.details else 'timed':8} {progress_line(row)}", flush=True)
         self.save()
 
     def _add_ceilings(self, result: Mapping[str, Any]) -> None:
@@ -159,101 +151,62 @@ class Session:
         return Row(f"{task['op']} {task['shape']}", "ms", "lower", {}, details=details)
 
     def status(self) -> int:
-        """0 if everything ran and was right."""
-        checks = all(check["status"] in ("passed", "skipped") for check in self.checks)
+        """Returns the exit status: 0 if everything ran and was right."""
+        right = all(check["status"] in ("passed", "skipped") for check in self.checks)
         rows = all("error" not in row.details for row in self.report.rows)
         complete = not any(note.startswith("out of time") for note in self.report.notes)
-        return 0 if checks and rows and complete else 1
-
-
-# ------------------------------------------------------------------ pytest
-
-
-def run_pytest(what: str, log: Path, seconds: float, *, parallel: bool) -> tuple[str, str]:
-    """Runs tests in a process of their own.
-
-    Returns:
-        "passed", "failed" or "not run", and the counts with the names of what failed.
-    """
-    if seconds <= 0:
-        return "not run", "out of time"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as output:
-        results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", what, "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
-        if parallel and find_spec("xdist"):  # most of the time is the compiler's, on the CPU
-            command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
-        late = ""
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            late = f"stopped after {seconds:.0f} s; "
-            process.send_signal(signal.SIGINT)  # pytest then writes what it has
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        counts = summarize(results.read_text(encoding="utf-8")) if results.exists() else "no results"
-    passed = process.returncode == 0 and not late
-    return ("passed" if passed else "failed"), late + counts + ("" if passed else f"; see {log.name}")
-
-
-def summarize(xml: str) -> str:
-    """ "12 passed, 1 failed, 2 skipped: test_a", from pytest's XML."""
-    names: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in ElementTree.fromstring(xml).iter("testcase"):
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        names[outcome].append(case.get("name", ""))
-    counts = ", ".join(f"{len(found)} {outcome}" for outcome, found in names.items() if found)
-    return (counts or "no tests") + (f": {', '.join(names['failed'][:10])}" if names["failed"] else "")
+        return 0 if right and rows and complete else 1
 
 
 # ------------------------------------------------------------------ the command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 if everything ran and was right, 1 if not, 2 without a GPU.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Time, parts and operators of the run.
 
     Raises:
-        ValueError: an unknown part, operator or shape.
+        ValueError: an unknown part.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of the results [{RESULTS.as_posix()}]")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything [10]")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas [{','.join(PARTS)}]")
-    parser.add_argument("--op", nargs="+", default=[], metavar="NAME", help="operators to time (default: all)")
-    parser.add_argument(
-        "--shape", default="v3,v2-lite,kimi-k2", help=f"among {', '.join(SCALES)}, with commas [%(default)s]"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="try the command itself: tiny shapes, on the CPU")
-    args = parser.parse_args(arguments)
-    if not args.dry_run and not torch.cuda.is_available():
+
+    out: Annotated[Path, "folder of the results"] = RESULTS
+    minutes: Annotated[float, "for everything"] = 10.0
+    only: Annotated[tuple[str, ...], "parts"] = PARTS
+    op: Annotated[tuple[str, ...], "operators to time (default: all)"] = ()
+    shape: Annotated[tuple[str, ...], f"among {', '.join(SCALES)}"] = ("v3", "v2-lite", "kimi-k2")
+    dry_run: Annotated[bool, "try the command itself: tiny shapes, on the CPU"] = False
+
+    def __post_init__(self) -> None:
+        if not set(self.only) <= set(PARTS):
+            raise ValueError(f"expected parts among {', '.join(PARTS)}, got {','.join(self.only)!r}")
+
+
+def main(settings: Settings) -> int:
+    """Runs the command `gpu`: 0 if everything ran and was right, 1 if not, 2 without a GPU.
+
+    Raises:
+        ValueError: an unknown operator or shape.
+    """
+    s = settings
+    if not s.dry_run and not torch.cuda.is_available():
         print("error: no CUDA device here; --dry-run tries the command on the CPU", file=sys.stderr)
         return 2
-    parts = args.only.split(",")
-    if not set(parts) <= set(PARTS):
-        raise ValueError(f"expected parts among {', '.join(PARTS)}, got {args.only!r}")
-    scales = ["tiny"] if args.dry_run else args.shape.split(",")
-    settings = {"minutes": args.minutes, "parts": parts, "shapes": scales, "dry_run": args.dry_run}
-    report = Report("kernels", settings, (), machine=describe_machine())
-    budget = Budget(60 * args.minutes * _KEEP)
-    out, work = args.out.resolve(), plan(select(args.op), scales)
-    stem = "gpu-dry-run" if args.dry_run else f"gpu-{slug(report)}"
+    scales = ("tiny",) if s.dry_run else s.shape
+    facts = {"minutes": s.minutes, "parts": s.only, "shapes": scales, "dry_run": s.dry_run}
+    report = Report("kernels", facts, ())
+    budget = Budget(60 * s.minutes * _KEEP)
+    out, work = s.out.resolve(), plan(select(s.op), scales)
+    stem = "gpu-dry-run" if s.dry_run else f"gpu-{device_slug(report.machine)}"
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{stem}-worker.log"
     log.write_text("", encoding="utf-8")
     with Worker("benchmarks.gpu.tasks", log) as worker:
-        session = Session(out / stem, budget, args.dry_run, work, report, worker)
+        session = Session(out / stem, budget, s.dry_run, work, report, worker)
         session.save()
         steps = {"tests": session.tests, "checks": session.run_checks, "kernels": session.kernels}
         for part in PARTS:
-            if part in parts:
+            if part in s.only:
                 steps[part]()
-    print(to_text(session.report))
+    print(kernel_table(session.report).to_text())
     print(f"saved {session.path('.json')} and {session.path('.md').name} after {budget.spent():.0f} s")
     return session.status()

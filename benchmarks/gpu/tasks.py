@@ -1,4 +1,4 @@
-"""What a worker of `python -m benchmarks gpu` does: the ceilings, a check, or an operator at one shape."""
+"""Tasks of a worker of `python -m benchmarks gpu`: the ceilings, a check, or an operator at one shape."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 
 from ..core.workers import work
 from ..operators.declare import select
+from ..operators.measuring import Options, measure
 from ..operators.rooflines import measure_ceilings
-from ..operators.run import Options, measure
 from ..operators.scales import scale
-from . import checks as gpu_checks
+from .checks import checks
+from .sizes import FULL, SMALL, Sizes, Skipped
 
 __all__ = ["perform"]
 
 
 def perform(task: dict[str, Any]) -> dict[str, Any]:
-    """The result of one task, as JSON has it.
+    """Performs one task and returns its result, as JSON has it.
 
     Args:
         task: "task" is "ceilings", "check" or "kernel"; "device"; "small" for the sizes of a dry run.
@@ -29,7 +30,7 @@ def perform(task: dict[str, Any]) -> dict[str, Any]:
     if task["task"] == "ceilings":
         return {"ceilings": measure_ceilings(device, **_small_ceilings(small)).to_dict()}
     if task["task"] == "check":
-        return _check(task["name"], device, gpu_checks.SMALL if small else gpu_checks.FULL)
+        return _check(task["name"], device, SMALL if small else FULL)
     if task["task"] == "kernel":
         return _kernel(task, device, Options(rounds=2, budget_s=0.1, cold=0) if small else Options())
     raise ValueError(f"expected a task among ceilings, check and kernel, got {task['task']!r}")
@@ -39,10 +40,10 @@ def _small_ceilings(small: bool) -> dict[str, int]:
     return {"size": 64, "copied": 2**16, "rounds": 2} if small else {}
 
 
-def _check(name: str, device: torch.device, sizes: gpu_checks.Sizes) -> dict[str, Any]:
+def _check(name: str, device: torch.device, sizes: Sizes) -> dict[str, Any]:
     try:
-        gpu_checks.checks(sizes)[name](device, sizes)
-    except gpu_checks.Skipped as why:
+        checks(sizes)[name](device, sizes)
+    except Skipped as why:
         return {"status": "skipped", "message": str(why)}
     finally:
         if device.type == "cuda":
@@ -61,7 +62,7 @@ def _kernel(task: dict[str, Any], device: torch.device, options: Options) -> dic
 
 
 def _healthy() -> bool:
-    """Whether the GPU's context survived what failed."""
+    """Returns True if the GPU's context survived a failure."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""Whole models, FP8 weights and conversion against transformers and torch."""
+"""The whole model against transformers and DeepSeek's code; FP8 weights; conversion of checkpoints."""

@@ -1,4 +1,4 @@
-"""The two models that are compared: ours, and transformers' native one on the same tensors."""
+"""The two models that are compared: ours, and the native one of transformers on the same tensors."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ __all__ = [
 Action = Callable[[], object]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PARITY = 1e-4  # relative error of float32 logits (DESIGN.md, numerics policy)
+PARITY = 1e-4  # relative difference of float32 logits that the package allows; measured ones are near 1e-6
 STEPS = 8  # tokens decoded one by one in the check
-# A prime number, so that no two rows of a weight repeat each other.
+# A prime number of values, so that no two rows of a weight are the same.
 _NOISE = 4_194_301
 
 
 def random_model(config: da.DeepseekConfig, dtype: torch.dtype, seed: int = 0) -> da.DeepseekLM:
-    """Our model with normal weights, norms one. Repeats one block of noise: drawing billions takes minutes."""
+    """Returns our model with normal weights and norms of one.
+
+    One block of noise is repeated: drawing billions of values takes minutes.
+    """
     with torch.device("meta"):
         model = da.DeepseekLM(config, dtype=dtype)
     model.to_empty(device="cpu")
@@ -62,14 +65,14 @@ def random_model(config: da.DeepseekConfig, dtype: torch.dtype, seed: int = 0) -
 
 
 def comparable(config: da.DeepseekConfig) -> da.DeepseekConfig:
-    """The part of a config that transformers' model computes too: no draft layers, no quantized weights."""
+    """Returns the config without what transformers' model does not compute: MTP layers and quantized weights."""
     data = config.replace(num_nextn_predict_layers=0).to_dict()
     data.pop("quantization_config", None)
     return da.DeepseekConfig.from_dict(data)
 
 
 def native_config(config: da.DeepseekConfig) -> Any:
-    """transformers' own config object for `config`.
+    """Returns the config object of transformers for `config`.
 
     Raises:
         ValueError: transformers does not know the model type.
@@ -83,7 +86,7 @@ def native_config(config: da.DeepseekConfig) -> Any:
 
 
 def native_twin(model: da.DeepseekLM) -> PreTrainedModel:
-    """transformers' native model of the same config on the very tensors of `model`, nothing copied.
+    """Returns the native model of transformers with the same config on the tensors of `model`, nothing copied.
 
     Raises:
         ValueError: their tensors have other names or shapes.
@@ -98,7 +101,7 @@ def native_twin(model: da.DeepseekLM) -> PreTrainedModel:
         twin.load_state_dict(model.state_dict(), assign=True)
     except RuntimeError as error:
         raise ValueError(f"expected {native_class.__name__} to have our tensors: {error}") from error
-    # Not in the state dict, so still without memory.
+    # Buffers that are not in the state dict are still on the meta device.
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config)
     ours = dict(model.named_parameters())
     for name, parameter in twin.named_parameters():
@@ -117,7 +120,7 @@ def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int =
         the relative difference of the logits.
 
     Raises:
-        ValueError: it is larger than rounding explains, so that timing would compare different computations.
+        ValueError: the difference is larger than rounding explains: timing would compare different computations.
     """
     ids = random_ids(model.config.vocab_size, tokens, seed=1)
     prompt = tokens - STEPS
@@ -129,18 +132,18 @@ def check_same_logits(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int =
         ours.append(model(token, cache=cache).logits)
         theirs.append(twin(token, past_key_values=theirs[0].past_key_values))
     differences = logit_differences(torch.cat(ours, dim=1), torch.cat([one.logits for one in theirs], dim=1))
-    found = max(float(differences[:prompt].median()), float(differences[prompt:].median()))
+    difference = max(float(differences[:prompt].median()), float(differences[prompt:].median()))
     allowed = allowed_difference(model)
-    if not found <= allowed:
+    if not difference <= allowed:
         raise ValueError(
-            f"expected the logits of both models to agree to {allowed:.2g} ({model.dtype}), got {found:.2g}: refusing "
-            "to time different computations"
+            f"expected the logits of both models to agree to {allowed:.2g} ({model.dtype}), got {difference:.2g}: "
+            "refusing to time different computations"
         )
-    return found
+    return difference
 
 
 def allowed_difference(model: da.DeepseekLM) -> float:
-    """The relative difference of logits that rounding explains.
+    """Returns the relative difference of logits that rounding explains.
 
     In 16 bits, every layer rounds about fourteen times (products, norms, residuals), each time by half an epsilon at
     most; independent roundings add up as the square root of their number. In float32, whose products accumulate in the
@@ -151,16 +154,19 @@ def allowed_difference(model: da.DeepseekLM) -> float:
 
 
 def logit_differences(a: Tensor, b: Tensor) -> Tensor:
-    """Per position, relative to its vector of logits."""
+    """Returns the difference at each position, relative to its vector of logits."""
     a, b = a.double(), b.double()
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten()
 
 
-# ------------------------------------------------------------------ what is timed
+# ------------------------------------------------------------------ the timed actions
 
 
 def decode_actions(model: da.DeepseekLM, twin: PreTrainedModel, context: int, steps: int) -> dict[str, Action]:
-    """One more token on a cache of `context` random latents that grows with every call, room for `steps` of them."""
+    """Returns the decoding of one more token by each model, on a cache of `context` random latents.
+
+    Every call appends a token, for which there is room `steps` times.
+    """
     from transformers import DynamicCache
 
     c = model.config
@@ -170,7 +176,7 @@ def decode_actions(model: da.DeepseekLM, twin: PreTrainedModel, context: int, st
         latent = torch.randn(1, 1, context, c.kv_lora_rank, generator=generator).to(model.dtype)
         key = torch.randn(1, 1, context, c.qk_rope_head_dim, generator=generator).to(model.dtype)
         cache.update(latent, key, layer)
-        # De-interleaved in a real cache of theirs (TRAPS A2), which makes no difference to the time.
+        # Their cache holds keys de-interleaved (TRAPS A2), which makes no difference to the time.
         native_cache.update(latent, key, layer)
     token = torch.tensor([[1]])
 
@@ -186,7 +192,7 @@ def decode_actions(model: da.DeepseekLM, twin: PreTrainedModel, context: int, st
 
 
 def prefill_actions(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int) -> dict[str, Action]:
-    """A prompt into an empty cache, logits of its last token."""
+    """Returns the prefill of a prompt into an empty cache by each model, with the logits of its last token."""
     ids = random_ids(model.config.vocab_size, tokens, seed=3)
 
     @torch.inference_mode()
@@ -201,7 +207,7 @@ def prefill_actions(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int) ->
 
 
 def training_step(model: Any, ids: Tensor) -> Tensor:
-    """Forward, loss and backward; the gradients stay. Returns the loss."""
+    """Runs forward, loss and backward, leaves the gradients, and returns the loss."""
     model.train()
     ours = isinstance(model, da.DeepseekLM)
     loss = model(ids, labels=ids, **({} if ours else {"use_cache": False})).loss
@@ -210,5 +216,5 @@ def training_step(model: Any, ids: Tensor) -> Tensor:
 
 
 def random_ids(vocab_size: int, tokens: int, seed: int) -> Tensor:
-    """[1, tokens]."""
+    """Returns random token ids [1, tokens]."""
     return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))

@@ -1,6 +1,6 @@
 """`convert` against copying: every direction between FP8 and BF16, single and stacked experts.
 
-A conversion reads one size and writes another; it is compared with copying the larger of the two, on the same disk.
+A conversion reads one size and writes another; it is compared with copying the larger of the two on the same disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -20,9 +21,11 @@ import deepseek_arch as da
 from deepseek_arch.checkpoint import convert
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
-from ..core.report import OURS, Report, Row, Samples, load_average
+from ..core.machine import load_average
+from ..core.report import OURS, RESULTS, Report, Row, Samples
+from ..core.tables import print_progress, show_and_save
 
-__all__ = ["Settings", "run"]
+__all__ = ["Settings", "main", "run"]
 
 COPY, SYNCED = "copy", "copy and sync"
 GIGA = 1e9
@@ -42,21 +45,19 @@ DIRECTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure.
+    """Size of the checkpoint and rounds of the benchmark.
 
-    Attributes:
-        preset: whose sizes the tensors have.
-        gigabytes: of the checkpoint in BF16; in FP8 it has half of that. The disk needs room for four times as much.
-        rounds: times that each contestant runs.
-        folder: where to write; the system's place for temporary files by default.
+    Raises:
+        ValueError: a size that is not positive.
     """
 
-    preset: str = "deepseek-v3"
-    gigabytes: float = 10.0
-    rounds: int = 3
-    threads: int = 2
-    max_shard_size: str = "5GB"
-    folder: str | None = None
+    preset: Annotated[str, "whose sizes the tensors have"] = "deepseek-v3"
+    gigabytes: Annotated[float, "size in BF16, of which FP8 has half; the disk needs four times as much"] = 10.0
+    rounds: Annotated[int, "times that each contestant runs"] = 3
+    threads: Annotated[int, "threads of the conversion"] = 2
+    max_shard_size: Annotated[str, "of the files that are written"] = "5GB"
+    folder: Annotated[str | None, "folder to write to (default: the system's place for temporary files)"] = None
+    out: Annotated[str, "report file (default: in benchmarks/results)"] = ""
 
     def __post_init__(self) -> None:
         if self.gigabytes <= 0 or self.rounds < 1 or self.threads < 1:
@@ -95,7 +96,7 @@ def _copy(source: Path, target: Path, sync: bool) -> None:
 
 
 class Bench:
-    """The checkpoints of all four kinds, made from one another when first needed."""
+    """Checkpoints of all four kinds, converted from the FP8 one when first needed."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
@@ -112,7 +113,7 @@ class Bench:
         return self.kinds[kind]
 
     def forget(self, keep: set[tuple[str, bool]]) -> None:
-        """Deletes the checkpoints that are not needed next: the disk is finite."""
+        """Deletes the checkpoints that are not needed next, to save disk space."""
         for kind in set(self.kinds) - keep - {FP8}:
             shutil.rmtree(self.kinds.pop(kind))
 
@@ -120,7 +121,7 @@ class Bench:
         convert(source, target, kind[0], kind[1], self.settings.max_shard_size)
 
     def row(self, old: tuple[str, bool], new: tuple[str, bool]) -> Row:
-        """Gigabytes a second of the larger checkpoint."""
+        """Measures one direction, in gigabytes of the larger checkpoint per second."""
         source, result = self.stored(old), self.stored(new)
         larger = max(source, result, key=_size)
         size = _size(larger)
@@ -136,7 +137,7 @@ class Bench:
         return Row(f"{_name(old)} to {_name(new)}", "GB/s", "higher", rates, baseline=COPY, goal=GOAL, note=note)
 
     def interleave(self, actions: dict[str, Callable[[Path], None]]) -> dict[str, Samples]:
-        """A, B, C, A, B, C, ...: each writes a new folder, that is deleted, and a disk that is at rest."""
+        """Times A, B, C, A, B, C, ...: each writes a new folder, deleted afterwards, on a synced disk."""
         seconds: dict[str, list[float]] = {name: [] for name in actions}
         for _ in range(self.settings.rounds):
             for name, action in actions.items():
@@ -151,7 +152,7 @@ class Bench:
 
 
 def run(settings: Settings, *, on_row: Callable[[Row], None] = lambda row: None) -> Report:
-    """Measures every direction; what it writes is deleted again."""
+    """Measures every direction; the files that it writes are deleted again."""
     torch.set_num_threads(settings.threads)
     busy, started = load_average(), time.perf_counter()
     rows = []
@@ -167,3 +168,9 @@ def run(settings: Settings, *, on_row: Callable[[Row], None] = lambda row: None)
         f"all of it took {(time.perf_counter() - started) / 60:.0f} minutes; load average before: {busy}",
     )
     return Report("convert", asdict(settings), tuple(rows), notes)
+
+
+def main(settings: Settings) -> int:
+    """Runs the command `convert`."""
+    show_and_save(run(settings, on_row=print_progress), settings.out or RESULTS / "convert.json")
+    return 0

@@ -1,20 +1,14 @@
-"""FP8 weights under activations of high precision, on a CPU: against torch's own cast, and against BF16 weights.
+"""FP8 weights under activations of high precision, on a CPU, against torch's own cast and against BF16 weights.
 
-`python -m benchmarks fp8-weights` measures all of it. One part, an MoE block as large as V3's, is left out where less
-than 20 GB are free.
+One part, an MoE block as large as V3's, is left out if less than 20 GB of memory are free.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,14 +17,17 @@ from torch.nn import functional as F
 from deepseek_kernels import dequantize_blocks, fp8_weight_gemm, fp8_weight_grouped_gemm
 from deepseek_kernels.gemm.fp8_weight_gemm.reference import Expansion
 
-from ..core.isolated import ROOT, _status
-from ..core.report import OURS, Report, Row, Samples, interleave, load_average
+from ..core.machine import available_memory, load_average
+from ..core.report import OURS, RESULTS, Report, Row, Samples
+from ..core.tables import print_progress, show_and_save
+from ..core.timing import interleave
+from ..core.workers import run_isolated
 
-__all__ = ["PARTS", "Settings", "run"]
+__all__ = ["PARTS", "Settings", "main", "moe_block", "run"]
 
 PARTS = ("token", "expansion", "rows", "moe")
-CAST = "cast by torch, every time"  # weight.to(bfloat16), without scales: fast, if wrong, is its best case
-BF16 = "BF16 weight"  # dequantized once and for all: twice the memory
+CAST = "cast by torch, every time"  # weight.to(bfloat16) without the scales: a wrong result, in the least time
+BF16 = "BF16 weight"  # dequantized in advance: twice the memory
 TILES, WHOLE = "expansion inside the product", "dequantize_blocks to BF16"
 BLOCK = (128, 128)
 GIGA = 1e9
@@ -39,73 +36,79 @@ GIGA = 1e9
 EXPERTS, ACTIVE, HIDDEN, WIDTH = 256, 8, 7168, 2048
 MOE_BYTES = 3 * (EXPERTS + 1) * HIDDEN * WIDTH
 MOE_FREE = 20 * GIGA
-TOKENS = 9  # one after the other; the first one does not count
+TOKENS = 9  # one after the other; the first is the warm-up
+
+
+# An expert's weights, a dense layer's, and that of the compressed keys.
+SHAPES = ((2048, 7168), (7168, 2048), (18432, 7168), (576, 7168))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure, and how long to take.
+    """Weights and limits of the benchmark; shapes are [N, K], all of them V3's.
 
-    Attributes:
-        shapes: [N, K] of the weights, all from V3: an expert's, both ways, a dense layer's, the compressed keys'.
-        many: shape of the weight that is expanded, and that more rows than one are multiplied by.
-        rows: how many rows.
-        budget_s: seconds after which a contestant of one row is not run again.
+    Raises:
+        ValueError: an unknown part, or a size that is not positive.
     """
 
-    threads: int = 2
-    shapes: tuple[tuple[int, int], ...] = ((2048, 7168), (7168, 2048), (18432, 7168), (576, 7168))
-    many: tuple[int, int] = (2048, 7168)
-    rows: tuple[int, ...] = (128, 1024)
-    rounds: int = 15
-    budget_s: float = 20.0
+    threads: Annotated[int, "threads of every contestant"] = 2
+    only: Annotated[tuple[str, ...], "parts to measure"] = PARTS
+    shapes: Annotated[tuple[tuple[int, int], ...], "weights for one token"] = SHAPES
+    many: Annotated[tuple[int, int], "weight that is expanded, and that many rows are multiplied by"] = (2048, 7168)
+    rows: Annotated[tuple[int, ...], "how many rows"] = (128, 1024)
+    rounds: Annotated[int, "runs of each contestant, at most"] = 15
+    budget_s: Annotated[float, "seconds after which a contestant of one row is not run again"] = 20.0
+    out: Annotated[str, "report file (default: in benchmarks/results)"] = ""
 
     def __post_init__(self) -> None:
         sizes = [size for shape in (*self.shapes, self.many) for size in shape]
         if min(self.threads, self.rounds, *self.rows, *sizes) < 1:
             raise ValueError(f"expected positive sizes, got {self}")
+        if not self.only or not set(self.only) <= set(PARTS):
+            raise ValueError(f"expected parts among {', '.join(PARTS)}, got {', '.join(self.only) or 'none'}")
 
 
-# How many times better than the cast (the last one: the value itself).
+# Times better than the cast (the last one: the value itself).
 GOALS = {"token": 5.0, "expansion": 4.0, "moe memory": 24.0}
 
 
 def random_bytes(*shape: int) -> Tensor:
-    """Codes without NaN. Large ones repeat: drawing 11 GB would take minutes, and nobody's speed depends on them."""
+    """Random FP8 codes without NaN. Large tensors repeat a part: drawing 11 GB takes minutes, and speed is the same."""
     codes = torch.empty(shape, dtype=torch.uint8)
     flat, period = codes.view(-1), min(codes.numel(), 1 << 26)
-    own = torch.randint(0, 256, (period,), dtype=torch.uint8)
-    own.masked_fill_(own & 0x7F == 0x7F, 0)
+    noise = torch.randint(0, 256, (period,), dtype=torch.uint8)
+    noise.masked_fill_(noise & 0x7F == 0x7F, 0)
     for start in range(0, flat.numel(), period):
         part = flat[start : start + period]
-        part.copy_(own[: part.numel()])
+        part.copy_(noise[: part.numel()])
     return codes.view(torch.float8_e4m3fn)
 
 
 def random_scale(*shape: int) -> Tensor:
-    """For codes of `shape`, so that the weights are as large as a fresh layer's."""
+    """Random scales of codes of `shape`, under which the weights are as large as a fresh layer's."""
     *experts, rows, columns = shape
     return torch.rand(*experts, -(-rows // BLOCK[0]), -(-columns // BLOCK[1])) * 2e-4
 
 
 def check(weight: Tensor, scale: Tensor) -> float:
-    """Numbers only after the result is right.
+    """Compares our product with the dequantized weight's before anything is timed.
 
     Returns:
-        The largest difference from the dequantized weight's product, relative to the largest result.
+        the largest difference, relative to the largest result.
 
     Raises:
-        ValueError: it is more than float32 sums explain.
+        ValueError: the difference is more than float32 sums explain.
     """
     x = torch.randn(2, weight.shape[1])
     expected = F.linear(x, dequantize_blocks(weight, scale, BLOCK, torch.float32))
-    found = float((fp8_weight_gemm(x, weight, scale) - expected).abs().max() / expected.abs().max())
-    if not found < 1e-4:
-        raise ValueError(f"expected the product with the dequantized weight, got a relative difference of {found:.2g}")
-    return found
+    error = float((fp8_weight_gemm(x, weight, scale) - expected).abs().max() / expected.abs().max())
+    if not error < 1e-4:
+        raise ValueError(f"expected the product with the dequantized weight, got a relative difference of {error:.2g}")
+    return error
 
 
 def measure(settings: Settings, actions: dict[str, Callable[[], object]]) -> dict[str, Samples]:
+    """Times the actions, in milliseconds."""
     seconds = interleave(actions, rounds=settings.rounds, budget_s=settings.budget_s)
     return {name: samples.map(lambda s: s * 1e3) for name, samples in seconds.items()}
 
@@ -134,7 +137,7 @@ def many_rows(settings: Settings, rows: int) -> Row:
 
 
 def expansion(settings: Settings, what: str) -> Row:
-    """Of a whole weight into a BF16 one, or tile by tile into float32 buffers, as the product does it."""
+    """Expands a whole weight to BF16, or tile by tile into float32 buffers, as the product does it."""
     shape = settings.many
     weight, scale, plain = random_bytes(*shape), random_scale(*shape), torch.empty(shape, dtype=torch.bfloat16)
 
@@ -145,24 +148,22 @@ def expansion(settings: Settings, what: str) -> Row:
 
     whole = partial(dequantize_blocks, weight, scale, BLOCK, out=plain)
     actions = {OURS: tiles if what == TILES else whole, CAST: lambda: weight.to(torch.bfloat16)}
-    speed = {who: s.map(lambda ms: weight.numel() / ms / 1e6) for who, s in measure(settings, actions).items()}
+    speed = {name: s.map(lambda ms: weight.numel() / ms / 1e6) for name, s in measure(settings, actions).items()}
     return Row(f"{what}, {list(shape)}", "G codes/s", "higher", speed, CAST, GOALS["expansion"])
 
 
 # ------------------------------------------------------------------ an MoE block of V3, in a process of its own
 
 
-def moe_block(threads: int) -> dict[str, object]:
-    """Seconds of each token through 8 of 256 experts and the shared one, and the process's memory at most."""
-    torch.set_num_threads(threads)
+def moe_block() -> Callable[[], Tensor]:
+    """Returns the computation of one random token by 8 of 256 experts and the shared expert, with random weights."""
     shapes = {"gate_up": (EXPERTS + 1, 2 * WIDTH, HIDDEN), "down": (EXPERTS + 1, HIDDEN, WIDTH)}
     codes = {name: random_bytes(*shape) for name, shape in shapes.items()}
     scales = {name: random_scale(*shape) for name, shape in shapes.items()}
     router = torch.randn(EXPERTS, HIDDEN)
-    before, seconds = _status("VmRSS"), []
-    for _ in range(TOKENS):
+
+    def token() -> Tensor:
         x = torch.randn(1, HIDDEN, dtype=torch.bfloat16)
-        start = time.perf_counter()
         weights, experts = (x.float() @ router.T).sigmoid()[0].topk(ACTIVE)
         ends = F.one_hot(torch.cat([experts, torch.tensor([EXPERTS])]), EXPERTS + 1).sum(0).cumsum(0)
         gate, up = fp8_weight_grouped_gemm(
@@ -171,38 +172,27 @@ def moe_block(threads: int) -> dict[str, object]:
         down = fp8_weight_grouped_gemm(F.silu(gate) * up, codes["down"], scales["down"], ends)
         share = torch.cat([weights[experts.argsort()], torch.ones(1)])
         y = (down.float() * share[:, None]).sum(0)
-        seconds.append(time.perf_counter() - start)
         if not y.isfinite().all():
             raise ValueError(f"expected finite results, got {y}")
-    return {"seconds": seconds[1:], "before": before, "peak": _status("VmHWM")}
+        return y
+
+    return token
 
 
 def moe(settings: Settings) -> Iterator[Row]:
-    if free_bytes() < MOE_FREE:
+    """Time of a token through the block, and memory of its process; no rows without enough free memory."""
+    if available_memory() < MOE_FREE:
         return
-    command = [sys.executable, "-m", "benchmarks.models.fp8_weights", json.dumps({"threads": settings.threads})]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(f"the MoE block failed with status {done.returncode}: {done.stderr.decode()[-2000:]}")
-    found = json.loads(done.stdout)
+    task = {"task": "MoE block", "threads": settings.threads, "repeats": TOKENS}
+    tokens = run_isolated("benchmarks.models.isolated_tasks", task)
     note = f"{ACTIVE} of {EXPERTS} experts and the shared one, {MOE_BYTES / GIGA:.1f} GB of codes"
-    times = Samples(tuple(s * 1e3 for s in found["seconds"]))
+    times = Samples(tuple(1e3 * token["seconds"] for token in tokens[1:]))
     yield Row("MoE block of V3, one token", "ms", "lower", {OURS: times}, note=note)
     memory = {
-        OURS: Samples((found["peak"] / GIGA,)),
-        "before the first token": Samples((found["before"] / GIGA,)),
+        OURS: Samples((tokens[-1]["peak"] / GIGA,)),
+        "before the first token": Samples((tokens[0]["before"] / GIGA,)),
     }
     yield Row("MoE block of V3, memory", "GB", "lower", memory, goal=GOALS["moe memory"], note=note)
-
-
-def free_bytes() -> float:
-    """Memory that a new process can have without swapping; 0 where the system does not say."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return 0
-    line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
 
 
 # ------------------------------------------------------------------ all of it
@@ -215,32 +205,28 @@ _MEASURES: dict[str, Callable[[Settings], Iterator[Row]]] = {
 }
 
 
-def run(
-    settings: Settings, parts: tuple[str, ...] = PARTS, *, on_row: Callable[[Row], None] = lambda row: None
-) -> Report:
-    """Measures `parts`.
+def run(settings: Settings, *, on_row: Callable[[Row], None] = lambda row: None) -> Report:
+    """Measures the parts `settings.only`.
 
     Args:
         on_row: called with each row as it comes.
 
     Raises:
-        ValueError: a part is unknown, or our product is not the dequantized weight's.
+        ValueError: our product is not the dequantized weight's.
     """
-    unknown = set(parts) - set(PARTS)
-    if unknown or not parts:
-        raise ValueError(f"expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown)) or 'none'}")
     torch.set_num_threads(settings.threads)
     notes, rows = [f"load average before: {load_average()}"], []
-    for part in parts:
-        found = 0
+    for part in settings.only:
+        before = len(rows)
         for row in _MEASURES[part](settings):
             rows.append(row)
             on_row(row)
-            found += 1
-        if not found:
+        if len(rows) == before:
             notes.append(f"{part}: left out, it needs {MOE_FREE / GIGA:.0f} GB of free memory")
     return Report("fp8-weights", asdict(settings), tuple(rows), tuple(notes))
 
 
-if __name__ == "__main__":  # the process of the MoE block
-    print(json.dumps(moe_block(**json.loads(sys.argv[1]))))
+def main(settings: Settings) -> int:
+    """Runs the command `fp8-weights`."""
+    show_and_save(run(settings, on_row=print_progress), settings.out or RESULTS / "fp8-weights.json")
+    return 0

@@ -1,4 +1,4 @@
-"""Where the time goes: the operators that take most of it, by their own CPU time."""
+"""The operators that take most of the time, by their own CPU time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def hot_spots(action: Callable[[], object], *, runs: int = 1, top: int = 8) -> s
     """Profiles `action` after one run that does not count.
 
     Returns:
-        a line with the total a run, then one per operator: share, milliseconds and calls a run, name.
+        a line with the total per run, then one per operator: share, milliseconds and calls per run, name.
     """
     action()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -23,6 +23,6 @@ def hot_spots(action: Callable[[], object], *, runs: int = 1, top: int = 8) -> s
     total = sum(event.self_cpu_time_total for event in events)
     lines = [f"{total / runs / 1e3:,.1f} ms a run"]
     for event in events[:top]:
-        own = event.self_cpu_time_total
-        lines.append(f"{own / total:6.1%} {own / runs / 1e3:10,.1f} ms {event.count / runs:6.0f} calls  {event.key}")
+        time = event.self_cpu_time_total
+        lines.append(f"{time / total:6.1%} {time / runs / 1e3:10,.1f} ms {event.count / runs:6.0f} calls  {event.key}")
     return "\n".join(lines)

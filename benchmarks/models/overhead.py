@@ -11,18 +11,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 import deepseek_arch as da
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 
-from ..core.report import NATIVE, OURS, Report, Row, Samples, load_average
+from ..core.machine import load_average
+from ..core.report import NATIVE, OURS, RESULTS, Report, Row, Samples
+from ..core.tables import print_progress, show_and_save
 from ..core.timing import interleave
 from .contestants import DTYPES, Action, comparable, native_twin, random_model
 
-__all__ = ["PARTS", "Settings", "count_calls", "decode_step", "files_of", "run", "visited_files"]
+__all__ = ["PARTS", "Settings", "count_calls", "decode_step", "files_of", "main", "run", "visited_files"]
 
 PARTS = ("calls", "files", "time")
 PACKAGE = Path(da.__file__).resolve().parent
@@ -34,27 +36,31 @@ MOST_CALLS = 2700
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure.
+    """Models and sizes to measure.
 
-    Attributes:
-        presets: models whose steps are timed.
-        layers: of the model whose calls are counted; timed models have all of theirs.
-        batches: rows of the timed steps.
-        rounds: counted steps of each contestant.
+    Raises:
+        ValueError: an unknown dtype, or a size that is not positive.
     """
 
-    presets: tuple[str, ...] = ("tiny", "mini")
-    layers: int = 7
-    batches: tuple[int, ...] = (1, 8, 64)
-    dtype: str = "fp32"
+    presets: Annotated[tuple[str, ...], "models whose steps are timed"] = ("tiny", "mini")
+    layers: Annotated[int, "of the model whose calls are counted; timed models have all of theirs"] = 7
+    batches: Annotated[tuple[int, ...], "rows of the timed steps"] = (1, 8, 64)
+    dtype: Annotated[str, "fp32 or bf16"] = "fp32"
     threads: int = 1
-    rounds: int = 30
+    rounds: Annotated[int, "counted steps of each contestant"] = 30
+    out: Annotated[str, "report file (default: in benchmarks/results)"] = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"expected dtype {' or '.join(DTYPES)}, got {self.dtype!r}")
         if min(self.threads, self.layers, self.rounds, *self.batches) < 1:
             raise ValueError(f"expected positive sizes, got {self}")
+
+
+def main(settings: Settings) -> int:
+    """Runs the command `overhead`."""
+    show_and_save(run(settings, on_row=print_progress), settings.out or RESULTS / "overhead.json")
+    return 0
 
 
 def _run_profiled(action: Callable[[], object], report: Callable[[Any, str, Any], None]) -> None:

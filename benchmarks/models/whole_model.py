@@ -1,7 +1,7 @@
-"""The whole model against transformers' native one: decode, prefill, a training step, loading a checkpoint.
+"""The whole model against transformers' native one, on the same weights and threads.
 
-Same tensors, same threads, one process, interleaved; memory in processes of its own. Numbers come only after the
-logits of both agree.
+Decoding, prefill, a training step, loading a checkpoint: in one process, interleaved; memory in processes of their own.
+Nothing is timed before the logits of both agree.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 import deepseek_arch as da
 
-from ..core.isolated import run_isolated
-from ..core.report import NATIVE, OURS, Report, Row, Samples, interleave, load_average
+from ..core.machine import load_average
+from ..core.report import NATIVE, OURS, RESULTS, Report, Row, Samples
+from ..core.tables import print_progress, show_and_save
+from ..core.timing import interleave
+from ..core.workers import run_isolated
 from .contestants import (
     DTYPES,
     Action,
@@ -33,45 +37,46 @@ from .deepseek_inference import CHECKED, DeepseekInference
 from .deepseek_inference import NAME as DEEPSEEK
 from .hot_spots import hot_spots
 
-__all__ = ["PARTS", "Settings", "run"]
+__all__ = ["PARTS", "Settings", "main", "run"]
+
+PARTS = ("decode", "prefill", "train", "load")
+TASKS = "benchmarks.models.isolated_tasks"
 
 READ = "plain read"
 GIGA = 1e9
-MOST_STEPS = 22  # that a decode takes
+MOST_STEPS = 22  # of a decode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure, and how long to take.
+    """Model, parts and limits of the benchmark.
 
-    Attributes:
-        contexts: cached tokens at which decoding is timed.
-        prompts: prompt lengths at which prefill is timed.
-        sequence: tokens of the training step.
-        loads: times that each contestant loads the checkpoint.
-        budget_s: seconds after which a contestant of one row is not run again.
-        limit_s: seconds that a single run of transformers may take; longer ones are left out, and the row says so. For
-            DeepSeek's code, in its own process, it is the limit of all runs of a row.
-        deepseek_inference: folder of DeepSeek's inference code, to decode and prefill with it as well.
+    Raises:
+        ValueError: an unknown dtype or part, or a size that is not positive.
     """
 
-    preset: str = "deepseek-v2-lite"
-    layers: int = 4
-    dtype: str = "bf16"
-    threads: int = 2
-    contexts: tuple[int, ...] = (512, 8192, 32768)
-    prompts: tuple[int, ...] = (2048, 8192)
-    sequence: int = 2048
-    loads: int = 3
-    budget_s: float = 45.0
-    limit_s: float = 180.0
-    deepseek_inference: str = ""
+    preset: Annotated[str, "a preset name, a config.json or a checkpoint folder"] = "deepseek-v2-lite"
+    layers: Annotated[int, "decoder layers to keep"] = 4
+    dtype: Annotated[str, "bf16 or fp32"] = "bf16"
+    threads: Annotated[int, "of every contestant"] = 2
+    only: Annotated[tuple[str, ...], "parts to measure"] = PARTS
+    contexts: Annotated[tuple[int, ...], "cached tokens to decode at"] = (512, 8192, 32768)
+    prompts: Annotated[tuple[int, ...], "prompt lengths to prefill"] = (2048, 8192)
+    sequence: Annotated[int, "tokens of the training step"] = 2048
+    loads: Annotated[int, "times that each contestant loads the checkpoint"] = 3
+    budget_s: Annotated[float, "seconds after which a slow contestant of one row is not run again"] = 45.0
+    limit_s: Annotated[float, "seconds that one run of transformers, or a row of DeepSeek's code, may take"] = 180.0
+    deepseek_inference: Annotated[str, "folder `inference` of DeepSeek-V3's repository: a contestant too"] = ""
+    profile: Annotated[bool, "also show which operators take our model's time"] = False
+    out: Annotated[str, "report file (default: in benchmarks/results)"] = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"expected dtype {' or '.join(DTYPES)}, got {self.dtype!r}")
         if min(self.threads, self.layers, self.sequence, self.loads, *self.contexts, *self.prompts) < 1:
             raise ValueError(f"expected positive sizes, got {self}")
+        if not self.only or not set(self.only) <= set(PARTS):
+            raise ValueError(f"expected parts among {', '.join(PARTS)}, got {', '.join(self.only) or 'none'}")
 
     def config(self) -> da.DeepseekConfig:
         full = comparable(da.DeepseekConfig.from_pretrained(self.preset))
@@ -79,11 +84,11 @@ class Settings:
         return full.replace(num_hidden_layers=self.layers, dtype=dtype)
 
     def is_reference(self) -> bool:
-        """Whether this is the shape that the goals below were set for."""
+        """Returns True for the model and threads for which the goals below were set."""
         return (self.preset, self.layers, self.dtype, self.threads) == ("deepseek-v2-lite", 4, "bf16", 2)
 
 
-# How many times better than the row's baseline (the last one: the value itself), for the reference shape.
+# Times better than the row's baseline (the last one: the value itself), for the reference settings.
 GOALS = {
     "decode at 512": 1.5,
     "decode at 8192": 10,
@@ -142,17 +147,17 @@ class Bench:
             yield self.row(f"prefill {prompt}", "tokens/s", "higher", results, note)
 
     def add_deepseek(self, seconds: dict[str, Samples], time_it: Callable[..., Samples | str]) -> str:
-        """Adds what DeepSeek's code takes, where it was brought along; or says why it could not."""
+        """Adds the times of DeepSeek's code, if the user has it; returns why there are none."""
         if self.deepseek is None:
             return ""
-        found = time_it(self.deepseek, budget_s=self.settings.budget_s, limit_s=self.settings.limit_s)
-        if isinstance(found, str):
-            return found
-        seconds[DEEPSEEK] = found
+        samples = time_it(self.deepseek, budget_s=self.settings.budget_s, limit_s=self.settings.limit_s)
+        if isinstance(samples, str):
+            return samples
+        seconds[DEEPSEEK] = samples
         return ""
 
     def drop_slow(self, actions: dict[str, Action], prompt: int) -> str:
-        """Takes transformers out where an eighth of the prompt says that all of it needs more than the limit."""
+        """Removes transformers if the time of an eighth of the prompt shows that it would exceed the limit."""
         if prompt < 512:
             return ""
         probe = prefill_actions(self.ours, self.native, prompt // 8)[NATIVE]
@@ -169,25 +174,29 @@ class Bench:
         """Steps of forward, loss and backward, and their memory, in processes of their own that can be stopped."""
         s = self.settings
         job = {"config": self.config.to_dict(), "dtype": s.dtype, "threads": s.threads, "tokens": s.sequence}
-        found = {
-            who: run_isolated("train", native=who == NATIVE, repeats=3, limit_s=s.limit_s, **job)
-            for who in (OURS, NATIVE)
-        }
-        stopped = [
-            f"{who} stopped after {s.limit_s:.0f} s, before the first step ended" for who in found if not found[who]
-        ]
-        found = {who: steps for who, steps in found.items() if steps}
-        if OURS not in found:
+        steps_of: dict[str, list[dict[str, float]]] = {}
+        stopped = []
+        for name in (OURS, NATIVE):
+            task = {"task": "train", "native": name == NATIVE, "repeats": 3, **job}
+            if steps := run_isolated(TASKS, task, s.limit_s):
+                steps_of[name] = steps
+            else:
+                stopped.append(f"{name} stopped after {s.limit_s:.0f} s, before the first step ended")
+        if OURS not in steps_of:
             raise ValueError(f"expected a training step within the limit of {s.limit_s:g} s: {'; '.join(stopped)}")
         # The first step is the warm-up, unless it is the only one.
-        seconds = {who: Samples(tuple(step["seconds"] for step in steps[1:] or steps)) for who, steps in found.items()}
-        name = f"training step {s.sequence}"
-        yield self.row(name, "s/step", "lower", seconds, "; ".join(stopped))
-        peaks = {who: Samples((steps[-1]["peak"] / GIGA,)) for who, steps in found.items()}
+        seconds = {
+            name: Samples(tuple(step["seconds"] for step in steps[1:] or steps)) for name, steps in steps_of.items()
+        }
+        title = f"training step {s.sequence}"
+        yield self.row(title, "s/step", "lower", seconds, "; ".join(stopped))
+        peaks = {name: Samples((steps[-1]["peak"] / GIGA,)) for name, steps in steps_of.items()}
         note = "resident memory, weights and gradients included"
-        yield self.row(f"{name}, memory at peak", "GB", "lower", peaks, note)
-        beyond = {who: Samples(((steps[-1]["peak"] - steps[-1]["before"]) / GIGA,)) for who, steps in found.items()}
-        yield self.row(f"{name}, memory beyond the weights", "GB", "lower", beyond)
+        yield self.row(f"{title}, memory at peak", "GB", "lower", peaks, note)
+        beyond = {
+            name: Samples(((steps[-1]["peak"] - steps[-1]["before"]) / GIGA,)) for name, steps in steps_of.items()
+        }
+        yield self.row(f"{title}, memory beyond the weights", "GB", "lower", beyond)
 
     # -------------------------------------------------------------- loading
 
@@ -198,21 +207,21 @@ class Bench:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
         for _ in range(self.settings.loads):
             for name, task in jobs.items():
-                more = {"threads": self.settings.threads, "native_class": self.native_class}
-                runs[name] += run_isolated(task, folder=str(folder), **more)
-        rates = {name: Samples(tuple(size / GIGA / one["seconds"] for one in found)) for name, found in runs.items()}
+                job = {"task": task, "threads": self.settings.threads, "native_class": self.native_class}
+                runs[name] += run_isolated(TASKS, job | {"folder": str(folder)})
+        rates = {name: Samples(tuple(size / GIGA / one["seconds"] for one in each)) for name, each in runs.items()}
         note = f"{size / GIGA:.2f} GB of files in the page cache; plain read: the same files into new memory"
         yield self.row("loading", "GB/s", "higher", rates, note)
         peaks = {
-            name: Samples(tuple((one["peak"] - one["before"]) / size for one in found)) for name, found in runs.items()
+            name: Samples(tuple((one["peak"] - one["before"]) / size for one in each)) for name, each in runs.items()
         }
         yield self.row("loading, peak memory", "peak / file bytes", "lower", peaks, "resident memory after imports")
 
     # -------------------------------------------------------------- profile
 
-    def profile(self, parts: tuple[str, ...]) -> Iterator[str]:
-        """Which operators take our model's time."""
-        s, both = self.settings, (self.ours, self.native)
+    def profile(self) -> Iterator[str]:
+        """Yields the operators that take most of our model's time, for each part."""
+        s, both, parts = self.settings, (self.ours, self.native), self.settings.only
         if "decode" in parts:
             for context in s.contexts:
                 yield f"decode at {context}: {hot_spots(decode_actions(*both, context, 6)[OURS], runs=4)}"
@@ -224,63 +233,59 @@ class Bench:
             self.ours.zero_grad(set_to_none=True)
 
     def free(self) -> None:
-        """Drops the models, before other processes need the memory."""
+        """Drops the models before other processes need the memory."""
         del self.ours, self.native
         if self.deepseek is not None:
             self.deepseek.close()
 
 
 def _fewer(seconds: dict[str, Samples], rounds: int, what: str) -> str:
+    """A remark on contestants that had too little time for all rounds."""
     short = [f"{name} {len(s.values)} of {rounds} {what}" for name, s in seconds.items() if len(s.values) < rounds]
     return f"out of time after: {', '.join(short)}" if short else ""
 
 
-PARTS = ("decode", "prefill", "train", "load")
-
-
-def run(
-    settings: Settings,
-    parts: tuple[str, ...] = PARTS,
-    *,
-    profiled: bool = False,
-    on_row: Callable[[Row], None] = lambda row: None,
-) -> Report:
-    """Measures `parts`.
+def run(settings: Settings, *, on_row: Callable[[Row], None] = lambda row: None) -> Report:
+    """Measures the parts `settings.only`.
 
     Args:
-        profiled: also say which operators take our model's time, in the report's notes.
         on_row: called with each row as it comes.
 
     Raises:
-        ValueError: a part is unknown, or the two models do not compute the same.
+        ValueError: the two models do not compute the same.
     """
-    unknown = set(parts) - set(PARTS)
-    if unknown or not parts:
-        raise ValueError(f"expected parts among {', '.join(PARTS)}, got {', '.join(sorted(unknown)) or 'none'}")
     started, busy = time.perf_counter(), load_average()
-    bench = Bench(settings)
+    bench, parts = Bench(settings), settings.only
     rows: list[Row] = []
 
-    def take(found: Iterator[Row]) -> None:
-        for row in found:
+    def add(new: Iterator[Row]) -> None:
+        for row in new:
             rows.append(row)
             on_row(row)
 
     for part in ("decode", "prefill"):
         if part in parts:
-            take(getattr(bench, part)())
+            add(getattr(bench, part)())
     notes = [f"logits of both models agree to {bench.difference:.2g} (relative, {settings.dtype})"]
     notes += () if bench.deepseek is None else bench.deepseek.notes
-    if profiled:
-        notes += bench.profile(parts)
+    if settings.profile:
+        notes += bench.profile()
     with tempfile.TemporaryDirectory(prefix="deepseek-arch-benchmark-") as folder:
         if "load" in parts:
             da.save(bench.ours, folder)
         bench.free()
         if "train" in parts:
-            take(bench.train())
+            add(bench.train())
         if "load" in parts:
-            take(bench.load(Path(folder)))
+            add(bench.load(Path(folder)))
     notes.append(f"all of it took {(time.perf_counter() - started) / 60:.0f} minutes; load average before: {busy}")
-    settings_used = asdict(settings) | {"parameters": da.count_parameters(bench.config).total}
-    return Report("model", settings_used, tuple(rows), tuple(notes))
+    facts = asdict(settings) | {"parameters": da.count_parameters(bench.config).total}
+    return Report("model", facts, tuple(rows), tuple(notes))
+
+
+def main(settings: Settings) -> int:
+    """Runs the command `model`."""
+    s = settings
+    name = f"model-{Path(s.preset).stem}-{s.layers}-layers-{s.dtype}-{s.threads}-threads.json"
+    show_and_save(run(settings, on_row=print_progress), s.out or RESULTS / name)
+    return 0

@@ -1,4 +1,4 @@
-"""What the benchmarks of FP8 operators share: operands, their bytes, and torch's own block-scaled product."""
+"""Operands of FP8 operators, their bytes and tolerances, and torch's own block-scaled product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from deepseek_kernels import quantize_blocks, quantize_rows, quantize_transposed, use_backend
 from deepseek_kernels.common.fp8 import GROUP, decode
 
-from .declare import Random
+from .operands import Random
 
 __all__ = [
     "BF16_ROUNDING",
@@ -27,8 +27,8 @@ __all__ = [
     "wide",
 ]
 
-# Relative errors, of which each product's tolerance is made. A bfloat16 result differs from the exact one by half a
-# unit of its 8 bits.
+# Relative errors that make up the tolerance of a product. A bfloat16 result differs from the exact one by half a unit
+# of its 8 bits.
 BF16_ROUNDING = 2.0**-9
 # The FP8 units keep 14 bits of a sum. Four products of 32 terms each are added before they are promoted to float32:
 # they lose 4 * 2^-13 at most, 4.9e-4. This is twice that.
@@ -39,7 +39,7 @@ CODES_OFF = 1e-3
 
 
 def product_tolerance(dtype: torch.dtype) -> float:
-    """Of an FP8 product rounded to `dtype`."""
+    """Returns the tolerance of an FP8 product rounded to `dtype`."""
     return PRODUCT_ERROR + (BF16_ROUNDING if dtype != torch.float32 else 0.0)
 
 
@@ -51,30 +51,30 @@ def ceil_div(a: int, b: int = GROUP) -> int:
 
 
 def activations(random: Random, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] and scales of normal activations, in groups of columns."""
+    """Returns codes [rows, columns] and scales of normal activations, in groups of columns."""
     with use_backend("reference"):
         return quantize_rows(random.normal(rows, columns))
 
 
 def transposed_activations(random: Random, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Codes [columns, rows] and scales, in groups of rows."""
+    """Returns codes [columns, rows] and scales of normal activations, in groups of rows."""
     with use_backend("reference"):
         return quantize_transposed(random.normal(rows, columns))
 
 
 def weights(random: Random, *shape: int, parts: int = 1) -> tuple[Tensor, Tensor]:
-    """Codes and scales of normal weights: [N, K], or [E, N, K] whose N rows are `parts` matrices."""
+    """Returns codes and scales of normal weights: [N, K], or [E, N, K] whose N rows are `parts` matrices."""
     *experts, rows, columns = shape
     count = experts[0] if experts else 1
     with use_backend("reference"):
-        found = [quantize_blocks(random.normal(rows // parts, columns)) for _ in range(count * parts)]
-    codes = torch.stack([one for one, _ in found]).view(count, rows, columns)
-    scale = torch.stack([one for _, one in found]).flatten(0, 1).view(count, -1, ceil_div(columns))
+        pairs = [quantize_blocks(random.normal(rows // parts, columns)) for _ in range(count * parts)]
+    codes = torch.stack([one for one, _ in pairs]).view(count, rows, columns)
+    scale = torch.stack([one for _, one in pairs]).flatten(0, 1).view(count, -1, ceil_div(columns))
     return (codes, scale) if experts else (codes[0], scale[0])
 
 
 def wide(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[M, K] codes times scales of rows or of blocks."""
+    """Returns codes [M, K] times their scales, of rows or of blocks."""
     if scale.shape[0] != codes.shape[0]:
         scale = scale.repeat_interleave(GROUP, 0)[: codes.shape[0]]
     return decode(codes).mul_(scale.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]).to(dtype)
@@ -84,12 +84,12 @@ def wide(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 
 def group_bytes(rows: int, columns: int) -> int:
-    """Of codes and their scales in groups of 128 along each row."""
+    """Returns the bytes of codes and their scales in groups of 128 along each row."""
     return rows * columns + 4 * rows * ceil_div(columns)
 
 
 def block_bytes(rows: int, columns: int) -> int:
-    """Of codes and their scales in blocks of 128 by 128."""
+    """Returns the bytes of codes and their scales in blocks of 128 by 128."""
     return rows * columns + 4 * ceil_div(rows) * ceil_div(columns)
 
 
@@ -97,9 +97,9 @@ def block_bytes(rows: int, columns: int) -> int:
 
 
 def scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """cuBLAS's block-scaled product, on Hopper only; arguments as those of `fp8_gemm`.
+    """Multiplies with cuBLAS's block-scaled product, on Hopper only; the arguments are those of `fp8_gemm`.
 
-    It wants each column of row scales directly after the one before, and blocks' scales in columns of a multiple of 4.
+    It requires contiguous columns of row scales, and scales of blocks in columns of a multiple of 4.
 
     Raises:
         RuntimeError, ValueError, AttributeError: this torch, CUDA or device has none, or not for these sizes.
@@ -117,5 +117,5 @@ def _dense_columns(scale: Tensor) -> Tensor:
 
 
 def tensorwise_mm(a: Tensor, b: Tensor, one: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same codes with one scale for all: another result, and what the FP8 units can do without promotion."""
+    """Multiplies the codes with one scale for all: another result, and the speed of the FP8 units without promotion."""
     return torch._scaled_mm(a, b.T, one, one, out_dtype=dtype, use_fast_accum=True)

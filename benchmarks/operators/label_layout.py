@@ -1,4 +1,4 @@
-"""Labels beside points, none over another: each takes the nearest free place around its point. And plain ticks."""
+"""Placement of labels beside points, without overlaps, and plain ticks of logarithmic axes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STEP = 3.0  # points between the boxes that stand for a line
 
 @dataclass(frozen=True)
 class Label:
-    """What to write beside the point (x, y) of the data."""
+    """Text beside the point (x, y) of the data."""
 
     x: float
     y: float
@@ -34,13 +34,13 @@ class Label:
 def place_labels(
     axes: Axes, labels: Sequence[Label], marks: Sequence[tuple[float, float]], taken: Sequence[Bbox] = (), **style: Any
 ) -> None:
-    """Writes the labels within the axes, over no marker and over no other label as long as there is room.
+    """Writes the labels within the axes, each at the nearest place without a marker or another label.
 
-    The figure's layout must be fixed: what fits now would not fit after another one.
+    The figure's layout must be fixed, since a new layout moves the points.
 
     Args:
         marks: points of the data where a marker is.
-        taken: pixels that something else takes.
+        taken: pixels with something else.
         style: of the text.
     """
     unit = _unit(axes)
@@ -70,7 +70,7 @@ def place_labels(
 
 
 def line_boxes(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> list[Bbox]:
-    """Small boxes along a line between two points of the data, in pixels."""
+    """Returns small boxes along a line between two points of the data, in pixels."""
     (x0, y0), (x1, y1) = axes.transData.transform([start, end])
     return _along(x0, y0, x1, y1, _unit(axes))
 
@@ -94,10 +94,9 @@ def _around(x: float, y: float, half: float) -> Bbox:
 def _free(
     x: float, y: float, shape: Bbox, unit: float, inside: Bbox, busy: Sequence[Bbox], written: Sequence[Bbox]
 ) -> tuple[Bbox, Sequence[Bbox]]:
-    """The nearest place of this shape that is free, and the boxes of the line to it.
+    """The nearest free box of this shape, and the boxes of the line to it.
 
-    The line may cross what is `busy`; what is `written` only where there is no other way. Where nothing is free, the
-    nearest place of all.
+    The line may cross `busy` boxes, and `written` ones only if there is no other way. The nearest box if none is free.
     """
     crossing: tuple[Bbox, Sequence[Bbox]] | None = None
     places = list(_places(x, y, shape, unit))
@@ -116,7 +115,7 @@ def _free(
 
 
 def _places(x: float, y: float, shape: Bbox, unit: float) -> Iterator[tuple[float, Bbox]]:
-    """Boxes whose edge is at growing distances from the point, in all directions, right and above first."""
+    """Boxes at growing distances from the point, in all directions, right and above first."""
     from matplotlib.transforms import Bbox
 
     for distance in _DISTANCES:
@@ -130,7 +129,7 @@ def _places(x: float, y: float, shape: Bbox, unit: float) -> Iterator[tuple[floa
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Numbers on a logarithmic axis as they are read, and those between the powers of ten where there are few."""
+    """Writes plain numbers on a logarithmic axis, also between the powers of ten if there are few."""
 
     def major(value: float, _: object) -> str:
         return f"{value:,g}"

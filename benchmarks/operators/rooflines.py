@@ -1,6 +1,6 @@
-"""The ceilings of this machine, measured, and how close to them a time is.
+"""Measured ceilings of the machine, and the least time that they allow.
 
-No version of an operator runs faster than its bytes at the speed of a copy, nor than its products at the speed of a
+No implementation of an operator is faster than its bytes at the speed of a copy, or its products at the speed of a
 large matrix product. Both speeds are measured in the session that uses them: clocks and power differ from day to day.
 """
 
@@ -22,14 +22,14 @@ _WIDER = ("fp8", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes per second of a copy (read and written), FLOP/s of each matrix product, and why any is missing."""
+    """Bytes per second of a copy (read and written), FLOP/s of each matrix product, and reasons for missing ones."""
 
     copy: float
     products: Mapping[str, float]
     absent: Mapping[str, str] = field(default_factory=dict)
 
     def product(self, kind: str) -> float:
-        """FLOP/s that bound products of `kind`: those of the fastest units that are wide enough for it.
+        """Returns the FLOP/s that bound products of `kind`: the fastest of that dtype and the wider ones.
 
         A CPU without bfloat16 products multiplies bfloat16 in float32.
         """
@@ -37,7 +37,7 @@ class Ceilings:
         return max((speed for name, speed in self.products.items() if name in enough), default=math.inf)
 
     def floor(self, flops: float, moved: float, kind: str) -> float:
-        """Seconds that no version can beat."""
+        """Returns the least seconds that the ceilings allow."""
         return max(moved / self.copy, flops / self.product(kind))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Model sizes that the operators are timed at: projections of a published config, and how many tokens meet them."""
+"""Model sizes at which the operators are timed: those of a published config, and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["SCALES", "Scale", "scale"]
 
 @dataclass(frozen=True)
 class Scale:
-    """A model and the numbers of tokens that its operators see.
+    """A model and the numbers of tokens for its operators.
 
     Attributes:
-        preset: of deepseek_arch.
-        tokens: of a training batch on one device.
-        prompt: of a prefill, and of the forward product of one layer.
-        decode: sequences that each decode one token.
-        routed: rows (token and expert) that reach the experts of one device in training.
-        experts: of that device.
+        preset: a preset of deepseek_arch.
+        tokens: tokens of a training batch on one device.
+        prompt: tokens of a prefill, and of the forward product of one layer.
+        decode: sequences that decode one token each.
+        routed: rows (pairs of token and expert) for the experts of one device in training.
+        experts: experts of that device.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Scale:
     routed: int
     experts: int
 
-    # Not a slot: `cached_property` writes into the instance's dictionary, which frozen dataclasses allow.
+    # `cached_property` writes into the instance's dictionary, which a frozen dataclass allows.
     @cached_property
     def config(self) -> DeepseekConfig:
         return DeepseekConfig.from_pretrained(self.preset)
@@ -42,7 +42,7 @@ class Scale:
 
     @property
     def intermediate(self) -> int:
-        """Of a dense layer."""
+        """Intermediate size of a dense layer."""
         return self.config.intermediate_size
 
     @property
@@ -59,7 +59,7 @@ class Scale:
 
     @property
     def attention(self) -> int:
-        """Features of all heads' values: what o_proj sums over."""
+        """Features of all heads' values: the input of o_proj."""
         return self.config.num_attention_heads * self.config.v_head_dim
 
     @property
@@ -89,10 +89,10 @@ SCALES = {
 
 
 def scale(name: str) -> Scale:
-    """The scale of this name.
+    """Returns the scale of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: an unknown name.
     """
     if name not in SCALES:
         raise ValueError(f"expected a shape among {', '.join(SCALES)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Reports of operators for reading: one line for each operator, shape and provider."""
+"""The table of a report of operators: one line for each operator, shape and provider."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..core.report import OURS, Report, Row, Samples
-from .declare import Goal
+from ..core.tables import Table, title_of
+from .goals import Goal
 from .rooflines import Ceilings
 
-__all__ = ["LEGEND", "is_of_kernels", "lines", "remarks", "to_text"]
+__all__ = ["LEGEND", "is_of_kernels", "kernel_table", "lines", "remarks"]
 
 HEAD = (
     "operator",
@@ -32,11 +33,17 @@ LEGEND = (
 
 
 def is_of_kernels(report: Report) -> bool:
+    """Returns True for a report of the commands `kernels` and `gpu`."""
     return report.benchmark == "kernels"
 
 
+def kernel_table(report: Report) -> Table:
+    """Returns the table of a report of operators."""
+    return Table(title_of(report), list(lines(report)), labels=3, remarks=remarks(report))
+
+
 def lines(report: Report) -> Iterable[tuple[str, ...]]:
-    """The head, then a line for each provider of each row that has results."""
+    """Yields the titles, then a line for each provider of each row that has results."""
     measured = report.facts.get("ceilings")
     ceilings = Ceilings.from_dict(measured) if measured else None
     yield HEAD
@@ -52,7 +59,7 @@ def _cells(row: Row, name: str, samples: Samples, ceilings: Ceilings | None) -> 
     share = "" if ceilings is None else f"{ceilings.floor(flops, moved, row.details['product']) / seconds:.1%}"
     ours = name == OURS
     ratio = row.ratio() if ours else None
-    # Our call on a GPU may have run the reference: a slow surprise that the table is not to hide.
+    # The implementation that ran: our call on a GPU may have fallen back to the reference, which is slow.
     label = f"{name} ({row.details['runs']})" if ours else name
     first = row.details.get("first_call_s", {}).get(name)
     return (
@@ -76,30 +83,21 @@ def _goal(row: Row, seconds: float) -> str:
 
 
 def remarks(report: Report) -> list[str]:
-    """What failed, who is absent and why, then the legend and the report's own notes."""
-    found = _check_remarks(report)
-    found += [f"FAILED {row.name}: {row.details['error']}" for row in report.rows if "error" in row.details]
+    """Returns the failures, the absent providers with the reason, the legend and the report's own notes."""
+    text = _check_remarks(report)
+    text += [f"FAILED {row.name}: {row.details['error']}" for row in report.rows if "error" in row.details]
     absent: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
         for name, why in row.details.get("absent", {}).items():
-            # The first sentence: what follows names the sizes, which differ from row to row.
+            # Only the first sentence: the rest names the sizes, which differ from row to row.
             absent.setdefault((name, why.partition(". ")[0]), []).append(row.name)
-    found += [f"no {name}: {why} ({len(rows)}x, first {rows[0]})" for (name, why), rows in absent.items()]
-    return [*found, LEGEND, *report.notes]
+    text += [f"no {name}: {why} ({len(rows)}x, first {rows[0]})" for (name, why), rows in absent.items()]
+    return [*text, LEGEND, *report.notes]
 
 
 def _check_remarks(report: Report) -> list[str]:
     checks = report.facts.get("checks", [])
     counts = Counter(check["status"] for check in checks)
-    found = ["checks: " + ", ".join(f"{count} {status}" for status, count in counts.items())] if checks else []
+    text = ["checks: " + ", ".join(f"{count} {status}" for status, count in counts.items())] if checks else []
     notable = (check for check in checks if check["status"] != "passed")
-    return found + [f"{check['status'].upper()} {check['name']}: {check['message']}" for check in notable]
-
-
-def to_text(report: Report) -> str:
-    """For a terminal."""
-    table = list(lines(report))
-    widths = [max(len(line[column]) for line in table) for column in range(len(HEAD))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    rows.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*rows, "", *remarks(report)])
+    return text + [f"{check['status'].upper()} {check['name']}: {check['message']}" for check in notable]

@@ -1,1 +1,1 @@
-"""Training runs: a small model from nothing, FP8 against BF16."""
+"""Training of small models: an example to start from, its measurements, and FP8 against BF16."""

@@ -1,8 +1,8 @@
-"""A task on which experts collapse without balancing: tiny, seconds long, with a bound that balanced loads keep.
+"""A task on which experts collapse without balancing: tiny, seconds long, with a bound for balanced loads.
 
-Embeddings start with a large common part, as those of trained models have, so that all tokens prefer the same experts;
-what is to be learned is a walk over the vocabulary in which seven tokens of ten have one successor. The experts that
-get the tokens learn, and are preferred for it.
+Embeddings start with a large common part, as those of trained models have, so that all tokens prefer the same experts.
+The task is a walk over the vocabulary in which seven tokens of ten have one successor. The experts that get the tokens
+learn it, and are preferred even more.
 """
 
 from __future__ import annotations
@@ -23,37 +23,21 @@ BATCH, LENGTH = 16, 32
 
 
 def skewed_config() -> da.DeepseekConfig:
-    """Two layers of 16 experts, 2 for a token, without groups and without a prediction layer."""
-    return da.DeepseekConfig.from_pretrained("tiny").replace(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        first_k_dense_replace=0,
-        n_routed_experts=16,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        q_lora_rank=None,
-        kv_lora_rank=16,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        num_nextn_predict_layers=0,
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    """Returns two layers of 16 experts, 2 for a token, without groups and without an MTP module."""
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    routing = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    attention = heads | {"v_head_dim": 8, "q_lora_rank": None, "kv_lora_rank": 16}
+    others = {"dtype": "float32", "bos_token_id": None, "eos_token_id": None}
+    return da.DeepseekConfig.from_pretrained("tiny").replace(**sizes, **layers, **routing, **attention, **others)
 
 
 def chance_violation(steps: int) -> float:
-    """Max violation that chance alone makes of even use, over so many steps together.
+    """Returns the max violation of even use by chance alone, over so many steps together.
 
-    An expert's choices are then about Poisson, with a relative deviation of one over the root of their number, and the
-    largest of E such numbers lies about sqrt(2 ln E) deviations above the mean.
+    The number of choices of an expert is about Poisson, with a relative deviation of one over its root, and the largest
+    of E such numbers lies about sqrt(2 ln E) deviations above the mean.
     """
     config = skewed_config()
     each = steps * BATCH * LENGTH * config.num_experts_per_tok / config.n_routed_experts
@@ -61,7 +45,7 @@ def chance_violation(steps: int) -> float:
 
 
 def train_skewed(rate: float, steps: int, seed: int = 0) -> tuple[LoadHistory, list[float]]:
-    """Trains on the task -> how the experts were used, and the loss of every step.
+    """Trains on the task and returns the use of the experts and the loss of every step.
 
     Args:
         rate: of the bias updates; 0 for none. No balance loss is added, so that nothing else balances.
@@ -94,7 +78,7 @@ def train_skewed(rate: float, steps: int, seed: int = 0) -> tuple[LoadHistory, l
 
 
 def _walk(successors: Tensor, draw: torch.Generator) -> Tensor:
-    """int64 [BATCH, LENGTH]: from each token to its successor in seven of ten cases, else anywhere."""
+    """Walks int64 [BATCH, LENGTH]: from each token to its successor in seven of ten cases, else anywhere."""
     anywhere = torch.randint(len(successors), (BATCH, LENGTH), generator=draw)
     follows = torch.rand(BATCH, LENGTH, generator=draw) < 0.7
     rows = anywhere.clone()

@@ -1,6 +1,7 @@
-"""DeepSeek's inference code as a contestant: which configs, under which names. Its own code is not here to be run.
+"""DeepSeek's inference code as a contestant: the configs that it runs, and its tensor names.
 
-Run by hand against it (V2-Lite's, V3's and an ungrouped sigmoid router, small): logits agree to 2e-6 in float32.
+The code itself is not in this repository. By hand it was run against V2-Lite's, V3's and an ungrouped sigmoid
+router, all small: logits agree to 2e-6 in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import torch
 
 import deepseek_arch as da
 from benchmarks.models.contestants import comparable, random_model
-from benchmarks.models.deepseek_inference import DeepseekInference, arguments, renamed, unsupported
+from benchmarks.models.deepseek_inference import DeepseekInference
+from benchmarks.models.deepseek_layout import arguments, renamed, unsupported
 
 LITE = comparable(da.DeepseekConfig.from_pretrained("deepseek-v2-lite"))
 V3 = comparable(da.DeepseekConfig.from_pretrained("deepseek-v3"))
@@ -124,6 +126,6 @@ class Transformer(torch.nn.Module):
 def test_code_with_other_logits_is_not_timed(tmp_path):
     with pytest.raises(ValueError, match=r"a folder with model\.py"):
         DeepseekInference(tmp_path, SMALL, "fp32", 1, 64)
-    (tmp_path / "model.py").write_text(STAND_IN)  # and no kernel.py: its import must not be what fails
+    (tmp_path / "model.py").write_text(STAND_IN)  # without a kernel.py: a failing import of it must not matter
     with pytest.raises(ValueError, match="refusing to time"):
         DeepseekInference(tmp_path, SMALL, "fp32", 1, 64)

@@ -1,4 +1,4 @@
-"""The GPU checks on a CPU: each passes on the references, and fails on what it is there to find."""
+"""The GPU checks on a CPU: each passes on the references, and fails on the fault that it is for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 
 import deepseek_kernels
 from benchmarks.gpu import checks as gpu_checks
-from benchmarks.gpu.checks import FULL, SMALL, Skipped, checks, repeats
-from benchmarks.operators.declare import Mismatch, operators, select
+from benchmarks.gpu import exact_products, large_offsets
+from benchmarks.gpu.checks import checks, repeats
+from benchmarks.gpu.sizes import FULL, SMALL, Skipped
+from benchmarks.operators.declare import operators, select
 from benchmarks.operators.scales import scale
+from benchmarks.operators.verify import Mismatch
 from deepseek_kernels.common.fp8 import decode
 
 CPU = torch.device("cpu")
@@ -39,11 +42,11 @@ def test_full_sizes_are_beyond_int32():
     assert FULL.long == 16384
 
 
-# ------------------------------------------------------------------ what they are there to find
+# ------------------------------------------------------------------ the faults that they are for
 
 
 def off_by_one_bit(function, part=lambda result: result):
-    """`function` with one bit of its last element changed."""
+    """Returns `function` with a change in the last element of its result."""
 
     def wrong(*inputs, **options):
         result = function(*inputs, **options)
@@ -71,10 +74,11 @@ def off_by_one_bit(function, part=lambda result: result):
 )
 def test_a_wrong_product_is_found(monkeypatch, name, function):
     def last(result):
-        # Of experts, the last row that belongs to one: rows beyond are nobody's, and zeros.
+        # The last row that belongs to an expert: the rows after it are zeros.
         return result[:-1] if name == "integers: grouped products" else result
 
-    monkeypatch.setattr(gpu_checks, function, off_by_one_bit(getattr(deepseek_kernels, function), last))
+    module = large_offsets if name.startswith("beyond") else exact_products
+    monkeypatch.setattr(module, function, off_by_one_bit(getattr(deepseek_kernels, function), last))
     with pytest.raises(Mismatch):
         ALL[name](CPU, SMALL)
 
@@ -91,13 +95,13 @@ def test_a_wrong_quantization_of_the_last_rows_is_found(monkeypatch, function, p
             one[-1, -1] += 1
         return found
 
-    monkeypatch.setattr(gpu_checks, function, wrong)
+    monkeypatch.setattr(large_offsets, function, wrong)
     with pytest.raises(Mismatch, match=function):
         ALL["beyond 2^31: quantization"](CPU, SMALL)
 
 
 def test_sums_without_promotion_are_found(monkeypatch):
-    """A product that adds 32 terms at a time to a sum of 14 bits, cut off, as the FP8 units do by themselves."""
+    """A product that adds 32 terms at a time to a sum of 14 bits, truncated, as the FP8 units do without promotion."""
 
     def truncated(x):
         mantissa, exponent = torch.frexp(x)
@@ -113,11 +117,11 @@ def test_sums_without_promotion_are_found(monkeypatch):
     def with_scales_of_one(x):
         return x.to(torch.float8_e4m3fn), torch.ones(x.shape[0], x.shape[1] // 128)
 
-    monkeypatch.setattr(gpu_checks, "quantize_rows", with_scales_of_one)
-    gpu_checks.promotion(CPU, SMALL)  # the reference promotes
-    monkeypatch.setattr(gpu_checks, "fp8_gemm", unpromoted)
+    monkeypatch.setattr(exact_products, "quantize_rows", with_scales_of_one)
+    exact_products.promotion(CPU, SMALL)  # the reference promotes
+    monkeypatch.setattr(exact_products, "fp8_gemm", unpromoted)
     with pytest.raises(Mismatch, match="sums of 16384 terms"):
-        gpu_checks.promotion(CPU, FULL)
+        exact_products.promotion(CPU, FULL)
 
 
 def test_a_race_is_found(monkeypatch):
@@ -134,7 +138,7 @@ def test_a_race_is_found(monkeypatch):
         repeats(operator, shape, CPU)
 
 
-def test_memory_that_nobody_wrote_is_poisoned():
+def test_unwritten_memory_is_poisoned():
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         memory = torch.zeros(3, dtype=dtype)
         gpu_checks._poison(memory)
@@ -147,5 +151,5 @@ def test_memory_that_nobody_wrote_is_poisoned():
 def test_a_check_that_does_not_fit_is_skipped(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
     with pytest.raises(Skipped, match="needs 24 GiB of memory, 1 are free"):
-        gpu_checks._needs(torch.device("cuda"), 16 * 2**30)
-    gpu_checks._needs(torch.device("cuda"), 2**28)
+        large_offsets.require_memory(torch.device("cuda"), 16 * 2**30)
+    large_offsets.require_memory(torch.device("cuda"), 2**28)

@@ -1,121 +1,24 @@
-"""`python -m benchmarks gpu`: its workers, its time, its report. Nothing here checks a time."""
+"""`python -m benchmarks gpu`: its tasks, its session, its report. No test asserts a time."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import __main__ as command_line
-from benchmarks.cli import settings_command
+from benchmarks.cli.commands import main
 from benchmarks.core.report import Report, Row, Samples
-from benchmarks.core.workers import Budget, Worker, environment, run_tasks
+from benchmarks.core.workers import Budget, environment
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu import tasks as gpu_tasks
+from benchmarks.gpu.pytest_process import run_pytest
 from benchmarks.operators import declare as operators
-from benchmarks.operators import run as kernels
-
-# ------------------------------------------------------------------ time
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_budget_runs_out_and_parts_leave_what_they_do_not_need():
-    clock = Clock()
-    whole = Budget(100, clock)
-    assert (whole.left(), whole.until(0.4).left()) == (100, 40)
-    clock.now += 30
-    part = whole.until(0.4)
-    assert (whole.spent(), whole.left(), part.left(), whole.until(0.6).left()) == (30, 70, 10, 30)
-    clock.now += 15
-    assert (part.left(), whole.until(0.4).left(), whole.left()) == (0, 0, 55)
-    clock.now += 100
-    assert whole.left() == 0
-
-
-@pytest.mark.parametrize("seconds", [-1, float("nan")])
-def test_a_budget_is_not_negative(seconds):
-    with pytest.raises(ValueError, match="seconds of at least 0"):
-        Budget(seconds)
-
-
-# ------------------------------------------------------------------ workers
-
-
-@pytest.fixture
-def worker(tmp_path):
-    with Worker("support.worker_tasks", tmp_path / "log") as one:
-        yield one
-
-
-def results(worker: Worker, *tasks: str, limit_s: float = 30) -> list[dict]:
-    return [worker.perform({"do": task}, limit_s) for task in tasks]
-
-
-def test_tasks_share_a_process_and_their_words_go_to_the_log(worker, tmp_path):
-    assert results(worker, "nothing", "print") == [{"turn": 1}, {"turn": 2}]
-    assert (tmp_path / "log").read_text() == "a kernel's own words\n"
-
-
-def test_a_task_that_fails_leaves_the_process_to_the_next(worker):
-    assert results(worker, "fail", "nothing") == [{"error": "ValueError: fail in two lines"}, {"turn": 2}]
-
-
-def test_a_process_that_dies_fails_one_task(worker):
-    assert results(worker, "nothing", "die", "nothing") == [
-        {"turn": 1},
-        {"error": "the process died with exit status 7"},
-        {"turn": 1},
-    ]
-
-
-def test_a_task_that_hangs_is_stopped(worker):
-    assert results(worker, "nothing", "sleep", limit_s=3) == [{"turn": 1}, {"error": "stopped after 3 s"}]
-    assert results(worker, "nothing") == [{"turn": 1}]
-
-
-def test_a_process_whose_device_is_lost_is_replaced(worker):
-    found = results(worker, "nothing", "nothing", "poison", "nothing")
-    assert found[2] == {"error": "ValueError: poison in two lines"}
-    assert found[3] == {"turn": 1}
-
-
-def test_a_worker_that_cannot_start_is_an_error(tmp_path):
-    with Worker("no_such_module", tmp_path / "log") as worker:
-        assert results(worker, "nothing") == [{"error": "the process died with exit status 1"}]
-    assert "no_such_module" in (tmp_path / "log").read_text()
-
-
-def test_tasks_end_with_the_budget():
-    clock = Clock()
-
-    def perform(task, seconds):
-        clock.now += 10
-        return {"error": "stopped"} if task["number"] == 2 else {"seconds": seconds}
-
-    tasks = [{"number": number} for number in range(4)]
-    found = list(run_tasks(SimpleNamespace(perform=perform), tasks, Budget(25, clock), limit_s=12))
-    # The third was stopped by the end of the budget, not by a fault of its own.
-    assert found == [(tasks[0], {"seconds": 12}), (tasks[1], {"seconds": 12})]
-
-
-def test_workers_do_not_inherit_the_interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("DEEPSEEK_KERNELS_BACKEND", "reference")
-    assert not {"TRITON_INTERPRET", "DEEPSEEK_KERNELS_BACKEND"} & set(environment())
-
+from benchmarks.operators.measuring import plan
+from support.clock import Clock
 
 # ------------------------------------------------------------------ tasks
 
@@ -147,7 +50,7 @@ CEILINGS = {"copy": 1e9, "products": {"fp32": 1e12}, "absent": {}}
 
 
 class FakeWorker:
-    """Answers at once, or says that a task failed."""
+    """Answers at once, or reports that a task failed."""
 
     def __init__(self, clock: Clock, failing: str = "") -> None:
         self.clock, self.failing = clock, failing
@@ -168,7 +71,7 @@ class FakeWorker:
 
 def session(folder: Path, seconds: float = 1e6, failing: str = "") -> gpu.Session:
     clock = Clock()
-    work = kernels.plan(operators.select(["moe_permute", "fp8_gemm.transposed"]), ["tiny"])
+    work = plan(operators.select(["moe_permute", "fp8_gemm.transposed"]), ["tiny"])
     worker = FakeWorker(clock, failing)
     return gpu.Session(folder / "gpu-test", Budget(seconds, clock), True, work, Report("kernels", {}, ()), worker)
 
@@ -196,9 +99,9 @@ def test_one_failure_is_status_1_and_does_not_end_the_run(tmp_path, failing):
     assert "the process died" in (tmp_path / "gpu-test.md").read_text()
 
 
-def test_what_did_not_get_its_turn_is_named_and_is_status_1(tmp_path):
+def test_work_that_was_not_reached_is_named_and_is_status_1(tmp_path):
     one = session(tmp_path, seconds=2.5)
-    one.kernels()  # the ceilings and two of three operators
+    one.kernels()  # the time is enough for the ceilings and two of three operators
     assert len(one.report.rows) == 2
     assert (
         one.report.notes[-1] == "out of time for 1 of 3 operators and shapes: fp8_gemm.transposed tiny o_proj 192x128"
@@ -247,97 +150,24 @@ def test_pytest_is_run_and_summarized(tmp_path, monkeypatch, chosen, seconds, st
     (tmp_path / "test_four.py").write_text(TESTS)
     monkeypatch.setenv("PYTEST_ADDOPTS", f"-k '{chosen}' -c {tmp_path / 'none.ini'}")
     (tmp_path / "none.ini").write_text("[pytest]\n")
-    found = gpu.run_pytest(str(tmp_path / "test_four.py"), tmp_path / "log", seconds, parallel=False)
-    assert found[0] == status
-    assert found[1].startswith(message)
+    outcome = run_pytest(str(tmp_path / "test_four.py"), tmp_path / "log", seconds, parallel=False)
+    assert outcome[0] == status
+    assert outcome[1].startswith(message)
 
 
-# ------------------------------------------------------------------ the commands
-
-
-def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
-    with pytest.raises(SystemExit) as end:
-        command_line.main()
-    return int(end.value.code or 0)
+# ------------------------------------------------------------------ the command
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("typer", [True, False], ids=["typer", "no typer"])
-def test_without_a_gpu_it_says_so(monkeypatch, capsys, typer):
-    if not typer:
-        monkeypatch.setattr(command_line, "find_spec", lambda name: None)
-    assert run(monkeypatch, "gpu") == 2
+def test_without_a_gpu_it_says_so(capsys):
+    assert main(["gpu"]) == 2
     assert capsys.readouterr().err == "error: no CUDA device here; --dry-run tries the command on the CPU\n"
 
 
-def test_without_typer_there_are_the_commands_that_do_not_need_it(monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "find_spec", lambda name: None)
-    assert run(monkeypatch, "model") == 2
-    assert "error: expected one of kernels, gpu" in capsys.readouterr().err
-    assert run(monkeypatch, "kernels", "--list") == 0
-
-
-def test_the_gpu_command_imports_neither_typer_nor_rich_nor_transformers(tmp_path):
-    code = (
-        "import sys; from benchmarks.gpu import run, tasks; print({'typer', 'rich', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
-
-
 @pytest.mark.parametrize("arguments", [("--only", "benchmarks"), ("--op", "nothing"), ("--minutes", "-1")])
-def test_arguments_that_mean_nothing_are_one_line(monkeypatch, capsys, tmp_path, arguments):
-    assert run(monkeypatch, "gpu", "--dry-run", "--out", str(tmp_path), *arguments) == 2
+def test_arguments_that_mean_nothing_are_one_line(capsys, tmp_path, arguments):
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path), *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: expected")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure."""
-
-    rounds: int = 3
-    sizes: tuple[int, ...] = (1, 2)
-    shapes: tuple[tuple[int, int], ...] = ((3, 4), (5, 6))
-    folder: str | None = None
-    verbose: bool = False
-
-
-def row_of(settings: Settings, parts: tuple[str, ...] = ()) -> Row:
-    return Row(f"{settings} {parts}", "ms", "lower", {"ours": Samples((1.0,))})
-
-
-def test_a_benchmark_with_settings_has_an_option_for_each(tmp_path, capsys):
-    def run(settings, parts=("a", "b"), *, on_row):
-        one = row_of(settings, parts)
-        on_row(one)
-        return Report("some", {}, (one,))
-
-    module = SimpleNamespace(Settings=Settings, run=run, PARTS=("a", "b"), __doc__="Measures 100% of it.")
-    path = tmp_path / "out.json"
-    arguments = ["--rounds", "5", "--sizes", "7,8", "--shapes", "1x2", "--verbose", "--only", "b", "--out", str(path)]
-    assert settings_command.main("some", module, arguments) == 0
-    (found,) = Report.load(path).rows
-    assert found == row_of(Settings(5, (7, 8), ((1, 2),), None, True), ("b",))
-    assert found.name in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        settings_command.main("some", module, ["--help"])
-    text = capsys.readouterr().out
-    assert "Measures 100% of it." in text
-    assert "[3x4,5x6]" in text
-
-
-def test_a_benchmark_that_only_runs_gets_threads_as_well(tmp_path):
-    module = SimpleNamespace(
-        Settings=Settings, run=lambda settings: Report("some", {}, (row_of(settings),)), __doc__=""
-    )
-    path, before = tmp_path / "out.json", torch.get_num_threads()
-    try:
-        assert settings_command.main("some", module, ["--threads", "1", "--out", str(path)]) == 0
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    assert Report.load(path).rows == (row_of(Settings()),)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks kernels` declares and how it measures. Nothing here checks a time."""
+"""Declarations and measurements of `python -m benchmarks kernels`. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cli.commands import run as run_command
 from benchmarks.core.compare import compare
 from benchmarks.core.report import Report, Row, Samples
-from benchmarks.core.tables import to_markdown
 from benchmarks.operators import declare as operators
+from benchmarks.operators import measuring
 from benchmarks.operators import run as kernels
-from benchmarks.operators.declare import Goal, Mismatch, Operator, Provider, Shape, require_close, require_equal
+from benchmarks.operators.declare import Operator, Provider, Shape
+from benchmarks.operators.goals import Goal
 from benchmarks.operators.rooflines import Ceilings
 from benchmarks.operators.scales import SCALES, scale
-from benchmarks.operators.tables import lines, remarks, to_text
+from benchmarks.operators.tables import kernel_table, lines, remarks
+from benchmarks.operators.verify import Mismatch, require_close, require_equal
 
 CPU = torch.device("cpu")
-QUICK = kernels.Options(rounds=1, budget_s=0.0, cold=0)
+QUICK = measuring.Options(rounds=1, budget_s=0.0, cold=0)
 TINY = [(operator, shape) for operator in operators.operators() for shape in operator.shapes(scale("tiny"))]
 
 
@@ -65,7 +68,7 @@ def test_names_are_unique_and_begin_with_their_scale():
 
 @pytest.mark.parametrize(("operator", "shape"), TINY, ids=names(TINY))
 def test_every_operator_is_right_and_has_a_time(operator, shape):
-    row = kernels.measure(operator, shape, CPU, QUICK)
+    row = measuring.measure(operator, shape, CPU, QUICK)
     assert "error" not in row.details
     assert row.results["ours"].median > 0
     assert not row.details["absent"]
@@ -84,7 +87,7 @@ def test_operators_are_found_by_name_and_by_group():
 
 
 def test_the_most_important_shapes_of_the_first_scale_come_first():
-    work = kernels.plan(operators.operators(), ["v3", "v2-lite"])
+    work = measuring.plan(operators.operators(), ["v3", "v2-lite"])
     assert [f"{o.name} {s.name}" for o, s in work[:3]] == [
         "fp8_gemm.blocks v3 o_proj 4096x7168x16384",
         "fp8_grouped_gemm.forward v3 gate_up 32768x4096x7168, 8 experts",
@@ -94,11 +97,11 @@ def test_the_most_important_shapes_of_the_first_scale_come_first():
     assert ranks == sorted(ranks, reverse=True)  # all of v3, then all of v2-lite
 
 
-# ------------------------------------------------------------------ one operator that misbehaves
+# ------------------------------------------------------------------ one operator with faults
 
 
 class Doubling(Operator):
-    """2 x; the others are what a test says."""
+    """2 x, with the other providers of a test."""
 
     name, op = "doubling", "dense_gemm"
 
@@ -129,13 +132,13 @@ def fail(x: Tensor) -> Tensor:
 
 
 def measured(operator: Operator, **options) -> Row:
-    return kernels.measure(operator, operator.shapes(None)[0], CPU, kernels.Options(rounds=1, cold=0, **options))
+    return measuring.measure(operator, operator.shapes(None)[0], CPU, measuring.Options(rounds=1, cold=0, **options))
 
 
 @pytest.mark.parametrize(
     ("ours", "why"), [(lambda x: x * 3, "Mismatch: expected result bit by bit"), (fail, "not on this machine")]
 )
-def test_what_is_wrong_has_no_number(ours, why):
+def test_a_wrong_result_has_no_number(ours, why):
     row = measured(Doubling(ours, good=Provider(lambda x: x * 2)))
     assert row.results == {}
     assert why in row.details["error"]
@@ -195,7 +198,7 @@ def row(ours: float = 2.0, **details) -> Row:
     return Row("doubling v3 eight", "ms", "lower", results, "mm", details=every | details)
 
 
-def test_a_table_says_what_the_numbers_mean():
+def test_a_table_explains_its_numbers():
     head, ours, other = lines(report(row(goal={"must": "0.4 TF", "stretch": "0.6 GB/s"}, first_call_s={"ours": 1.2})))
     assert head[3:] == ("ms (p10 - p90)", "first call s", "TFLOP/s", "GB/s", "% of roofline", "x built-in", "goal")
     # A gigaFLOP and a megabyte in 2 ms; both ceilings allow it in 1 ms.
@@ -219,10 +222,10 @@ def test_a_report_of_kernels_survives_its_file_and_has_its_own_markdown(tmp_path
     before.save(tmp_path / "report.json")
     after = Report.load(tmp_path / "report.json")
     assert after == before
-    text = to_markdown(after)
+    text = kernel_table(after).to_markdown()
     assert "| doubling | v3 eight | ours (triton) | 2 (1.2 - 2.8) |" in text
     assert "- no scaled_mm: none here (1x, first doubling v3 eight)\n" in text
-    assert to_text(after).splitlines()[2].startswith("doubling")
+    assert kernel_table(after).to_text().splitlines()[2].startswith("doubling")
 
 
 def test_a_report_names_what_failed():
@@ -240,20 +243,20 @@ def test_a_report_names_what_failed():
 
 def test_the_command_checks_times_and_saves(tmp_path, capsys, monkeypatch):
     arguments = ["--op", "moe_permute", "--shape", "tiny", "--rounds", "1", "--budget", "0", "--device", "cpu"]
-    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
-    assert kernels.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
+    monkeypatch.setattr(measuring, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
+    assert run_command("kernels", [*arguments, "--out", str(tmp_path / "out.json")]) == 0
     found = Report.load(tmp_path / "out.json")
     assert [one.details["op"] for one in found.rows] == ["moe_permute.permute", "moe_permute.unpermute"]
     assert "moe_permute.permute" in capsys.readouterr().out
     monkeypatch.setattr("benchmarks.operators.cases.moe_permute.permute", fail)
-    assert kernels.main([*arguments, "--out", str(tmp_path / "out.json")]) == 1
+    assert run_command("kernels", [*arguments, "--out", str(tmp_path / "out.json")]) == 1
 
 
-def test_the_command_compares_with_what_it_was_asked_for_only(tmp_path, capsys, monkeypatch):
+def test_the_command_compares_only_the_rows_that_it_measures(tmp_path, capsys, monkeypatch):
     arguments = ["--op", "moe_permute.permute", "--shape", "tiny", "--rounds", "1", "--budget", "0", "--device", "cpu"]
-    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
+    monkeypatch.setattr(measuring, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
     found = {"ms": 0.0}
-    monkeypatch.setattr(kernels, "measure", lambda operator, shape, *_: timed(operator.name, shape.name, **found))
+    monkeypatch.setattr(measuring, "measure", lambda operator, shape, *_: timed(operator.name, shape.name, **found))
     goal = {"must": "1 us", "stretch": ""}
     old = [timed("moe_permute.permute", "tiny 24x192, top-4", 2.0, goal=goal)]
     old += [timed("moe_permute.unpermute", "tiny 24x192, top-4", 2.0, goal=goal)]  # another operator
@@ -261,14 +264,14 @@ def test_the_command_compares_with_what_it_was_asked_for_only(tmp_path, capsys, 
     Report("kernels", {"device": "cpu"}, tuple(old)).save(tmp_path / "old.json")
     arguments += ["--compare", str(tmp_path / "old.json"), "--out", str(tmp_path / "new.json")]
     for found["ms"], tolerance, status in ((2.1, "0.1", 0), (2.3, "0.1", 1), (2.3, "0.2", 0)):
-        assert kernels.main([*arguments, "--tolerance", tolerance]) == status
+        assert run_command("kernels", [*arguments, "--tolerance", tolerance]) == status
         text = capsys.readouterr().out
         assert ("REGRESSION" in text) == bool(status)
         assert "1 compared" in text
     old.append(timed("moe_permute.permute", "tiny 9x9, top-4", 2.0, goal=goal))
     Report("kernels", {"device": "cpu"}, tuple(old)).save(tmp_path / "old.json")
     found["ms"] = 2.0
-    assert kernels.main(arguments) == 1
+    assert run_command("kernels", arguments) == 1
     assert "moe_permute.permute tiny 9x9, top-4: ERROR, a row with a goal is only in the old" in capsys.readouterr().out
 
 
@@ -277,23 +280,27 @@ def timed(op: str, shape: str, ms: float, **details) -> Row:
     return Row(f"{op} {shape}", "ms", "lower", {"ours": Samples((ms,))}, details=every | details)
 
 
-def test_what_cannot_work_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "run", fail)
+def test_impossible_options_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "measure_all", fail)
     arguments = ["--op", "moe_permute", "--shape", "tiny", "--device", "cpu"]
     with pytest.raises(ValueError, match=r"expected providers among .*index_select.*, got cublas"):
-        kernels.main([*arguments, "--provider", "cublas"])
+        run_command("kernels", [*arguments, "--provider", "cublas"])
+    with pytest.raises(ValueError, match="by median or ratio"):
+        run_command("kernels", [*arguments, "--by", "mean"])
     with pytest.raises(ValueError, match=r"old\.json"):
-        kernels.main([*arguments, "--compare", str(tmp_path / "old.json")])
+        run_command("kernels", [*arguments, "--compare", str(tmp_path / "old.json")])
     report(row()).save(tmp_path / "old.json")
     with pytest.raises(ValueError, match="expected ours among the providers to compare, got torch"):
-        kernels.main([*arguments, "--provider", "torch", "--compare", str(tmp_path / "old.json")])
+        run_command("kernels", [*arguments, "--provider", "torch", "--compare", str(tmp_path / "old.json")])
     monkeypatch.setattr("benchmarks.operators.plots.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="expected matplotlib"):
-        kernels.main([*arguments, "--plot", str(tmp_path)])
+        run_command("kernels", [*arguments, "--plot", str(tmp_path)])
 
 
-def test_the_command_lists_operators_and_refuses_what_it_does_not_know(capsys):
-    assert kernels.main(["--list", "--op", "fp8_gemm.blocks,moe_permute", "--shape", "v3,v2-lite", "tiny"]) == 0
+def test_the_command_lists_operators_and_refuses_unknown_ones(capsys):
+    assert (
+        run_command("kernels", ["--list", "--op", "fp8_gemm.blocks,moe_permute", "--shape", "v3,v2-lite", "tiny"]) == 0
+    )
     text = capsys.readouterr().out.splitlines()
     assert text[0] == "fp8_gemm.blocks  (others: scaled_mm, bf16 mm, tensor-wise)"
     assert ["v3", "o_proj", "4096x7168x16384", "goal", "850", "TF,", "stretch", "1100", "TF"] in map(str.split, text)
@@ -306,7 +313,7 @@ def test_the_command_lists_operators_and_refuses_what_it_does_not_know(capsys):
         "moe_permute.unpermute",
     ]
     with pytest.raises(ValueError, match="got 'nothing'"):
-        kernels.main(["--op", "nothing"])
+        run_command("kernels", ["--op", "nothing"])
 
 
 # ------------------------------------------------------------------ sweeps
@@ -323,11 +330,11 @@ def test_a_sweep_is_every_power_of_two_between_its_ends():
 
 def test_sweeps_are_timed_when_asked_for_and_after_everything_else():
     chosen = operators.select(["fp8_gemm.blocks"])
-    without, sweeping = kernels.plan(chosen, ["tiny"]), kernels.plan(chosen, ["tiny"], sweep=True)
+    without, sweeping = measuring.plan(chosen, ["tiny"]), measuring.plan(chosen, ["tiny"], sweep=True)
     assert not any(shape.sweep for _, shape in without)
     assert [shape["M"] for _, shape in sweeping[len(without) :]] == [1, 2, 4, 8, 16]
     operator, shape = sweeping[-1]
-    found = kernels.measure(operator, shape, CPU, QUICK)
+    found = measuring.measure(operator, shape, CPU, QUICK)
     assert (found.details["sweep"], found.details["size"]) == ("M", 16)
 
 

@@ -1,10 +1,9 @@
-"""The figures of `python -m benchmarks kernels --plot`: what is in them, and that no label is over another."""
+"""The figures of `python -m benchmarks kernels --plot`: their contents, and labels without overlaps."""
 
 from __future__ import annotations
 
 import random
 import struct
-import sys
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks.__main__ import main
+from benchmarks.cli.commands import main
 from benchmarks.core.report import Report, Row, Samples
-from benchmarks.operators import plots
+from benchmarks.operators import figure_parts, plots
 from benchmarks.operators.label_layout import Label, place_labels
 from benchmarks.operators.rooflines import Ceilings
 
@@ -54,13 +53,13 @@ def test_every_kind_of_row_has_its_figure(tmp_path):
 
 
 def drawn(*rows: Row) -> list[tuple[str, Figure]]:
-    page = plots.Page(report(*rows), None, plots._looks(rows))
+    page = figure_parts.Page(report(*rows), None, figure_parts.looks_of(rows))
     return list(plots._figures(page, rows))
 
 
 def test_a_roofline_has_its_ceilings_and_a_marker_for_each_result():
     rows = ROWS[:2]
-    page = plots.Page(report(*rows), Ceilings(2e9, {"bf16": 4e10, "fp32": 1e10}), plots._looks(rows))
+    page = figure_parts.Page(report(*rows), Ceilings(2e9, {"bf16": 4e10, "fp32": 1e10}), figure_parts.looks_of(rows))
     ((_, figure),) = plots._figures(page, rows)
     (axes,) = figure.axes
     points = sorted(tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() != "None")
@@ -84,7 +83,7 @@ def test_many_rows_are_numbered_with_a_key():
 
 def test_sizes_are_in_a_name_where_it_says_too_little_without():
     same = [row("gemm", "v3 o_proj 8x8"), row("gemm", "v3 o_proj 9x9"), row("gemm", "v3 head 4x4, top-8 of 9x9")]
-    assert plots._names(same) == ["gemm o_proj 8x8", "gemm o_proj 9x9", "gemm head, top-8 of 9x9"]
+    assert figure_parts.names_of(same) == ["gemm o_proj 8x8", "gemm o_proj 9x9", "gemm head, top-8 of 9x9"]
 
 
 def test_a_sweep_has_its_sizes_in_order_and_a_band():
@@ -100,7 +99,7 @@ def test_a_sweep_has_its_sizes_in_order_and_a_band():
 
 
 def test_a_provider_looks_the_same_in_every_figure_and_unlike_the_others():
-    looks = plots._looks([replace(ROWS[0], results={f"p{i}": Samples((1.0,)) for i in range(20)})])
+    looks = figure_parts.looks_of([replace(ROWS[0], results={f"p{i}": Samples((1.0,)) for i in range(20)})])
     assert len({(look.color, look.marker) for look in looks.values()}) == 21
 
 
@@ -122,7 +121,7 @@ def test_labels_are_apart_and_within_the_axes(seed):
     assert all(inside.y0 <= box.y0 and box.y1 <= inside.y1 for box in boxes)
 
 
-def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch):
+def test_reports_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="got one of model"):
         plots.draw(replace(report(*ROWS), benchmark="model"), tmp_path)
     with pytest.raises(ValueError, match="with results"):
@@ -132,12 +131,9 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch):
         plots.draw(report(*ROWS), tmp_path)
 
 
-def test_the_command_draws_a_saved_report(tmp_path, monkeypatch, capsys):
+def test_the_command_draws_a_saved_report(tmp_path, capsys):
     report(ROWS[2]).save(tmp_path / "report.json")
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "plot", str(tmp_path / "report.json"), str(tmp_path / "figures")])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
+    assert main(["plot", str(tmp_path / "report.json"), str(tmp_path / "figures")]) == 0
     path = tmp_path / "figures" / "bandwidth-v3.png"
     assert path.exists()
     assert f"saved {path}" in capsys.readouterr().out.replace("\n", "")

@@ -1,6 +1,6 @@
-"""How the kernel benchmarks time on a GPU, what they hand to torch's products, and what they say of the machine.
+"""Timing of operators on a GPU, operands of torch's products, and facts about the machine.
 
-There is no GPU here: what is tested is what the harness asks CUDA and cuBLAS for.
+None needs a GPU: the tests check the calls to CUDA, cuBLAS and nvidia-smi.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.core import machine as environment
-from benchmarks.core import timing
+from benchmarks.core import machine, timing
 from benchmarks.operators import fp8_operands as fp8
-from benchmarks.operators.declare import Random
+from benchmarks.operators.operands import Random
 from deepseek_kernels.common.fp8 import empty_codes, empty_scales
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -63,7 +62,7 @@ def test_a_cpu_call_takes_the_next_operands_each_time():
 
 
 class Driver:
-    """Counts what the harness asks of CUDA. A captured call takes 2 ms when replayed, a flush and a plain call none."""
+    """Counts the calls to CUDA. A captured call takes 2 ms when replayed, a plain call 1 ms, a flush no time."""
 
     def __init__(self, monkeypatch, *, waits: bool = False, captures: bool = True) -> None:
         self.waits, self.captures = waits, captures
@@ -155,7 +154,7 @@ def test_a_call_too_short_for_events_is_replayed_until_it_is_not(monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", [{"waits": True}, {"captures": False}], ids=["waits", "is not captured"])
-def test_what_no_graph_can_hold_is_timed_behind_a_flush(monkeypatch, trouble):
+def test_calls_that_no_graph_can_hold_are_timed_after_a_flush(monkeypatch, trouble):
     driver = Driver(monkeypatch, **trouble)
     found = timing.time_calls({"ours": driver.call}, [(1,), (2,)], CUDA, rounds=4)["ours"]
     assert found.method == "events"
@@ -186,7 +185,7 @@ def test_contestants_take_turns_and_a_slow_one_stops_at_its_budget(monkeypatch):
 
 
 def cublas(a: Tensor, b: Tensor, a_scale, a_recipe, b_scale, b_recipe, *, output_dtype) -> Tensor:
-    """What torch's product on Hopper demands of its operands (ScaledBlas.cpp), and what it computes."""
+    """Checks the operands as torch's product on Hopper does (ScaledBlas.cpp in torch), and computes its result."""
     (m, k), n, groups = a.shape, b.shape[1], -(-a.shape[1] // 128)
     assert a.stride() == (k, 1)
     assert b.stride() == (1, k)
@@ -208,7 +207,7 @@ def cublas(a: Tensor, b: Tensor, a_scale, a_recipe, b_scale, b_recipe, *, output
 
 @pytest.mark.parametrize(("m", "n", "k"), [(16, 256, 512), (20, 144, 640), (8, 16, 128), (9, 32, 256)])
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "rows"])
-def test_operands_are_laid_out_as_cublas_wants_them(monkeypatch, m, n, k, blocks):
+def test_operands_are_laid_out_as_cublas_requires(monkeypatch, m, n, k, blocks):
     random = Random(CPU)
     a = fp8.activations(random, m, k)
     b = fp8.weights(random, n, k) if blocks else fp8.activations(random, n, k)
@@ -245,7 +244,7 @@ def nvidia_smi(folder: Path, monkeypatch, script: str) -> None:
 
 def test_clocks_power_and_temperature_are_read(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, monkeypatch, 'echo "$2" >"$0.asked"; echo "1980, 3201, 512.25, 61, 0x0000000000000004"')
-    assert environment.gpu_state() == {
+    assert machine.gpu_state() == {
         "sm_mhz": 1980.0,
         "memory_mhz": 3201.0,
         "watts": 512.25,
@@ -256,17 +255,17 @@ def test_clocks_power_and_temperature_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo 1980", "echo"], ids=["fails", "says too little", "says nothing"])
-def test_a_machine_that_does_not_say_has_no_state(tmp_path, monkeypatch, script):
+def test_a_machine_that_does_not_report_it_has_no_state(tmp_path, monkeypatch, script):
     nvidia_smi(tmp_path, monkeypatch, script)
-    assert environment.gpu_state() is None
+    assert machine.gpu_state() is None
 
 
 def test_a_machine_without_nvidia_smi_has_no_state(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert environment.gpu_state() is None
+    assert machine.gpu_state() is None
 
 
-def test_a_gpu_machine_says_what_a_reader_needs(tmp_path, monkeypatch):
+def test_a_gpu_machine_has_the_facts_that_a_reader_needs(tmp_path, monkeypatch):
     properties = SimpleNamespace(
         major=9, minor=0, multi_processor_count=132, total_memory=150_000_000_000, L2_cache_size=62_914_560
     )
@@ -275,8 +274,8 @@ def test_a_gpu_machine_says_what_a_reader_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setenv("TRITON_PTXAS_PATH", "another/ptxas")
     nvidia_smi(tmp_path, monkeypatch, 'case "$2" in *driver*) echo 580.0;; *) exit 1;; esac')
-    facts = environment.describe_machine()
-    wanted = {"gpu": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "l2_cache": 62_914_560}
-    assert facts.items() >= (wanted | {"driver": "580.0", "state": None}).items()
+    facts = machine.describe_machine()
+    expected = {"gpu": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "l2_cache": 62_914_560}
+    assert facts.items() >= (expected | {"driver": "580.0", "state": None}).items()
     assert facts["environment"]["TRITON_PTXAS_PATH"] == "another/ptxas"
     assert facts["torch"]

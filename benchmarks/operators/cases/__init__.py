@@ -1,1 +1,1 @@
-"""One file per operator; `benchmarks.operators.declare` says what is in one."""
+"""One file for each operator, as `benchmarks.operators.declare` describes it."""

@@ -1,4 +1,4 @@
-"""`fp8_gemm`: forward and both gradients (KERNELS rows 3a to 3d), and the transposition of codes that one needs."""
+"""`fp8_gemm`: forward, both gradients, and the transposition of the weight's codes for the input's gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from deepseek_kernels import fp8_gemm
 from deepseek_kernels.gemm.fp8_gemm import transposed
 
-from ..declare import Goal, Operator, Provider, Random, Shape, require_close, require_equal, swept
+from ..declare import Operator, Provider, Shape, swept
 from ..fp8_operands import (
     BF16_ROUNDING,
     activations,
@@ -25,11 +25,14 @@ from ..fp8_operands import (
     weights,
     wide,
 )
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close, require_equal
 
 
 class _Product(Operator):
-    """Operands: a, a_scale, b, b_scale, then those of the others: both in bfloat16, and a scale of one."""
+    """Operands: a, a_scale, b, b_scale, then those of other providers: both in bfloat16, and a scale of one."""
 
     op, product = "fp8_gemm", "fp8"
     dtype: ClassVar[torch.dtype] = torch.bfloat16

@@ -1,4 +1,4 @@
-"""`fp8_grouped_gemm` and `fp8_grouped_wgrad`: the experts' products in FP8 (KERNELS rows 4a and 4c)."""
+"""`fp8_grouped_gemm` and `fp8_grouped_wgrad`: the products of experts in FP8, forward and gradient of the weight."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 from deepseek_kernels import fp8_grouped_gemm, fp8_grouped_wgrad, quantize_grouped_transposed, use_backend
 
-from ..declare import Goal, Operator, Provider, Random, Shape, require_close
+from ..declare import Operator, Provider, Shape
 from ..fp8_operands import activations, block_bytes, ceil_div, group_bytes, product_tolerance, scaled_mm, weights, wide
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close
 
 
 class Forward(Operator):
@@ -23,7 +26,7 @@ class Forward(Operator):
 
     def shapes(self, scale: Scale) -> Iterable[Shape]:
         own = Goal("800 TF", "1050 TF") if scale.name == "v3" else None
-        # Decoding: one of eight devices, and what all of them send it.
+        # Decoding on one of eight devices, with the rows that all of them send to it.
         experts = max(1, (scale.config.n_routed_experts or 8) // 8)
         for label, rows, count, n, k, parts, goal, priority in (
             ("gate_up", scale.routed, scale.experts, 2 * scale.expert, scale.hidden, 2, own, 0),
@@ -61,7 +64,7 @@ class Forward(Operator):
         return 2 * shape["P"] * shape["N"] * shape["K"]
 
     def bytes(self, shape: Shape) -> int:
-        """With the weights of as many experts as rows can reach."""
+        """Counts the weights of as many experts as the rows can reach."""
         rows, n, k, parts = shape["P"], shape["N"], shape["K"], shape["parts"]
         return group_bytes(rows, k) + min(shape["E"], rows) * parts * block_bytes(n // parts, k) + 2 * rows * n
 
@@ -113,7 +116,7 @@ class WeightGradient(Operator):
             return fp8_grouped_wgrad(grad_t, grad_scale, x_t, x_scale, ends)
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
-        # Of values that were never FP8: another result, by the error of quantization.
+        # The operands are not quantized, so that the result differs by the error of quantization.
         bf16 = Provider(lambda *inputs: F.grouped_mm(inputs[5].T, inputs[6], offs=inputs[4].int()), checked=False)
         return {"scaled_mm loop": Provider(_gradient_loop, devices=("cuda",)), "bf16 grouped_mm": bf16}
 
@@ -124,7 +127,7 @@ class WeightGradient(Operator):
         return 2 * shape["P"] * shape["N"] * shape["K"]
 
     def bytes(self, shape: Shape) -> int:
-        """Without what pads each expert's rows."""
+        """Leaves out the padding of each expert's rows."""
         rows, n, k = shape["P"], shape["N"], shape["K"]
         return group_bytes(n, rows) + group_bytes(k, rows) + 4 * shape["E"] * n * k
 

@@ -1,23 +1,22 @@
-"""`fp8_quantize`: activations by groups, weights by blocks (KERNELS rows 1 and 2)."""
+"""`fp8_quantize`: activations in groups of 128, weights in blocks of 128 x 128, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from deepseek_kernels import use_backend
 from deepseek_kernels.quant import fp8_quantize
 
-from ..declare import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal, swept
+from ..declare import CheckedByReference, Shape, swept
 from ..fp8_operands import block_bytes, group_bytes, weights
+from ..goals import Goal
+from ..operands import Random, as_tuple
 from ..scales import Scale
+from ..verify import require_close, require_equal
 
 
-class _Quantizer(Operator):
-    """One function; everybody else computes its reference.
-
-    `function` is looked up when it is called, so that the name is all that differs between the classes.
-    """
+class _Quantizer(CheckedByReference):
+    """Base of the operators, each of which is one function of `fp8_quantize`, looked up when it is called."""
 
     op = "fp8_quantize"
     function = ""
@@ -25,29 +24,18 @@ class _Quantizer(Operator):
     def ours(self, *inputs: Any) -> Any:
         return getattr(fp8_quantize, self.function)(*inputs)
 
-    def expected(self, *inputs: Any) -> Any:
-        with use_backend("reference"):
-            return self.ours(*inputs)
-
-    def providers(self, shape: Shape) -> Mapping[str, Provider]:
-        return {"eager": Provider(self.expected, devices=("cuda",)), "compile": compiled(self.expected, shape)}
-
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
-        for mine, theirs in zip(_several(got), _several(expected), strict=True):
+        for mine, right in zip(as_tuple(got), as_tuple(expected), strict=True):
             if ours:
-                require_equal(mine, theirs)
+                require_equal(mine, right)
             else:  # a compiler may divide by multiplication: codes at a tie then move by one step
-                require_close(mine, theirs, 2.0**-6)
+                require_close(mine, right, 2.0**-6)
 
     def result_bytes(self, shape: Shape) -> int:
         raise NotImplementedError
 
     def bytes(self, shape: Shape) -> int:
         return 2 * shape["M"] * shape["K"] + self.result_bytes(shape)
-
-
-def _several(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 class _Activations(_Quantizer):
@@ -104,7 +92,7 @@ class GroupedTransposed(_Quantizer):
         return random.normal(shape["M"], shape["K"]), random.ends(shape["M"], shape["E"])
 
     def result_bytes(self, shape: Shape) -> int:
-        return group_bytes(shape["K"], shape["M"])  # without what pads each expert
+        return group_bytes(shape["K"], shape["M"])  # without the padding of each expert
 
 
 class _Weights(_Quantizer):

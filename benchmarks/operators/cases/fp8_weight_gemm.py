@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from deepseek_kernels import dequantize_blocks, fp8_weight_gemm
 
-from ..declare import Operator, Provider, Random, Shape, require_close
+from ..declare import Operator, Provider, Shape
 from ..fp8_operands import BF16_ROUNDING, block_bytes, weights, wide
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close
 
 
 class WeightGemm(Operator):
@@ -39,13 +41,13 @@ class WeightGemm(Operator):
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
         return {
             "dequantized linear": Provider(lambda x, w, s, _: F.linear(x, dequantize_blocks(w, s))),
-            # Without scales: what it costs to convert, and a wrong result.
+            # Without scales: a wrong result, in the time of the conversion alone.
             "cast linear": Provider(lambda x, w, s, _: F.linear(x, w.to(x.dtype)), checked=False),
             "bf16 linear": Provider(lambda x, w, s, narrow: F.linear(x, narrow), built_in=False),
         }
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
-        require_close(got, expected, 2 * BF16_ROUNDING)  # of the result and, where it is expanded to bf16, the weight
+        require_close(got, expected, 2 * BF16_ROUNDING)  # of the result, and of the weight if it is expanded to BF16
 
     def flops(self, shape: Shape) -> int:
         return 2 * shape["M"] * shape["N"] * shape["K"]

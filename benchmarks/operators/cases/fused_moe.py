@@ -1,7 +1,7 @@
-"""`fused_moe`: a layer's routed experts on one of eight devices, decoding and in a prefill; `grouped_gemm_swiglu`.
+"""`fused_moe`: the routed experts of a layer on one of eight devices, decoding and in a prefill; `grouped_gemm_swiglu`.
 
-Decoding reads every expert once. V3's 32 have 1.88 GB of bfloat16 in the first product (437 us at 4.3 TB/s) and half of
-that in the second; KERNELS.md, section 5, counts 218 us for the first product, which is its bytes in FP8.
+Decoding reads every expert once. V3's 32 experts have 1.88 GB of bfloat16 in the first product (437 us at 4.3 TB/s) and
+half of that in the second.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from deepseek_kernels import use_backend
 from deepseek_kernels.moe.fused_moe import fused_moe, grouped_gemm_swiglu, reference
 
-from ..declare import Operator, Provider, Random, Shape, require_close
+from ..declare import Operator, Provider, Shape
 from ..fp8_operands import BF16_ROUNDING
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close
 
-# Whoever rounds most rounds gate, up, silu(gate), their product, each row and the sum. In the norm, silu passes a
-# relative error on as 1.3 of it at most, and the float32 sums err by far less than a rounding.
+# The providers round at most gate, up, silu(gate), their product, each row and the sum. In the norm, silu increases a
+# relative error by 1.3 at most, and the error of float32 sums is far below a rounding.
 _TOLERANCE = 6.3 * BF16_ROUNDING + 1e-4
 
 
@@ -52,7 +54,7 @@ class Experts(Operator):
         return fused_moe(*inputs)
 
     def expected(self, *inputs: Tensor) -> Tensor:
-        """The reference on float32 operands, not rounded."""
+        """Computes the reference on float32 operands, without rounding."""
         with use_backend("reference"):
             return self.ours(*(one.float() if one.is_floating_point() else one for one in inputs))
 
@@ -60,7 +62,7 @@ class Experts(Operator):
         return {
             "grouped_mm": Provider(_grouped_mm, devices=("cuda",)),
             "loop": Provider(_loop),
-            "our operators": Provider(reference.fused_moe, built_in=False, devices=("cuda",)),  # on a CPU, ours
+            "our operators": Provider(reference.fused_moe, built_in=False, devices=("cuda",)),  # on a CPU this is ours
         }
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
@@ -70,7 +72,7 @@ class Experts(Operator):
         return 2 * shape["T"] * shape["topk"] * 3 * shape["I"] * shape["H"]
 
     def bytes(self, shape: Shape) -> int:
-        """With the weights of as many experts as choices can reach."""
+        """Counts the weights of as many experts as the choices can reach."""
         pairs = shape["T"] * shape["topk"]
         matrices = min(shape["E"], pairs) * 3 * shape["I"] * shape["H"]
         return 2 * (matrices + 2 * shape["T"] * shape["H"]) + (8 + 4) * pairs

@@ -1,21 +1,23 @@
-"""`grouped_gemm`: the experts' products in bfloat16 (KERNELS row 4b), alone and with both gradients."""
+"""`grouped_gemm`: the products of experts in bfloat16, forward and with both gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import grouped_gemm, use_backend
 
-from ..declare import Goal, Operator, Provider, Random, Shape, require_close, swept
+from ..declare import Operator, Provider, Shape, swept
 from ..fp8_operands import BF16_ROUNDING
+from ..goals import Goal
+from ..operands import Random, as_tuple, widened, with_gradients
 from ..scales import Scale
+from ..verify import require_close
 
-# Sums in float32 of K products, and that Hopper truncates there: well below this for every K here.
+# Besides the rounding, sums of K products in float32, which Hopper truncates: below 1e-4 for every K here.
 _TOLERANCE = BF16_ROUNDING + 1e-4
 
 
@@ -32,7 +34,7 @@ class Forward(Operator):
         yield Shape(f"{scale.name} gate_up {rows}x{n}x{k}, {scale.experts} experts", sizes, goal, 2)
 
     def sweeps(self, scale: Scale) -> Iterable[Shape]:
-        """From so many rows that hardly any expert is without one: `bytes` counts the weights of all."""
+        """Starts at so many rows that hardly any expert has none: `bytes` counts the weights of all experts."""
         n, k = 2 * scale.expert, scale.hidden
         sizes = {"E": scale.experts, "N": n, "K": k}
         name = f"{scale.name} gate_up {n}x{k}, {scale.experts} experts"
@@ -51,15 +53,15 @@ class Forward(Operator):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
 
     def expected(self, x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor) -> Any:
-        """The reference on float32 operands, not rounded."""
+        """Computes the reference on float32 operands, without rounding."""
         with use_backend("reference"):
-            return self.ours(*(_wide(one) for one in (x, weight)), ends, grad.float())
+            return self.ours(widened(x), widened(weight), ends, grad.float())
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
         return {"grouped_mm": Provider(self.theirs)}
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
-        for mine, right in zip(_several(got), _several(expected), strict=True):
+        for mine, right in zip(as_tuple(got), as_tuple(expected), strict=True):
             require_close(mine, right, _TOLERANCE)
 
     def flops(self, shape: Shape) -> int:
@@ -77,12 +79,10 @@ class Training(Forward):
     trains = True
 
     def ours(self, x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor) -> Any:
-        y = grouped_gemm(x, weight, ends)
-        return y, *torch.autograd.grad(y, (x, weight), grad)
+        return with_gradients(grouped_gemm(x, weight, ends), (x, weight), grad)
 
     def theirs(self, x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor) -> Any:
-        y = super().theirs(x, weight, ends, grad)
-        return y, *torch.autograd.grad(y, (x, weight), grad)
+        return with_gradients(super().theirs(x, weight, ends, grad), (x, weight), grad)
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
         # A CPU without bfloat16 products takes half a minute.
@@ -92,16 +92,8 @@ class Training(Forward):
         return 3 * super().flops(shape)
 
     def bytes(self, shape: Shape) -> int:
-        """Each of the three products reads two of its matrices and writes the third."""
+        """Counts three products, each of which reads two of the matrices and writes the third."""
         return 3 * super().bytes(shape)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().float().requires_grad_(x.requires_grad)
-
-
-def _several(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 OPERATORS = (Forward(), Training())

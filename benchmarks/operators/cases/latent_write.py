@@ -1,4 +1,4 @@
-"""`latent_write`: norm, rotation and the cache's write in one reading, against one after the other."""
+"""`latent_write`: norm, rotary embedding and write to the cache, fused, against one after the other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from deepseek_kernels import use_backend
 from deepseek_kernels.attention.latent_write import latent_write
 from deepseek_kernels.attention.packed_latents import packed_bytes, unpack
 
-from ..declare import Operator, Provider, Random, Shape, require_close, require_equal
+from ..declare import Operator, Provider, Shape
 from ..fp8_operands import BF16_ROUNDING, CODES_OFF
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close, require_equal
 
 _EPS = 1e-6
-_CAPACITY = 256  # slots that a row of a decoding batch has
+_CAPACITY = 256  # slots of each sequence in a decoding batch
 
 
 class LatentWrite(Operator):
@@ -42,7 +44,7 @@ class LatentWrite(Operator):
         cache = random.normal(batch, shape["S"], latent + rotated)
         if self.fp8:
             cache = random.integers(0, 256, batch, shape["S"], packed_bytes(latent, rotated)).to(torch.uint8)
-        # Other slots than what any row's first are; all different.
+        # Not the first slots, and each slot once.
         slots = (torch.arange(tokens, device=kv.device) + shape["S"] // 2) % shape["S"]
         return kv, weight, angles.cos(), angles.sin(), cache, slots.expand(batch, tokens)
 
@@ -55,7 +57,7 @@ class LatentWrite(Operator):
             return self.ours(*inputs)
 
     def expected(self, *inputs: Any) -> Any:
-        """Written to another cache: what everyone writes to must not be right before."""
+        """Writes to a copy of the cache: the one that providers write to must not be right in advance."""
         *others, cache, slots = inputs
         return self.unfused(*others, cache.clone(), slots), len(inputs[1])
 
@@ -66,11 +68,11 @@ class LatentWrite(Operator):
         right, latent = expected
         if not self.fp8:
             require_equal(got[..., latent:], right[..., latent:], "keys")
-            # A reciprocal root that differs in its last bits rounds some values to the other side, twice.
+            # Reciprocal roots that differ in the last bits round some values to the other side, twice.
             require_close(got[..., :latent], right[..., :latent], 2 * BF16_ROUNDING, "latents")
             return
         (mine, keys), (others, right_keys) = (unpack(cache, latent, torch.float32) for cache in (got, right))
-        # Slots that nobody writes hold bytes of any meaning: where those are no numbers, they are the same.
+        # Unwritten slots hold random bytes, some of which are NaN; they are the same in both caches.
         require_equal(keys, right_keys, "keys")
         require_close(mine.nan_to_num(), others.nan_to_num(), 2 * BF16_ROUNDING + CODES_OFF, "latents")
 
@@ -81,7 +83,7 @@ class LatentWrite(Operator):
 
 
 class LatentWriteFP8(LatentWrite):
-    """Into a cache of FP8 tokens."""
+    """The same into a cache of FP8 tokens."""
 
     name, op = "latent_write.fp8", "latent_write_fp8"
     fp8 = True

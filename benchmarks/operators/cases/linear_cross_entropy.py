@@ -1,22 +1,24 @@
-"""`linear_cross_entropy`: the head and its loss, without logits or with their gradients (KERNELS row 10)."""
+"""`linear_cross_entropy`: the head and its loss without whole logits, forward and with both gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from deepseek_kernels import linear_cross_entropy, use_backend
 
-from ..declare import Goal, Operator, Provider, Random, Shape, compiled, require_close, swept
+from ..declare import Operator, Provider, Shape, compiled, swept
 from ..fp8_operands import BF16_ROUNDING
+from ..goals import Goal
+from ..operands import Random, widened, with_gradients
 from ..scales import Scale
+from ..verify import require_close
 
-# Logits, their gradients and the results are rounded to bfloat16, each to half a unit of 8 bits. What is compared
-# against rounds none of them; the roundings of single elements average out in the norm.
+# Logits, their gradients and the results are rounded to bfloat16, each by half a unit of 8 bits at most; the expected
+# ones are not rounded. Errors of single elements average out in the norm.
 _TOLERANCE = 4 * BF16_ROUNDING
 
 
@@ -50,12 +52,12 @@ class Forward(Operator):
         return (F.cross_entropy(F.linear(hidden, weight).float(), targets),)
 
     def expected(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-        """The reference on float32 operands, not rounded."""
+        """Computes the reference on float32 operands, without rounding."""
         with use_backend("reference"):
-            return self.ours(_wide(hidden), _wide(weight), targets)
+            return self.ours(widened(hidden), widened(weight), targets)
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
-        # All logits in float32, several times; and a CPU without bfloat16 products takes long for them.
+        # These hold all logits in float32 several times; a CPU without bfloat16 products takes minutes.
         return {"eager": Provider(self.theirs, devices=("cuda",)), "compile": compiled(self.theirs, shape)}
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
@@ -76,24 +78,16 @@ class Training(Forward):
     trains = True
 
     def ours(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-        return _with_gradients(super().ours(hidden, weight, targets), hidden, weight)
+        return with_gradients(*super().ours(hidden, weight, targets), (hidden, weight))
 
     def theirs(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
-        return _with_gradients(super().theirs(hidden, weight, targets), hidden, weight)
+        return with_gradients(*super().theirs(hidden, weight, targets), (hidden, weight))
 
     def flops(self, shape: Shape) -> int:
         return 3 * super().flops(shape)
 
     def bytes(self, shape: Shape) -> int:
         return 2 * super().bytes(shape)
-
-
-def _with_gradients(result: Any, hidden: Tensor, weight: Tensor) -> Any:
-    return result[0].detach(), *torch.autograd.grad(result[0], (hidden, weight))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().float().requires_grad_(x.requires_grad)
 
 
 OPERATORS = (Forward(), Training())

@@ -1,7 +1,8 @@
-"""`mla_attention`: prefill and training attention (KERNELS rows 7a and 7b), with V3's heads shared by eight devices.
+"""`mla_attention`: attention of prefill and training, with V3's heads split over eight devices.
 
-Causal attention is half of the rectangle of queries and keys. Forward that is two products, P + R and V wide; backward
-five, `q @ k.T` again, `do @ v.T`, and those of the three gradients: 3 (P + R) + 2 V, 2.6 times as much at 192 and 128.
+Causal attention is half of the rectangle of queries and keys. The forward pass has two products, P + R and V wide; the
+backward pass has five, `q @ k.T` again, `do @ v.T` and those of the three gradients: 3 (P + R) + 2 V, 2.6 times as much
+at 192 and 128.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from deepseek_kernels import dispatch, use_backend
 from deepseek_kernels.attention.mla_attention import mla_attention, reference
 from deepseek_kernels.common.masks import as_dense
 
-from ..declare import Goal, Operator, Provider, Random, Shape, require_close, swept
+from ..declare import Operator, Provider, Shape, swept
 from ..fp8_operands import BF16_ROUNDING
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close
 
-# Rounded are the weights, the result and, backward, ds and the gradient, besides what those are made of; errors of
-# single elements average out in the norm.
+# The weights, the result and, in the backward pass, ds and the gradients are rounded, and so are their factors; errors
+# of single elements average out in the norm.
 _TOLERANCE = 4 * BF16_ROUNDING
 _DOCUMENTS = 8
 
@@ -64,7 +68,7 @@ class Forward(Operator):
         return mla_attention(q, kv, key, _scale(q), spans)
 
     def expected(self, q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None, grad: Tensor) -> Any:
-        """The reference on float32 operands, not rounded."""
+        """Computes the reference on float32 operands, without rounding."""
         with use_backend("reference"):
             return self.ours(q.float(), kv.float(), key.float(), spans, grad)
 
@@ -82,7 +86,7 @@ class Forward(Operator):
         return self.pairs(shape) * (shape["P"] + shape["R"] + shape["V"]) * 2
 
     def pairs(self, shape: Shape) -> int:
-        """Of queries and keys that meet, in all heads."""
+        """Returns the pairs of a query and a key that it attends to, in all heads."""
         return shape["N"] * shape["S"] ** 2 // shape["documents"] // 2
 
     def bytes(self, shape: Shape) -> int:
@@ -91,21 +95,21 @@ class Forward(Operator):
 
 @dataclass
 class Graphs:
-    """Operands, and what each contestant's forward pass has left for its backward pass, made when first asked for.
+    """Operands, and the graph of each provider's forward pass, which is computed when first used.
 
-    No tensor, so every timed call gets the same one: a pass of goal size has more bytes than any cache.
+    Not a tensor, so that every timed call gets the same one: a pass at the size of the goals exceeds any cache.
     """
 
     q: Tensor
     kv: Tensor
     key: Tensor
     spans: Tensor | None
-    kept: dict[Any, Any] = field(default_factory=dict)
+    graphs: dict[Any, Any] = field(default_factory=dict)
 
     def of(self, forward: Any) -> Any:
-        if forward not in self.kept:
-            self.kept[forward] = forward(self.q, self.kv, self.key, self.spans)
-        return self.kept[forward]
+        if forward not in self.graphs:
+            self.graphs[forward] = forward(self.q, self.kv, self.key, self.spans)
+        return self.graphs[forward]
 
 
 class Backward(Forward):
@@ -128,7 +132,7 @@ class Backward(Forward):
         return launch.attend_backward(grad, q, kv, key, spans, out, log_sum, _scale(q), True, True)
 
     def expected(self, graphs: Graphs, grad: Tensor) -> Any:
-        """The reference on float32 operands, not rounded."""
+        """Computes the reference on float32 operands, without rounding."""
         q, kv, key = (x.detach().float().requires_grad_() for x in (graphs.q, graphs.kv, graphs.key))
         return torch.autograd.grad(_reference(q, kv, key, graphs.spans), (q, kv, key), grad.float())
 
@@ -147,7 +151,7 @@ class Backward(Forward):
         return self.pairs(shape) * (3 * (shape["P"] + shape["R"]) + 2 * shape["V"]) * 2
 
     def bytes(self, shape: Shape) -> int:
-        """q, kv, key, the result and its gradient read, three gradients written."""
+        """Counts q, kv, key, the result and its gradient, which are read, and three gradients, which are written."""
         return 2 * super().bytes(shape)
 
 
@@ -156,7 +160,7 @@ def _scale(q: Tensor) -> float:
 
 
 def _documents(tokens: int, count: int, device: torch.device) -> Tensor:
-    """Spans [1, T, 2] of equally long ones."""
+    """Spans [1, T, 2] of documents of equal length."""
     index = torch.arange(tokens, device=device)
     length = -(-tokens // count)
     return torch.stack((index // length * length, index + 1), -1).int()[None]
@@ -188,21 +192,21 @@ def _unpadded(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> Tenso
 
 
 def _cudnn(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> Tensor:
-    """Fails, and is absent, where cuDNN does not take 192 and 128."""
+    """Fails, and is absent from the table, if cuDNN does not accept widths of 192 and 128."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return _unpadded(q, kv, key, spans)
 
 
 def _differentiate(graphs: Graphs, forward: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    """The gradients alone.
+    """Computes the gradients alone.
 
-    On a GPU it waits for one number: autograd runs a backward pass on the stream of its forward pass, so it cannot be
-    captured in a graph, and calls that wait are timed one by one.
+    On a GPU it waits for one number: autograd runs a backward pass on the stream of its forward pass, so that it cannot
+    be captured in a graph, and calls that wait are timed one by one.
     """
-    found = torch.autograd.grad(graphs.of(forward), (graphs.q, graphs.kv, graphs.key), grad, retain_graph=True)
+    gradients = torch.autograd.grad(graphs.of(forward), (graphs.q, graphs.kv, graphs.key), grad, retain_graph=True)
     if grad.is_cuda:
-        found[-1].flatten()[0].item()
-    return found
+        gradients[-1].flatten()[0].item()
+    return gradients
 
 
 OPERATORS = (Forward(), Backward())

@@ -1,4 +1,4 @@
-"""`mla_decode`: absorbed attention of one query on a long cache (KERNELS rows 6a to 6c), plain, packed and in pages."""
+"""`mla_decode`: absorbed attention of one query on a long cache, in bfloat16 or FP8, contiguous or in pages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from deepseek_kernels import use_backend
 from deepseek_kernels.attention.mla_decode import mla_decode, mla_decode_paged
 from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 
-from ..declare import Goal, Operator, Provider, Random, Shape, require_close
+from ..declare import Operator, Provider, Shape
 from ..fp8_operands import BF16_ROUNDING
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close
 
-# Weights and the result are rounded to bfloat16, each once, and so are dequantized keys, twice as seen by the result:
+# Weights and the result are rounded to bfloat16, each once, and so are dequantized keys, which affect the result twice:
 # as keys and as values.
 _TOLERANCE = 4 * BF16_ROUNDING
 _PAGE = 64
@@ -32,7 +35,7 @@ class Decode(Operator):
     def shapes(self, scale: Scale) -> Iterable[Shape]:
         config, big = scale.config, scale.name in ("v3", "v2-lite", "kimi-k2")
         heads, batch = config.num_attention_heads, 128 if big else scale.decode
-        # All heads on one device, or an eighth of them on each of eight.
+        # All heads on one device, or an eighth of them on each of eight devices.
         share = max(1, heads // 8)
         cases = [(batch, heads, 4096 if big else 256, 0), (batch, share, 8192 if big else 512, 0)]
         if scale.name == "v3":
@@ -44,7 +47,7 @@ class Decode(Operator):
             yield Shape(name, sizes, goal, priority if goal else priority + 2)
 
     def goals(self) -> Mapping[tuple[int, int, int], Goal]:
-        """By batch, heads and keys."""
+        """Returns the goals by batch, heads and keys."""
         return {(128, 128, 4096): Goal("400 TF", "480 TF"), (128, 16, 8192): Goal("3.2 TB/s", "3.7 TB/s")}
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
@@ -59,7 +62,7 @@ class Decode(Operator):
         return mla_decode(q, states, latent, scale)
 
     def expected(self, q: Tensor, states: Tensor, latent: int, scale: float) -> Tensor:
-        """In float32, row by row: a copy of all keys would not fit beside them."""
+        """Computes in float32, row by row: a copy of all keys would not fit into memory beside them."""
         return torch.cat([self.exact(*one, latent, scale) for one in zip(q, states, strict=True)])
 
     def exact(self, q: Tensor, states: Tensor, latent: int, scale: float) -> Tensor:
@@ -84,7 +87,7 @@ class Decode(Operator):
 
 
 class DecodePacked(Decode):
-    """On FP8 tokens."""
+    """The same on a cache of FP8 tokens."""
 
     name, op = "mla_decode.fp8", "mla_decode_fp8"
     packed = True
@@ -94,7 +97,7 @@ class DecodePacked(Decode):
 
 
 class DecodePaged(Decode):
-    """On pages of 64 tokens, in disorder. Operands: q, pages, table, lengths, then C and the scale."""
+    """The same on shuffled pages of 64 tokens. Operands: q, pages, table, lengths, then C and the scale."""
 
     name = "mla_decode.paged"
 
@@ -114,7 +117,9 @@ class DecodePaged(Decode):
 
     def expected(self, *inputs: Any) -> Tensor:
         q, pages, table, _, latent, scale = inputs
-        rows = [self.exact(one, pages[own].flatten(0, 1), latent, scale) for one, own in zip(q, table, strict=True)]
+        rows = [
+            self.exact(one, pages[places].flatten(0, 1), latent, scale) for one, places in zip(q, table, strict=True)
+        ]
         return torch.cat(rows)
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
@@ -122,7 +127,7 @@ class DecodePaged(Decode):
 
 
 class DecodePagedPacked(DecodePaged):
-    """On pages of FP8 tokens."""
+    """The same on pages of FP8 tokens."""
 
     name, op = "mla_decode.paged_fp8", "mla_decode_fp8"
     packed = True
@@ -133,7 +138,7 @@ def _wide(states: Tensor, latent: int) -> Tensor:
 
 
 def _shared(q: Tensor, states: Tensor, latent: int, scale: float) -> Tensor:
-    """Heads as queries of one head."""
+    """The heads as queries of one head."""
     keys = states[:, None]
     out = F.scaled_dot_product_attention(q, keys, keys, scale=scale)  # T = 1 stands where heads would be
     return out[..., :latent]

@@ -1,28 +1,29 @@
-"""`rms_norm`: the norm, its derivative, and the norm between a residual sum and FP8 (KERNELS rows 8a and 8b)."""
+"""`rms_norm`: the norm, its gradients, and the norm fused with a residual sum and quantization."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepseek_kernels import use_backend
 from deepseek_kernels.norm.rms_norm import add_rms_norm_quantize, rms_norm
 
-from ..declare import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal, swept
+from ..declare import CheckedByReference, Provider, Shape, compiled, swept
 from ..fp8_operands import BF16_ROUNDING, CODES_OFF, group_bytes, wide
+from ..goals import Goal
+from ..operands import Random, with_gradients
 from ..scales import Scale
+from ..verify import require_close, require_equal
 
 _EPS = 1e-6
-# The reciprocal roots differ in their last bits, so that some values are rounded to the other side, once in x's dtype
-# and once after the weight: a unit each where it happens, and half a unit is what all of them are off at most.
+# Reciprocal roots that differ in the last bits round some values to the other side, once in x's dtype and once after
+# the weight: those differ by a unit each, and in the norm all of them by half a unit at most.
 _TOLERANCE = 2 * BF16_ROUNDING
 
 
-class Forward(Operator):
+class Forward(CheckedByReference):
     """Operands: x, weight."""
 
     name, op = "rms_norm.forward", "rms_norm"
@@ -44,15 +45,11 @@ class Forward(Operator):
     def ours(self, x: Tensor, weight: Tensor) -> Any:
         return rms_norm(x, weight, _EPS)
 
-    def expected(self, *inputs: Any) -> Any:
-        with use_backend("reference"):
-            return self.ours(*inputs)
-
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
         def built_in(x: Tensor, weight: Tensor) -> Tensor:
             return F.rms_norm(x, (x.shape[-1],), weight, _EPS)
 
-        # It rounds once, after the weight: another rule, and the same to the tolerance.
+        # It rounds only once, after the weight, which the tolerance allows.
         return {"rms_norm": Provider(built_in), "compile": compiled(self.expected, shape)}
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
@@ -77,25 +74,25 @@ class Training(Forward):
         return x.requires_grad_(), weight.requires_grad_(), random.normal(shape["M"], shape["H"])
 
     def ours(self, x: Tensor, weight: Tensor, grad: Tensor) -> Any:
-        return _with_gradients(rms_norm(x, weight, _EPS), x, weight, grad)
+        return with_gradients(rms_norm(x, weight, _EPS), (x, weight), grad)
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
         def built_in(x: Tensor, weight: Tensor, grad: Tensor) -> Any:
-            return _with_gradients(F.rms_norm(x, (x.shape[-1],), weight, _EPS), x, weight, grad)
+            return with_gradients(F.rms_norm(x, (x.shape[-1],), weight, _EPS), (x, weight), grad)
 
         return {"rms_norm": Provider(built_in), "eager": Provider(self.expected, devices=("cuda",))}
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
         for mine, right, what in zip(got, expected, ("norm", "gradient of x", "gradient of weight"), strict=True):
-            # The reference rounds the gradient of x on its way, and all terms of that of the weight.
+            # The reference rounds intermediate values of the gradient of x, and all terms of that of the weight.
             require_close(mine, right, 2 * _TOLERANCE, what)
 
     def bytes(self, shape: Shape) -> int:
-        """x and the norm forward; x, the gradient of the norm and that of x backward."""
+        """Counts x and the norm in the forward pass; x, the norm's gradient and that of x in the backward pass."""
         return 2 * shape["H"] * (5 * shape["M"] + 3)
 
 
-class AddQuantize(Operator):
+class AddQuantize(CheckedByReference):
     """Operands: x, residual, weight."""
 
     name, op = "rms_norm.add_quantize", "rms_norm_quantize"
@@ -114,15 +111,8 @@ class AddQuantize(Operator):
     def ours(self, x: Tensor, residual: Tensor, weight: Tensor) -> Any:
         return add_rms_norm_quantize(x, residual, weight, _EPS)
 
-    def expected(self, *inputs: Any) -> Any:
-        with use_backend("reference"):
-            return self.ours(*inputs)
-
-    def providers(self, shape: Shape) -> Mapping[str, Provider]:
-        return {"eager": Provider(self.expected, devices=("cuda",)), "compile": compiled(self.expected, shape)}
-
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
-        # Not bit by bit: a value that is rounded to the other side in bfloat16 may be so in e4m3 too.
+        # Not bit by bit: a value that is rounded to the other side in bfloat16 may be in e4m3 as well.
         require_close(got[1], expected[1], _TOLERANCE, "scales")
         require_close(wide(*got[:2]), wide(*expected[:2]), _TOLERANCE + CODES_OFF, "quantized values")
         require_equal(got[2], expected[2], "sum")
@@ -132,13 +122,9 @@ class AddQuantize(Operator):
 
 
 def _widths(scale: Scale) -> dict[str, int]:
-    """What is normed in a model of this scale: hidden states, the latents of queries (if any) and of keys."""
+    """Widths of the norms in a model of this scale: hidden states, latents of queries (if any) and of keys."""
     widths = {"hidden": scale.hidden, "q_a": scale.config.q_lora_rank, "kv_a": scale.config.kv_lora_rank}
     return {name: width for name, width in widths.items() if width}
-
-
-def _with_gradients(result: Tensor, x: Tensor, weight: Tensor, grad: Tensor) -> Any:
-    return result.detach(), *torch.autograd.grad(result, (x, weight), grad)
 
 
 OPERATORS = (Forward(), Training(), AddQuantize())

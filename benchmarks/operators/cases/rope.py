@@ -1,9 +1,9 @@
-"""`rope`: queries and keys turned by their positions, in place or into a new tensor (KERNELS row 8c)."""
+"""`rope`: rotary embedding of queries and keys, in place or into a new tensor."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +11,15 @@ from torch import Tensor
 from deepseek_kernels import use_backend
 from deepseek_kernels.attention.rope import rope, rope_
 
-from ..declare import Goal, Operator, Provider, Random, Shape, compiled, require_equal
+from ..declare import CheckedByReference, Provider, Shape, compiled
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_equal
 
 
-class New(Operator):
-    """Operands: x [B, T, N, D], cos, sin. D columns are read and written, the last R of them turned."""
+class New(CheckedByReference):
+    """Operands: x [B, T, N, D], cos, sin. All D columns are read and written, the last R of them rotated."""
 
     name, op = "rope.new", "rope"
 
@@ -47,9 +50,6 @@ class New(Operator):
         with use_backend("reference"):
             return rope(x, cos, sin)
 
-    def providers(self, shape: Shape) -> Mapping[str, Provider]:
-        return {"eager": Provider(self.expected, devices=("cuda",)), "compile": compiled(self.expected, shape)}
-
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
         require_equal(got, expected)
 
@@ -58,16 +58,16 @@ class New(Operator):
 
     @staticmethod
     def _moved(shape: Shape, columns: int) -> int:
-        """bfloat16 read and written, and both float32 angles of each pair read."""
+        """Counts bfloat16 values, which are read and written, and both float32 angles of each pair, which are read."""
         tokens = shape["B"] * shape["T"]
         return 2 * 2 * tokens * shape["N"] * columns + 2 * 4 * tokens * shape["R"] // 2
 
 
 class InPlace(New):
-    """As `New`, but only the last R columns are read and written, where they are.
+    """As `New`, but in place: only the last R columns are read and written.
 
-    Each call turns x further, which changes no length. The others are therefore not checked: what they are given is no
-    longer what was expected to be turned. `New` checks the same arithmetic.
+    Each call rotates x further, which changes no length. Other providers are therefore not checked: their input is no
+    longer the one of the expected result. `New` checks the same arithmetic.
     """
 
     name, in_place = "rope.in_place", True
@@ -85,8 +85,8 @@ class InPlace(New):
             with use_backend("reference"):
                 return rope_(x, cos, sin)
 
-        found = {"eager": Provider(in_place, devices=("cuda",)), "compile": compiled(in_place, shape)}
-        return {name: dataclasses.replace(one, checked=False) for name, one in found.items()}
+        eager, compiled_one = Provider(in_place, devices=("cuda",)), compiled(in_place, shape)
+        return {name: replace(one, checked=False) for name, one in (("eager", eager), ("compile", compiled_one))}
 
     def bytes(self, shape: Shape) -> int:
         return self._moved(shape, shape["R"])

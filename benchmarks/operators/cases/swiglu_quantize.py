@@ -1,20 +1,25 @@
-"""`swiglu_quantize`: SwiGLU and quantization in one reading (KERNELS row 1b)."""
+"""`swiglu_quantize`: SwiGLU fused with quantization."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from deepseek_kernels import swiglu_quantize, use_backend
+from deepseek_kernels import swiglu_quantize
 
-from ..declare import Goal, Operator, Provider, Random, Shape, compiled, require_close
+from ..declare import CheckedByReference, Shape
 from ..fp8_operands import CODES_OFF, group_bytes, wide
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale
+from ..verify import require_close
 
 
-class SwigluQuantize(Operator):
+class SwigluQuantize(CheckedByReference):
+    """Operands: gate_up."""
+
     name = op = "swiglu_quantize"
 
     def shapes(self, scale: Scale) -> Iterable[Shape]:
@@ -30,13 +35,6 @@ class SwigluQuantize(Operator):
 
     def ours(self, gate_up: torch.Tensor) -> Any:
         return swiglu_quantize(gate_up)
-
-    def expected(self, gate_up: torch.Tensor) -> Any:
-        with use_backend("reference"):
-            return swiglu_quantize(gate_up)
-
-    def providers(self, shape: Shape) -> Mapping[str, Provider]:
-        return {"eager": Provider(self.expected, devices=("cuda",)), "compile": compiled(self.expected, shape)}
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
         # Not bit by bit: GPUs and CPUs have different exponential functions.

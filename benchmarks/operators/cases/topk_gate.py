@@ -1,4 +1,4 @@
-"""`topk_gate`: the choice of experts and their weights (KERNELS row 5)."""
+"""`topk_gate`: the choice of experts and their weights."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_kernels import use_backend
 from deepseek_kernels.moe.topk_gate import topk_gate
 
-from ..declare import Goal, Operator, Provider, Random, Shape, compiled, require_close, require_equal
+from ..declare import CheckedByReference, Provider, Shape
+from ..goals import Goal
+from ..operands import Random
 from ..scales import Scale, scale
+from ..verify import require_close, require_equal
 
-# Of a weight: a sum, a division and a product in float32, some of which a compiler may approximate, each to a few of
-# its 24 bits.
+# Relative error of a weight: a sum, a division and a product in float32, each of which a compiler may approximate in a
+# few of its 24 bits.
 _WEIGHT_ERROR = 2.0**-20
 
 
-class TopkGate(Operator):
-    """Operands: scores, the bias or None, and the numbers of the model's routing."""
+class TopkGate(CheckedByReference):
+    """Operands: scores, the bias or None, the number of experts per token, and the other options of the routing."""
 
     name = op = "topk_gate"
 
@@ -41,33 +43,13 @@ class TopkGate(Operator):
         bias = random.normal(shape["E"], dtype=torch.float32) / 8 if biased else None
         groups = (1, 1) if config.topk_method == "greedy" else (config.n_group or 1, config.topk_group or 1)
         normalize = config.norm_topk_prob and (biased or shape["topk"] > 1)
-        # V2's routings scale only what they do not normalize (TRAPS C8).
+        # V2's routings scale only weights that they do not normalize (TRAPS C8).
         factor = config.routed_scaling_factor if biased or not normalize else 1.0
-        return scores, bias, shape["topk"], *groups, 2 if biased else 1, normalize, factor
+        options = {"n_group": groups[0], "topk_group": groups[1], "group_best": 2 if biased else 1}
+        return scores, bias, shape["topk"], options | {"normalize": normalize, "factor": factor}
 
-    def ours(
-        self,
-        scores: Tensor,
-        bias: Tensor | None,
-        top_k: int,
-        n_group: int,
-        topk_group: int,
-        group_best: int,
-        normalize: bool,
-        factor: float,
-    ) -> tuple[Tensor, Tensor]:
-        return topk_gate(
-            *(scores, bias, top_k),
-            n_group=n_group,
-            topk_group=topk_group,
-            group_best=group_best,
-            normalize=normalize,
-            factor=factor,
-        )
-
-    def expected(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with use_backend("reference"):
-            return self.ours(*inputs)
+    def ours(self, scores: Tensor, bias: Tensor | None, top_k: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return topk_gate(scores, bias, top_k, **options)
 
     def providers(self, shape: Shape) -> Mapping[str, Provider]:
         def without_groups(scores: Tensor, bias: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
@@ -75,8 +57,7 @@ class TopkGate(Operator):
 
         return {
             "topk without groups": Provider(without_groups, checked=False),  # and without weights
-            "eager": Provider(self.expected, devices=("cuda",)),
-            "compile": compiled(self.expected, shape),
+            **super().providers(shape),
         }
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of conversions, on a checkpoint of one megabyte. Nothing here checks a time."""
+"""The benchmark of conversions, on a checkpoint of one megabyte. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import deepseek_arch as da
 from benchmarks.core.report import Report
-from benchmarks.models import convert as bench_convert
+from benchmarks.models import convert as benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def same_number_of_threads():
 
 def test_every_direction_is_measured_and_nothing_is_left(tmp_path):
     seen = []
-    settings = bench_convert.Settings(preset="tiny", gigabytes=0.003, rounds=1, threads=1, folder=str(tmp_path))
-    report = bench_convert.run(settings, on_row=seen.append)
+    settings = benchmark.Settings(preset="tiny", gigabytes=0.003, rounds=1, threads=1, folder=str(tmp_path))
+    report = benchmark.run(settings, on_row=seen.append)
     assert list(tmp_path.iterdir()) == []
     assert list(report.rows) == seen and len(seen) == 6
     for row in report.rows:
@@ -33,11 +33,11 @@ def test_every_direction_is_measured_and_nothing_is_left(tmp_path):
 
 @pytest.mark.parametrize("gigabytes", [1.0, 10.0])
 def test_the_checkpoint_has_the_size_asked_for(gigabytes):
-    config = bench_convert.Settings(gigabytes=gigabytes).config()
+    config = benchmark.Settings(gigabytes=gigabytes).config()
     assert da.weight_bytes(config, "bf16") == pytest.approx(gigabytes * 1e9, rel=0.1)
 
 
 def test_impossible_settings_are_errors():
     for wrong in ({"gigabytes": 0}, {"rounds": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="expected positive sizes"):
-            bench_convert.Settings(**wrong)
+            benchmark.Settings(**wrong)
