@@ -1,6 +1,6 @@
 # make demo   install into .venv and show what the package does
 # make test   lint, then all tests with the newest transformers and those of tests/hf with the oldest supported one
-# make lint   ruff: rules and format
+# make lint   ruff: rules and format; mypy: types
 #
 # PYTHON=python3.12 make ...   uses another interpreter (3.11 or newer) for .venv
 
@@ -30,6 +30,7 @@ test: lint $(VENV)/.installed-oldest
 lint: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 clean:
 	rm -rf $(VENV)
@@ -49,7 +50,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
-	$(INSTALL) -c constraints.txt -e '.[hf,train,plot,test]'
+	$(INSTALL) -c constraints.txt -e '.[hf,train,r1,plot,test]'
 	@# A CUDA build of torch brings the Triton it needs; a CPU build brings none, and the kernels' tests want one.
 	@if [ "$$(uname)" = Linux ]; then $(RUN) -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0; fi
 	@touch $@
