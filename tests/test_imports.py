@@ -1,4 +1,4 @@
-"""Imports go one way only, and importing the package costs nothing that was not asked for."""
+"""Imports go one way, and importing the package loads only what it needs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deepseek_arch"
 KERNELS = ROOT / "kernels" / "deepseek_kernels"
 
-# What is imported only after Triton has been chosen.
+# Files that are imported only after Triton has been chosen.
 KERNEL_FILES = ("kernel.py", "backward.py", "tiles.py", "descriptors.py")
 
-# What trains with transformers and TRL; the rest of `r1` needs neither.
+# Folders that train with transformers and TRL; the rest of `r1` needs neither.
 TRAINERS = ("r1/trainer/",)
 
-# Rooms, in the order in which they may import each other: each only those before it.
+# Folders of deepseek_arch in the order of imports: each may import only those before it.
 ORDER = [
     "config",
     "layout",
@@ -41,9 +41,13 @@ ORDER = [
 ]
 
 
+# Folders of benchmarks, likewise; those of one line do not import each other.
+BENCHMARKS = (("core",), ("operators", "models", "training"), ("gpu",), ("cli",))
+
+
 def imported(path: Path) -> set[str]:
-    """Dotted names of everything `path` imports anywhere, inside functions too; relative ones made absolute."""
-    folder = path.parent.relative_to(ROOT if path.is_relative_to(PACKAGE) else KERNELS.parent)
+    """Returns the dotted names of all imports of a file, also inside functions; relative ones made absolute."""
+    folder = path.parent.relative_to(KERNELS.parent if path.is_relative_to(KERNELS) else ROOT)
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -56,7 +60,7 @@ def imported(path: Path) -> set[str]:
 
 
 def layer(path: Path) -> str:
-    """The entry of ORDER that `path` belongs to: its own name, or its folder's."""
+    """Returns the folder of deepseek_arch that a file is in."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -64,7 +68,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_the_layers_below_it(path):
+def test_a_module_imports_only_the_folders_before_its_own(path):
     allowed = ORDER[: ORDER.index(layer(path))]
     for name in sorted(imported(path)):
         parts = name.split(".")
@@ -76,40 +80,50 @@ def test_a_module_imports_only_the_layers_below_it(path):
 def test_only_the_hf_folder_and_trainers_import_transformers(path):
     if layer(path) == "hf" or path.relative_to(PACKAGE).as_posix().startswith(TRAINERS):
         return
-    found = {name.split(".")[0] for name in imported(path)}
-    # The command line reads a checkpoint's tokenizer, if there is one, with whatever is installed.
+    packages = {name.split(".")[0] for name in imported(path)}
+    # The command line reads a checkpoint's tokenizer with any library that is installed.
     allowed = {"transformers"} if path.name == "tokenizer.py" else set()
-    assert not (found & {"transformers", "triton"}) - allowed
+    assert not (packages & {"transformers", "triton"}) - allowed
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS)))
 def test_operators_depend_on_neither_the_architecture_nor_transformers(path):
-    found = {name.split(".")[0] for name in imported(path)}
-    assert not found & {"deepseek_arch", "transformers"}
+    packages = {name.split(".")[0] for name in imported(path)}
+    assert not packages & {"deepseek_arch", "transformers"}
     if path.name not in KERNEL_FILES:
-        assert "triton" not in found
+        assert "triton" not in packages
 
 
 def test_dependencies_are_what_is_imported():
-    """What the two packages import without asking is declared in pyproject.toml, and what is declared is imported."""
+    """The unconditional imports of the two packages are the dependencies in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
-    files = [
-        path for path in MODULES if layer(path) not in ("hf", "r1") and path.name != "tokenizer.py"
-    ]  # those need what they wrap
+    # Those left out need optional packages.
+    files = [path for path in MODULES if layer(path) not in ("hf", "r1") and path.name != "tokenizer.py"]
     files += [path for path in KERNELS.rglob("*.py") if path.name not in KERNEL_FILES]
-    found = {name.split(".")[0] for path in files for name in imported(path)}
-    found -= {*sys.stdlib_module_names, "deepseek_arch", "deepseek_kernels"}
-    found -= {"matplotlib"}  # only to draw, and then it says which extra has it
-    assert found == declared - {"numpy"}
+    packages = {name.split(".")[0] for path in files for name in imported(path)}
+    packages -= {*sys.stdlib_module_names, "deepseek_arch", "deepseek_kernels"}
+    packages -= {"matplotlib"}  # only to draw; an error then names the extra
+    assert packages == declared - {"numpy"}
 
 
 def test_the_recipe_imports_what_its_extra_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["r1"]]
     declared = {re.match(r"[\w-]+", line)[0].replace("pyyaml", "yaml") for line in lines}
-    found = {name.split(".")[0] for path in MODULES if layer(path) == "r1" for name in imported(path)}
-    assert found - {*sys.stdlib_module_names, "deepseek_arch", "deepseek_kernels"} <= declared
+    packages = {name.split(".")[0] for path in MODULES if layer(path) == "r1" for name in imported(path)}
+    assert packages - {*sys.stdlib_module_names, "deepseek_arch", "deepseek_kernels"} <= declared
+
+
+@pytest.mark.parametrize("folder", [folder for line in BENCHMARKS for folder in line], ids="benchmarks/{}".format)
+def test_benchmarks_import_only_the_folders_before_their_own(folder):
+    place = next(i for i, line in enumerate(BENCHMARKS) if folder in line)
+    before = [name for line in BENCHMARKS[:place] for name in line]
+    for path in (ROOT / "benchmarks" / folder).rglob("*.py"):
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "benchmarks":
+                assert parts[1] in (*before, folder), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_kernels_folder_is_not_a_package():
@@ -120,7 +134,7 @@ def test_kernels_folder_is_not_a_package():
 
 
 def fresh_process(code: str) -> list[str]:
-    """The names of the modules loaded after running `code` in a new interpreter."""
+    """Runs `code` in a new interpreter and returns the names of the loaded modules."""
     script = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n{code}\n"
     script += "import json, sys; print(json.dumps(sorted(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -130,7 +144,7 @@ def fresh_process(code: str) -> list[str]:
 def test_importing_the_package_loads_neither_transformers_nor_triton():
     names = "import deepseek_arch as da\nfor name in da.__all__: getattr(da, name)"
     loaded = fresh_process(names)
-    assert "deepseek_arch.models.causal_lm" in loaded  # the names above were really resolved
+    assert "deepseek_arch.models.causal_lm" in loaded  # the names above were resolved
     assert not {"transformers", "triton"} & set(loaded)
 
 

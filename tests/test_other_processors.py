@@ -1,8 +1,8 @@
-"""Libraries choose their kernels by the processor: torch by ATEN_CPU_CAPABILITY, oneDNN by ONEDNN_MAX_CPU_ISA.
+"""Libraries on older processors: torch chooses its kernels by ATEN_CPU_CAPABILITY, oneDNN by ONEDNN_MAX_CPU_ISA.
 
-Both only ever take instructions away: a machine with AVX-512 tries what machines with AVX2, or with neither, compute.
-What our own code decides is tried on every machine (`processor_sides`). A sample of tests, whole models among them,
-runs in a process of its own, since both variables are read once.
+Both variables only remove instructions: a machine with AVX-512 computes as machines with AVX2, or with neither. The
+choices of our own code are tested on every machine (`processor_sides`). A sample of tests, with whole models, runs in a
+process of its own, since both variables are read once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(older: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("older", OLDER)
 def test_libraries_take_the_older_path(older):
-    """What the others stand on; and doctor's list of operators says which side applies."""
+    """Checks the condition of the other tests, and that doctor's list of operators names the side."""
     code = (
         "import torch, deepseek_kernels as k; print(torch.backends.cpu.get_cpu_capability());"
         "print(k.dispatch.native_half_matmul()); print(next(c.reason for c in k.describe() if c.op == 'dense_gemm'))"
@@ -63,5 +63,5 @@ def test_the_sample_passes_on_an_older_processor(older):
     chosen = " or ".join(f"({name.removesuffix('.py')} and ({tests}))" for name, tests in SAMPLE.items())
     result = run(older, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, *files)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    for name in SAMPLE:  # none was renamed away
+    for name in SAMPLE:  # a renamed test would be left out silently
         assert re.search(rf"^PASSED \S*{name}::", result.stdout, re.MULTILINE), name

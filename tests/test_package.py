@@ -1,4 +1,4 @@
-"""The wheel: built from this checkout, installed into a folder of its own, used from elsewhere."""
+"""The wheel: built from this checkout, installed into an empty folder, used from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, since a build leaves files in its folder."""
+    """Builds a wheel in a folder of links, since a build leaves files in its folder."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE", "deepseek_arch", "kernels"):

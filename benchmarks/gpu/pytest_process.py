@@ -52,5 +52,5 @@ def summarize(xml: str) -> str:
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         names[outcome].append(case.get("name", ""))
-    counts = ", ".join(f"{len(found)} {outcome}" for outcome, found in names.items() if found)
+    counts = ", ".join(f"{len(tests)} {outcome}" for outcome, tests in names.items() if tests)
     return (counts or "no tests") + (f": {', '.join(names['failed'][:10])}" if names["failed"] else "")

@@ -197,7 +197,7 @@ def _share(name: str, step: int, value: float, note: str) -> Row:
 
 def _given_text_rows(step: int, given: GivenText) -> list[Row]:
     """Guesses of the first MTP depth on held-out text, after so many steps."""
-    both = f"{given.both_right:.1%} of all positions are kept and right"
+    both = f"{given.both_right:.1%} of all positions are accepted and right"
     main_model = f"the main model, one step later: {given.main_right:.1%}"
     return [
         _share("held-out text, draft is the main model's guess", step, given.accepted, both),

@@ -89,11 +89,11 @@ def test_a_wrong_quantization_of_the_last_rows_is_found(monkeypatch, function, p
     right = getattr(deepseek_kernels, function)
 
     def wrong(x):
-        found = right(x)
+        result = right(x)
         if x.shape[0] > 128:  # not the expected one
-            one = found[place].view(torch.uint8) if place == 0 else found[place]
+            one = result[place].view(torch.uint8) if place == 0 else result[place]
             one[-1, -1] += 1
-        return found
+        return result
 
     monkeypatch.setattr(large_offsets, function, wrong)
     with pytest.raises(Mismatch, match=function):

@@ -27,8 +27,8 @@ def test_a_task_is_a_check_an_operator_or_the_ceilings():
     common = {"device": "cpu", "small": True}
     assert gpu_tasks.perform({"task": "check", "name": "promotion: fp8_gemm", **common})["status"] == "passed"
     name, shape = "fp8_quantize.rows", "tiny tokens 24x192"
-    found = gpu_tasks.perform({"task": "kernel", "op": name, "shape": shape, "scale": "tiny", **common})
-    assert Row.from_dict(found["row"]).details["op"] == name
+    result = gpu_tasks.perform({"task": "kernel", "op": name, "shape": shape, "scale": "tiny", **common})
+    assert Row.from_dict(result["row"]).details["op"] == name
     assert set(gpu_tasks.perform({"task": "ceilings", **common})["ceilings"]["products"]) == {"fp32", "bf16"}
     with pytest.raises(ValueError, match="got 'dance'"):
         gpu_tasks.perform({"task": "dance", **common})
@@ -40,8 +40,8 @@ def test_an_operator_that_fails_is_a_result_and_an_error(monkeypatch):
 
     monkeypatch.setattr("deepseek_kernels.quant.fp8_quantize.quantize_rows", fail)
     task = {"task": "kernel", "op": "fp8_quantize.rows", "shape": "tiny tokens 24x192", "scale": "tiny"}
-    found = gpu_tasks.perform({**task, "device": "cpu", "small": True})
-    assert found["error"] == found["row"]["details"]["error"] == "RuntimeError: lost"
+    result = gpu_tasks.perform({**task, "device": "cpu", "small": True})
+    assert result["error"] == result["row"]["details"]["error"] == "RuntimeError: lost"
 
 
 # ------------------------------------------------------------------ the session
@@ -81,10 +81,10 @@ def test_everything_right_is_status_0_and_is_saved(tmp_path):
     one.run_checks()
     one.kernels()
     assert one.status() == 0
-    found = Report.load(tmp_path / "gpu-test.json")
-    assert len(found.rows) == len(one.work) == 3
-    assert found.facts["ceilings"] == CEILINGS
-    assert {check["status"] for check in found.facts["checks"]} == {"passed"}
+    saved = Report.load(tmp_path / "gpu-test.json")
+    assert len(saved.rows) == len(one.work) == 3
+    assert saved.facts["ceilings"] == CEILINGS
+    assert {check["status"] for check in saved.facts["checks"]} == {"passed"}
     assert "| moe_permute.permute | tiny 24x192, top-4 |" in (tmp_path / "gpu-test.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-test.json", "gpu-test.md"]
 
@@ -178,8 +178,8 @@ def test_the_dry_run_goes_through_everything(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads((tmp_path / "gpu-dry-run.json").read_text())
     assert data["command"].startswith("python -m benchmarks gpu --dry-run")
-    found = Report.load(tmp_path / "gpu-dry-run.json")
-    assert {check["status"] for check in found.facts["checks"]} == {"passed"}
-    assert found.facts["checks"][0]["name"] == "pytest tests/ops/test_dispatch.py"
-    assert {one.details["op"] for one in found.rows} == {o.name for o in operators.select(["fp8_quantize"])}
-    assert all("error" not in one.details for one in found.rows)
+    saved = Report.load(tmp_path / "gpu-dry-run.json")
+    assert {check["status"] for check in saved.facts["checks"]} == {"passed"}
+    assert saved.facts["checks"][0]["name"] == "pytest tests/ops/test_dispatch.py"
+    assert {one.details["op"] for one in saved.rows} == {o.name for o in operators.select(["fp8_quantize"])}
+    assert all("error" not in one.details for one in saved.rows)

@@ -61,9 +61,9 @@ def test_an_error_beyond_the_tolerance_is_a_mismatch(wrong):
 
 def test_names_are_unique_and_begin_with_their_scale():
     for name in SCALES:
-        found = [(o, s) for o in operators.operators() for s in o.shapes(scale(name))]
-        assert len(set(names(found))) == len(found)
-        assert {shape.scale for _, shape in found} == {name}
+        pairs = [(o, s) for o in operators.operators() for s in o.shapes(scale(name))]
+        assert len(set(names(pairs))) == len(pairs)
+        assert {shape.scale for _, shape in pairs} == {name}
 
 
 @pytest.mark.parametrize(("operator", "shape"), TINY, ids=names(TINY))
@@ -170,7 +170,7 @@ def test_the_others_may_be_absent_and_the_fastest_built_in_is_the_baseline():
 
 
 @pytest.mark.parametrize(
-    ("providers", "found"),
+    ("providers", "expected"),
     [
         (None, {"ours", "a"}),
         (("ours",), {"ours"}),
@@ -179,9 +179,9 @@ def test_the_others_may_be_absent_and_the_fastest_built_in_is_the_baseline():
         (("b",), {"b"}),
     ],
 )
-def test_providers_are_chosen_by_name_or_all_that_are_torch(providers, found):
+def test_providers_are_chosen_by_name_or_all_that_are_torch(providers, expected):
     operator = Doubling(a=Provider(lambda x: x * 2), b=Provider(lambda x: x * 2, devices=()))
-    assert set(measured(operator, providers=providers).results) == found
+    assert set(measured(operator, providers=providers).results) == expected
 
 
 # ------------------------------------------------------------------ reports
@@ -245,8 +245,8 @@ def test_the_command_checks_times_and_saves(tmp_path, capsys, monkeypatch):
     arguments = ["--op", "moe_permute", "--shape", "tiny", "--rounds", "1", "--budget", "0", "--device", "cpu"]
     monkeypatch.setattr(measuring, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
     assert run_command("kernels", [*arguments, "--out", str(tmp_path / "out.json")]) == 0
-    found = Report.load(tmp_path / "out.json")
-    assert [one.details["op"] for one in found.rows] == ["moe_permute.permute", "moe_permute.unpermute"]
+    saved = Report.load(tmp_path / "out.json")
+    assert [one.details["op"] for one in saved.rows] == ["moe_permute.permute", "moe_permute.unpermute"]
     assert "moe_permute.permute" in capsys.readouterr().out
     monkeypatch.setattr("benchmarks.operators.cases.moe_permute.permute", fail)
     assert run_command("kernels", [*arguments, "--out", str(tmp_path / "out.json")]) == 1
@@ -255,22 +255,22 @@ def test_the_command_checks_times_and_saves(tmp_path, capsys, monkeypatch):
 def test_the_command_compares_only_the_rows_that_it_measures(tmp_path, capsys, monkeypatch):
     arguments = ["--op", "moe_permute.permute", "--shape", "tiny", "--rounds", "1", "--budget", "0", "--device", "cpu"]
     monkeypatch.setattr(measuring, "measure_ceilings", lambda *_, **__: Ceilings(1e9, {"fp32": 1e12}))
-    found = {"ms": 0.0}
-    monkeypatch.setattr(measuring, "measure", lambda operator, shape, *_: timed(operator.name, shape.name, **found))
+    time = {"ms": 0.0}
+    monkeypatch.setattr(measuring, "measure", lambda operator, shape, *_: timed(operator.name, shape.name, **time))
     goal = {"must": "1 us", "stretch": ""}
     old = [timed("moe_permute.permute", "tiny 24x192, top-4", 2.0, goal=goal)]
     old += [timed("moe_permute.unpermute", "tiny 24x192, top-4", 2.0, goal=goal)]  # another operator
     old += [timed("moe_permute.permute", "v3 8192x7168, top-8", 2.0, goal=goal)]  # another scale
     Report("kernels", {"device": "cpu"}, tuple(old)).save(tmp_path / "old.json")
     arguments += ["--compare", str(tmp_path / "old.json"), "--out", str(tmp_path / "new.json")]
-    for found["ms"], tolerance, status in ((2.1, "0.1", 0), (2.3, "0.1", 1), (2.3, "0.2", 0)):
+    for time["ms"], tolerance, status in ((2.1, "0.1", 0), (2.3, "0.1", 1), (2.3, "0.2", 0)):
         assert run_command("kernels", [*arguments, "--tolerance", tolerance]) == status
         text = capsys.readouterr().out
         assert ("REGRESSION" in text) == bool(status)
         assert "1 compared" in text
     old.append(timed("moe_permute.permute", "tiny 9x9, top-4", 2.0, goal=goal))
     Report("kernels", {"device": "cpu"}, tuple(old)).save(tmp_path / "old.json")
-    found["ms"] = 2.0
+    time["ms"] = 2.0
     assert run_command("kernels", arguments) == 1
     assert "moe_permute.permute tiny 9x9, top-4: ERROR, a row with a goal is only in the old" in capsys.readouterr().out
 
@@ -334,8 +334,8 @@ def test_sweeps_are_timed_when_asked_for_and_after_everything_else():
     assert not any(shape.sweep for _, shape in without)
     assert [shape["M"] for _, shape in sweeping[len(without) :]] == [1, 2, 4, 8, 16]
     operator, shape = sweeping[-1]
-    found = measuring.measure(operator, shape, CPU, QUICK)
-    assert (found.details["sweep"], found.details["size"]) == ("M", 16)
+    row = measuring.measure(operator, shape, CPU, QUICK)
+    assert (row.details["sweep"], row.details["size"]) == ("M", 16)
 
 
 @pytest.mark.parametrize("name", SCALES)

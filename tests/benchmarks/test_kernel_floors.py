@@ -79,8 +79,8 @@ GOALS = [
 def test_bytes_and_flops_give_the_floors_of_the_goal_table(name, size, floor, must, stretch):
     (operator,) = (one for one in operators.operators() if one.name == name)
     (shape,) = (one for one in operator.shapes(scale("v3")) if one.name.endswith(size))
-    found = H200.floor(operator.flops(shape), operator.bytes(shape), operator.product)
-    assert found == pytest.approx(floor, rel=0.025)  # most are rounded to two digits
+    seconds = H200.floor(operator.flops(shape), operator.bytes(shape), operator.product)
+    assert seconds == pytest.approx(floor, rel=0.025)  # most are rounded to two digits
     assert shape.goal == Goal(must, stretch)
 
 
@@ -143,10 +143,10 @@ def test_a_narrow_product_is_bounded_by_whatever_is_wide_enough():
 
 
 def test_ceilings_are_measured_and_survive_json():
-    found = measure_ceilings(torch.device("cpu"), size=32, copied=2**12, rounds=2)
-    assert found.copy > 0
-    assert set(found.products) == {"fp32", "bf16"}
-    assert Ceilings.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    ceilings = measure_ceilings(torch.device("cpu"), size=32, copied=2**12, rounds=2)
+    assert ceilings.copy > 0
+    assert set(ceilings.products) == {"fp32", "bf16"}
+    assert Ceilings.from_dict(json.loads(json.dumps(ceilings.to_dict()))) == ceilings
 
 
 def test_a_product_that_is_not_there_is_named(monkeypatch):
@@ -154,6 +154,6 @@ def test_a_product_that_is_not_there_is_named(monkeypatch):
         raise RuntimeError("no such units\nmore of it")
 
     monkeypatch.setattr("benchmarks.operators.rooflines._CPU_PRODUCTS", {"fp32": refuse})
-    found = measure_ceilings(torch.device("cpu"), size=8, copied=64, rounds=1)
-    assert found.absent == {"fp32": "no such units"}
-    assert "no fp32 product: no such units" in str(found)
+    ceilings = measure_ceilings(torch.device("cpu"), size=8, copied=64, rounds=1)
+    assert ceilings.absent == {"fp32": "no such units"}
+    assert "no fp32 product: no such units" in str(ceilings)

@@ -52,10 +52,10 @@ def test_there_are_as_many_copies_as_the_cache_needs(moved, cold, count):
 
 def test_a_cpu_call_takes_the_next_operands_each_time():
     seen = []
-    found = timing.time_calls({"ours": seen.append}, [(1,), (2,), (3,)], CPU, rounds=4)
+    times = timing.time_calls({"ours": seen.append}, [(1,), (2,), (3,)], CPU, rounds=4)
     assert seen == [1, 2, 3, 1, 2]  # a warm-up and four rounds
-    assert found["ours"].method == "clock"
-    assert len(found["ours"].samples.values) == 4
+    assert times["ours"].method == "clock"
+    assert len(times["ours"].samples.values) == 4
 
 
 # ------------------------------------------------------------------ CUDA
@@ -138,9 +138,9 @@ class Driver:
 
 def test_a_graph_holds_a_call_for_each_copy_and_its_time_is_shared_out(monkeypatch):
     driver = Driver(monkeypatch)
-    found = timing.time_calls({"ours": driver.call}, [(1,), (2,), (3,)], CUDA, rounds=5)["ours"]
-    assert found.method == "graph"
-    assert found.samples.values == pytest.approx([2e-3] * 5)  # per call, not per replay
+    times = timing.time_calls({"ours": driver.call}, [(1,), (2,), (3,)], CUDA, rounds=5)["ours"]
+    assert times.method == "graph"
+    assert times.samples.values == pytest.approx([2e-3] * 5)  # per call, not per replay
     assert driver.calls == 1 + 3  # one to see whether it waits, three captured
     assert driver.debug == "default"
     assert driver.flushes == 0
@@ -156,9 +156,9 @@ def test_a_call_too_short_for_events_is_replayed_until_it_is_not(monkeypatch):
 @pytest.mark.parametrize("trouble", [{"waits": True}, {"captures": False}], ids=["waits", "is not captured"])
 def test_calls_that_no_graph_can_hold_are_timed_after_a_flush(monkeypatch, trouble):
     driver = Driver(monkeypatch, **trouble)
-    found = timing.time_calls({"ours": driver.call}, [(1,), (2,)], CUDA, rounds=4)["ours"]
-    assert found.method == "events"
-    assert found.samples.values == pytest.approx([1e-3] * 4)
+    times = timing.time_calls({"ours": driver.call}, [(1,), (2,)], CUDA, rounds=4)["ours"]
+    assert times.method == "events"
+    assert times.samples.values == pytest.approx([1e-3] * 4)
     assert driver.flushes == 4
     assert driver.debug == "default"
 
@@ -177,8 +177,8 @@ def test_contestants_take_turns_and_a_slow_one_stops_at_its_budget(monkeypatch):
     driver = Driver(monkeypatch)
     clock = iter(range(1000))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))  # every sample takes a second
-    found = timing.time_calls({"a": driver.call, "b": driver.call}, [(1,)], CUDA, rounds=5, budget_s=1.5)
-    assert {name: len(timed.samples.values) for name, timed in found.items()} == {"a": 2, "b": 2}
+    times = timing.time_calls({"a": driver.call, "b": driver.call}, [(1,)], CUDA, rounds=5, budget_s=1.5)
+    assert {name: len(timed.samples.values) for name, timed in times.items()} == {"a": 2, "b": 2}
 
 
 # ------------------------------------------------------------------ torch's block-scaled product

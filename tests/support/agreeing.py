@@ -1,4 +1,4 @@
-"""A model whose drafts are as good as a test wants them."""
+"""A model whose drafts are accepted as often as a test needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from support.small_models import config, model
 
 
 def agreeing(depths: int = 1, noise: float = 0.0, seed: int = 0, **changes):
-    """A model whose next token depends on the last one alone, with MTP modules that predict it.
+    """Returns a model whose next token depends on the last one alone, with MTP modules that predict it.
 
-    No layer adds anything to the residual, and eh_proj passes the embedding on, so that an MTP module says of token
-    i + d + 1 the same as the main model. `noise` on eh_proj's other half makes it wrong some of the time.
+    No layer adds anything to the residual, and eh_proj passes the embedding on, so that an MTP module predicts the
+    same for token i + d + 1 as the main model. `noise` on the other half of eh_proj makes some predictions wrong.
     """
     lm = model(config("v3", num_nextn_predict_layers=depths, **changes), seed)
     with torch.no_grad():

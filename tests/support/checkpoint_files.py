@@ -1,4 +1,4 @@
-"""Checkpoint folders for tests, written with the safetensors library alone: independent of what is tested."""
+"""Checkpoint folders for tests, written with the safetensors library alone, independently of the code under test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def tensors(config: DeepseekConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under published names, with the repeated embeddings and heads of the prediction layers."""
+    """Returns random weights under published names, with the repeated embeddings and heads of the MTP modules."""
     out = {
         name: tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
         for name, tensor in published.random_weights(config, seed).items()
@@ -31,10 +31,10 @@ def tensors(config: DeepseekConfig, dtype: torch.dtype = torch.float32, seed: in
 
 
 def expected_state(config: DeepseekConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a `DeepseekLM` must hold after loading `weights`."""
+    """Returns the state dict of a `DeepseekLM` after loading `weights`."""
     repeated = ("shared_head.head.weight", "embed_tokens.weight")
-    own = {n: t for n, t in weights.items() if not (n.startswith("model.layers.") and n.endswith(repeated))}
-    return published.stack(own, config)
+    unique = {n: t for n, t in weights.items() if not (n.startswith("model.layers.") and n.endswith(repeated))}
+    return published.stack(unique, config)
 
 
 def write(
@@ -45,8 +45,10 @@ def write(
     index: bool = True,
     pattern: str = "model-{:05d}-of-{:06d}.safetensors",
 ) -> Path:
-    """Deals the tensors out to `shards` files in turn, so that neighbours never share one. The index's total_size is
-    no number of bytes, as in the published V3."""
+    """Writes the tensors to `shards` files in turn, so that neighbours are never in the same file.
+
+    The index's total_size is not the number of bytes, but two per element, as in the index of the published V3.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = config if isinstance(config, dict) else config.to_dict()
     (folder / "config.json").write_text(json.dumps(data))
@@ -64,7 +66,7 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, by the index if there is one; every name must lie where the index says."""
+    """Reads all tensors of a folder, by the index if there is one, and checks that it names their files."""
     if not (folder / INDEX).exists():
         return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(str(file)).items()}
     out = {}
@@ -78,7 +80,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def edit(folder: Path, change) -> None:
-    """Rewrites the folder's tensors as `change(tensors)` leaves them, in the same number of shards."""
+    """Rewrites the folder's tensors after `change(tensors)`, in the same number of shards."""
     weights = read(folder)
     config = json.loads((folder / "config.json").read_text())
     shards = len(list(folder.glob("*.safetensors")))
@@ -90,7 +92,7 @@ def edit(folder: Path, change) -> None:
 
 
 def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Same names, dtypes, shapes and bytes."""
+    """Asserts the same names, dtypes, shapes and bytes."""
     assert set(got) == set(expected)
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, (name, got[name].dtype, tensor.dtype)

@@ -1,4 +1,4 @@
-"""FP8 quantization by its definition, in Python's floats, and the inputs on which it is easy to get wrong."""
+"""FP8 quantization by its definition, in Python's floats, and inputs that expose mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_kernels import use_backend
 from deepseek_kernels.testing.numeric import assert_bitwise
 
 FORMATS = [None, "ue8m0"]
-# The fixtures that `given` would make anew for each example hold no state.
+# The fixtures, which `given` does not renew for each example, hold no state.
 few_examples = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 E4M3 = [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]
@@ -26,7 +26,7 @@ def float32(value: float) -> float:
 
 
 def encode(value: float) -> int:
-    """The e4m3 byte nearest to a number, ties to the even byte."""
+    """Returns the e4m3 byte nearest to a number, ties to the even byte."""
     if math.isnan(value):
         return 0x7F
     sign, value = (0x80 if math.copysign(1, value) < 0 else 0), abs(value)
@@ -47,7 +47,7 @@ def quantize_group(values: list[float], floor: float, power_of_two: bool) -> tup
 
 
 def plain_loop(x: Tensor, block: tuple[int, int], floor: float, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Bytes and scales of a matrix, block by block."""
+    """Returns the bytes and scales of a matrix, block by block."""
     rows, columns = x.shape
     codes = torch.zeros(rows, columns, dtype=torch.uint8)
     scales = torch.zeros(-(-rows // block[0]), -(-columns // block[1]))
@@ -55,13 +55,13 @@ def plain_loop(x: Tensor, block: tuple[int, int], floor: float, power_of_two: bo
         for j in range(scales.shape[1]):
             down, across = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
             part = x[down, across].float()
-            found, scale = quantize_group(part.flatten().tolist(), floor, power_of_two)
-            codes[down, across] = torch.tensor(found, dtype=torch.uint8).view_as(part)
+            group, scale = quantize_group(part.flatten().tolist(), floor, power_of_two)
+            codes[down, across] = torch.tensor(group, dtype=torch.uint8).view_as(part)
             scales[i, j] = scale
     return codes.view(torch.float8_e4m3fn), scales
 
 
-# What can go wrong in a group, one row each; the first values decide.
+# Groups that expose mistakes, one row each: their first values.
 HOSTILE = {
     "zeros": [0.0, -0.0],  # TRAPS E4
     "below the floor": [1e-7, -2e-6, 1e-30],
@@ -85,7 +85,7 @@ def hostile(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def near_ties() -> Tensor:
-    """Groups whose quotients are within some ulps of where a code changes: division decides, not luck."""
+    """Returns groups whose quotients are within a few ulps of a change of code: only a true division is right."""
     amax = torch.rand(64) * 1000 + 1
     scale = amax / 448
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E4M3)])  # [126]
@@ -96,7 +96,7 @@ def near_ties() -> Tensor:
 
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Columns of very different size, as in activations with outliers."""
+    """Returns columns of very different size, as in activations with outliers."""
     return (torch.randn(rows, columns) * 2.0 ** torch.randint(-12, 8, (columns,))).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Operands of FP8 products, what they mean in float64, and how close a product has to come."""
+"""Operands of FP8 products, their values in float64, and the allowed error of a product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def in_padded_rows(codes: Tensor) -> Tensor:
-    """The same in memory whose rows start at multiples of 16 bytes, with NaN codes between them."""
+    """Returns the codes in memory whose rows start at multiples of 16 bytes, with NaN between the rows."""
     rows, columns = codes.shape
     memory = torch.full((rows, cdiv(columns, 16) * 16), 0x7F, dtype=torch.uint8, device=codes.device)
     memory[:, :columns] = codes.view(torch.uint8)
@@ -25,7 +25,7 @@ def in_padded_rows(codes: Tensor) -> Tensor:
 
 
 def random_codes(rows: int, columns: int) -> Tensor:
-    """Every byte but the two NaN."""
+    """Returns random bytes other than the two NaN."""
     bits = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
     return in_padded_rows(bits.masked_fill_(bits & 0x7F == 0x7F, 0x07).view(torch.float8_e4m3fn))
 
@@ -39,39 +39,41 @@ def integer_codes(rows: int, columns: int, low: int = -4, high: int = 4) -> Tens
 
 
 def power_scale(*shape: int) -> Tensor:
-    """1/2, 1 or 2."""
+    """Returns random scales of 1/2, 1 or 2."""
     return 2.0 ** torch.randint(-1, 2, shape)
 
 
 def dequantized(codes: Tensor, scale: Tensor, parts: int = 1) -> Tensor:
-    """[R, K] float64, each element by its own scale: of its row, or of its block of 128 x 128 in its part of the R."""
+    """Returns values [R, K] in float64, with scales of rows, or of blocks of 128 x 128 in each part of the R rows."""
     rows, columns = codes.shape
     height = rows // parts
-    own = torch.arange(rows) // height * cdiv(height, 128) + torch.arange(rows) % height // 128 if rows else []
+    grid_row = torch.arange(rows) // height * cdiv(height, 128) + torch.arange(rows) % height // 128 if rows else []
     if scale.shape[0] == rows:
-        own = torch.arange(rows)
+        grid_row = torch.arange(rows)
     values = VALUES[codes.cpu().view(torch.uint8).long()]
-    return values * scale.cpu().double()[own][:, torch.arange(columns) // 128]
+    return values * scale.cpu().double()[grid_row][:, torch.arange(columns) // 128]
 
 
 def assert_product(got: Tensor, a: Tensor, b: Tensor) -> None:
-    """`got` is float64 a [M, K] @ b [N, K].T, summed in float32 and rounded once to its dtype.
+    """Asserts that `got` is float64 a [M, K] @ b [N, K].T, summed in float32 and rounded once to its dtype.
 
-    On a CPU: three roundings of a term for its scales and the product, and at most K sums, in whatever order, are
-    K + 3 times 2^-24 relative to the sum of magnitudes, to first order; K + 4 covers the others (K < 2^12). The
-    result's own rounding is relative to it, or absolute where it is subnormal.
+    On a CPU, three roundings of a term for its scales and the product, and at most K sums in any order, are K + 3 times
+    2^-24 relative to the sum of magnitudes, to first order; K + 4 covers the other orders (K < 2^12). The rounding of
+    the result is relative to it, or absolute if it is subnormal.
 
-    A GPU's FP8 units add 128 terms with some 14 bits, aligned to the largest; a bound for each element would be loose
-    by the square root of the number of terms. KERNELS.md, section 12: 1e-3 in the Frobenius norm.
+    The FP8 units of a GPU add 32 terms with some 14 bits, aligned to the largest, before 128 terms are promoted to
+    float32 (the V3 report, arXiv 2412.19437, section 3.3.2, found about 14 bits). A bound for each element would be
+    loose by the square root of the number of terms, so that the Frobenius norm is bounded: four sums lose 4 * 2^-13 at
+    most, 4.9e-4, and 1e-3 is twice that.
     """
     exact, device = a @ b.T, got.device
     assert got.shape == exact.shape
-    own, got = torch.finfo(got.dtype), got.cpu().double()
+    finfo, got = torch.finfo(got.dtype), got.cpu().double()
     if device.type == "cuda":
-        assert (got - exact).norm() <= (1e-3 + own.eps / 2) * exact.norm()
+        assert (got - exact).norm() <= (1e-3 + finfo.eps / 2) * exact.norm()
         return
     float32 = (a.shape[1] + 4) * 2.0**-24 * (a.abs() @ b.abs().T)
-    bound = float32 + own.eps / 2 * (exact.abs() + float32).clamp(min=own.smallest_normal)
+    bound = float32 + finfo.eps / 2 * (exact.abs() + float32).clamp(min=finfo.smallest_normal)
     worst = ((got - exact).abs() - bound).max() if bound.numel() else 0
     assert worst <= 0, f"beyond the bound by {worst}"
 
@@ -86,24 +88,24 @@ def random_operands(m: int, n: int, k: int, by_rows: bool) -> tuple[Tensor, Tens
 
 
 def integer_operands(m: int, n: int, k: int, by_rows: bool, low: int = -4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A group's sum has 12 bits at most, which the FP8 units keep, and every sum is exact in float32."""
+    """Returns integers whose group sums have 12 bits at most: exact in the FP8 units and in float32."""
     scales = power_scale(m, cdiv(k, 128)), power_scale(*b_groups(n, k, by_rows))
     return integer_codes(m, k, low), scales[0], integer_codes(n, k, low), scales[1]
 
 
 def exact(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """Of `integer_operands`, in int64: scales are halves."""
+    """Returns the exact product of `integer_operands`, computed in int64: scales are multiples of one half."""
     doubled = [(2 * dequantized(codes, scale)).long() for codes, scale in ((a, a_scale), (b, b_scale))]
     return (doubled[0] @ doubled[1].T).double() / 4
 
 
 def on(device: torch.device, operands: tuple[Tensor, ...]) -> list[Tensor]:
-    """The operands there, matrices of codes in padded rows again."""
-    there = [operand.to(device) for operand in operands]
-    return [in_padded_rows(x) if x.dtype == torch.float8_e4m3fn and x.ndim == 2 else x for x in there]
+    """Moves operands to a device, matrices of codes in padded rows again."""
+    moved = [operand.to(device) for operand in operands]
+    return [in_padded_rows(x) if x.dtype == torch.float8_e4m3fn and x.ndim == 2 else x for x in moved]
 
 
-# Of products grouped by expert.
+# ---------------------------------------------------------------- products grouped by expert
 
 
 def ends_of(counts: list[int]) -> Tensor:
@@ -118,7 +120,10 @@ def spans(ends: Tensor) -> list[tuple[int, int, int]]:
 def grouped_operands(
     counts: list[int], nobody: int, n: int, k: int, parts: int = 1, integers: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, x_scale, weight, weight_scale, ends. Rows of nobody are NaN: they must not be read, or not matter."""
+    """Returns x, x_scale, weight, weight_scale and ends.
+
+    The last `nobody` rows belong to no expert and are NaN: they must not be read, or must not affect others.
+    """
     codes, scale = (integer_codes, power_scale) if integers else (random_codes, random_scale)
     rows, experts, groups = sum(counts) + nobody, len(counts), cdiv(k, 128)
     x, x_scale = codes(rows, k), scale(rows, groups)
@@ -131,20 +136,20 @@ def grouped_operands(
 def transposed_operands(
     counts: list[int], n: int, k: int, integers: bool = False, columns: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `quantize_grouped_transposed` lays them out: an expert's tokens begin a group, what is left of it is zeros.
+    """Returns operands in the layout of `quantize_grouped_transposed`: each expert begins a group, padded with zeros.
 
-    Columns behind the last expert's are NaN here: how many there are is not the products' business.
+    Columns after those of the last expert are NaN: the products must not depend on their number.
     """
     codes, scale = (integer_codes, power_scale) if integers else (random_codes, random_scale)
     used = sum(cdiv(count, 128) for count in counts) * 128
     columns = used + 128 if columns is None else columns
     result = []
     for height in (n, k):
-        own, own_scale = codes(height, columns), scale(height, columns // 128)
-        bytes_, first = own.view(torch.uint8), 0
+        matrix, matrix_scale = codes(height, columns), scale(height, columns // 128)
+        bytes_, first = matrix.view(torch.uint8), 0
         for count in counts:
             bytes_[:, first + count : first + cdiv(count, 128) * 128] = 0
             first += cdiv(count, 128) * 128
-        bytes_[:, used:], own_scale[:, used // 128 :] = 0x7F, torch.nan
-        result += [own, own_scale]
+        bytes_[:, used:], matrix_scale[:, used // 128 :] = 0x7F, torch.nan
+        result += [matrix, matrix_scale]
     return *result, ends_of(counts)

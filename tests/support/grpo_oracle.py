@@ -1,4 +1,4 @@
-"""GRPO written once more, from the papers' formulas, in float64 and with Python loops.
+"""An independent GRPO from the papers' formulas, in float64 and with Python loops.
 
 Equations 1 to 3 of arXiv 2501.12948 with the mean over each output's tokens of arXiv 2402.03300 (equation 3), and what
 arXiv 2512.02556, section 3.1, changes. Log-probabilities come from `oracle`, one document at a time. Nothing is shared
@@ -17,7 +17,7 @@ from . import oracle
 
 
 def advantages(rewards: Sequence[float | None], group: int) -> list[float]:
-    """(r - mean) / std within each group of outputs; 0 for an output without a reward."""
+    """Returns (r - mean) / std within each group of outputs; 0 for an output without a reward."""
     out: list[float] = []
     for start in range(0, len(rewards), group):
         part = rewards[start : start + group]
@@ -31,7 +31,7 @@ def advantages(rewards: Sequence[float | None], group: int) -> list[float]:
 def token_log_probs(
     config, weights: Mapping[str, Tensor], prompt: Sequence[int], output: Sequence[int]
 ) -> list[Tensor]:
-    """log pi(o_t | q, o_<t) of each token of one output."""
+    """Returns log pi(o_t | q, o_<t) of each token of one output."""
     logits = oracle.run(config, weights, [*prompt, *output]).logits
     first = len(prompt) - 1
     return [torch.log_softmax(logits[first + t], -1)[token] for t, token in enumerate(output)]
@@ -48,11 +48,11 @@ def loss(
     unbiased: bool = False,
     delta: float | None = None,
 ) -> Tensor:
-    """Minus the objective of a batch of outputs.
+    """Returns minus the objective of a batch of outputs.
 
     Args:
         policy, old, reference: log-probabilities, by output and token.
-        unbiased: whether the divergence counts by pi / pi_old (V3.2).
+        unbiased: weight the divergence by pi / pi_old (V3.2).
         delta: outputs with a negative advantage whose mean of log(pi_old / pi) exceeds it contribute no policy term
             (V3.2's off-policy masking).
     """

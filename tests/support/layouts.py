@@ -1,4 +1,4 @@
-"""One checkpoint in all of its formats and layouts, put together tensor by tensor: what `convert` must make of it."""
+"""One checkpoint in all formats and layouts, made tensor by tensor: the expected results of `convert`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _made: dict[str, dict[str, dict[str, Tensor]]] = {}
 
 
 def is_projection(name: str) -> bool:
-    """Whether the published FP8 checkpoints have this tensor in FP8."""
+    """Returns True if the published FP8 checkpoints store this tensor in FP8."""
     return not name.endswith(_PLAIN) and not name.endswith("_scale_inv")
 
 
 def bfloat16(config: DeepseekConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Random published tensors in BF16; biases of routers are float32."""
+    """Returns random published tensors in BF16, with routers' biases in float32."""
     return files.tensors(config, torch.bfloat16, seed)
 
 
 def to_fp8(weights: dict[str, Tensor], block: tuple[int, int], scale_format: str | None = None) -> dict[str, Tensor]:
-    """Projections as codes beside scales."""
+    """Quantizes the projections to codes and scales."""
     out = {}
     for name, weight in weights.items():
         out[name] = weight
@@ -45,7 +45,7 @@ def to_fp8(weights: dict[str, Tensor], block: tuple[int, int], scale_format: str
 def to_bf16(
     weights: dict[str, Tensor], block: tuple[int, int], dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """Codes and scales as the values that they mean."""
+    """Dequantizes codes and scales."""
     return {
         name: dequantize_blocks(weight, weights[f"{name}_scale_inv"], block, dtype)
         if weight.dtype == torch.float8_e4m3fn
@@ -56,7 +56,7 @@ def to_bf16(
 
 
 def stack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts, and their scales, stacked: each gate above its up."""
+    """Stacks experts and their scales, each gate above its up."""
     pattern = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(_scale_inv)?")
     out, experts = {}, {}
     for name, weight in weights.items():
@@ -67,21 +67,21 @@ def stack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             prefix, expert, kind, scale = match.groups()
             experts.setdefault((prefix, scale or ""), {}).setdefault(int(expert), {})[kind] = weight
     for (prefix, scale), parts in experts.items():
-        own = [parts[expert] for expert in range(len(parts))]
-        pairs = [torch.cat([_bytes(part["gate"]), _bytes(part["up"])]) for part in own]
-        out[f"{prefix}.gate_up_proj{scale}"] = torch.stack(pairs).view(own[0]["gate"].dtype)
-        downs = torch.stack([_bytes(part["down"]) for part in own])
-        out[f"{prefix}.down_proj{scale}"] = downs.view(own[0]["down"].dtype)
+        ordered = [parts[expert] for expert in range(len(parts))]
+        pairs = [torch.cat([_bytes(part["gate"]), _bytes(part["up"])]) for part in ordered]
+        out[f"{prefix}.gate_up_proj{scale}"] = torch.stack(pairs).view(ordered[0]["gate"].dtype)
+        downs = torch.stack([_bytes(part["down"]) for part in ordered])
+        out[f"{prefix}.down_proj{scale}"] = downs.view(ordered[0]["down"].dtype)
     return out
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """torch cannot put FP8 together on every version."""
+    """The bytes of a tensor: some versions of torch cannot concatenate FP8."""
     return tensor.contiguous().view(torch.uint8)
 
 
 def all_layouts(config: DeepseekConfig, scale_format: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """The same FP8 model in every layout of `LAYOUTS`; its FP8 scales are those of random weights."""
+    """Returns the same model in every layout of `LAYOUTS`; the FP8 scales are those of random weights."""
     assert config.weight_block_size is not None
     key = json.dumps([config.to_dict(), scale_format], sort_keys=True)
     if key not in _made:
@@ -92,24 +92,24 @@ def all_layouts(config: DeepseekConfig, scale_format: str | None = None) -> dict
 
 
 def small(**changes) -> DeepseekConfig:
-    """A V3 whose experts have 20 rows in blocks of 16 and 32 columns in blocks of 12: partial on both edges."""
+    """Returns a V3 whose experts have 20 rows in blocks of 16 and 32 columns in blocks of 12, partial at both edges."""
     return small_models.config("v3", **{"dtype": "bfloat16", "quantization_config": QUANTIZATION} | changes)
 
 
 def write(folder: Path, config: DeepseekConfig, layout: str, weights: dict[str, Tensor] | None = None, **how) -> Path:
-    """A checkpoint of `weights`, by default those of `all_layouts`, with the config that this layout has."""
+    """Writes a checkpoint of `weights`, by default those of `all_layouts`, with the config of this layout."""
     weights = all_layouts(config)[layout] if weights is None else weights
-    own = config if layout.startswith("fp8") else config.replace(quantization_config=None)
-    return files.write(folder, weights, own, **how)
+    stored = config if layout.startswith("fp8") else config.replace(quantization_config=None)
+    return files.write(folder, weights, stored, **how)
 
 
 def into(layout: str) -> dict[str, Any]:
-    """The arguments of `convert` that make this layout."""
+    """Returns the arguments of `convert` for this layout."""
     return {"format": layout.split()[0], "stacked": layout.endswith("stacked")}
 
 
 def edit_config(folder: Path, **changes) -> dict[str, Any]:
-    """Changes fields of config.json; returns all of them."""
+    """Changes fields of config.json and returns all of them."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps(config))

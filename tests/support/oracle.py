@@ -1,8 +1,8 @@
 """An independent float64 implementation of the architecture, to test the real one against.
 
 Written from the equations of the DeepSeek-V2 and -V3 reports and from the published tensor names alone: one document at
-a time (so padding and packing are trivially right), attention with expanded keys and values, rotary pairs as complex
-numbers, routing and experts as Python loops over tokens. Nothing here is shared with `deepseek_arch` but the plain
+a time (so that padding and packing are trivially right), attention with expanded keys and values, rotary pairs as
+complex numbers, routing and experts as Python loops over tokens. It shares nothing with `deepseek_arch` but the plain
 fields of `DeepseekConfig`, and autograd differentiates all of it.
 
 Weights are a dict of published tensor names (`model.layers.3.mlp.experts.7.gate_proj.weight`); T = tokens of one
@@ -23,7 +23,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass
 class Output:
-    """What one document gives.
+    """Results of one document.
 
     Attributes:
         logits: [T, V].
@@ -42,8 +42,8 @@ def run(config, weights: Weights, tokens: Sequence[int], mtp_chain: str = "post_
     """Runs one document, positions 0, 1, ...
 
     Args:
-        mtp_chain: what depth k + 1 reads of depth k, "post_norm" (after `shared_head.norm`) or "pre_norm": published
-            models have one depth, so no reference settles it.
+        mtp_chain: the output of depth k that depth k + 1 reads, "post_norm" (after `shared_head.norm`) or "pre_norm":
+            published models have one depth, so that no reference decides it.
     """
     weights = {name: tensor.double() for name, tensor in weights.items()}
     tokens = [int(t) for t in tokens]
@@ -61,42 +61,44 @@ def run(config, weights: Weights, tokens: Sequence[int], mtp_chain: str = "post_
     previous = out.hidden if config.mtp_input == "post_norm" else x
     for k in range(1, min(config.num_nextn_predict_layers, len(tokens) - 1) + 1):
         layer = config.num_hidden_layers + k - 1
-        own = lambda name, layer=layer: weights[f"model.layers.{layer}.{name}.weight"]  # noqa: E731
-        embedded = _norm(embedding[tokens[k:]], own("enorm"), config.rms_norm_eps)
-        hidden = _norm(previous[: len(tokens) - k], own("hnorm"), config.rms_norm_eps)
-        # Published eh_proj reads the embedding first, the reverse of eq. 21 as printed.
-        block = _decoder_layer(config, weights, layer, torch.cat([embedded, hidden], -1) @ own("eh_proj").T, out.routes)
-        normed = _norm(block, own("shared_head.norm"), config.rms_norm_eps)
+        weight = lambda name, layer=layer: weights[f"model.layers.{layer}.{name}.weight"]  # noqa: E731
+        embedded = _norm(embedding[tokens[k:]], weight("enorm"), config.rms_norm_eps)
+        hidden = _norm(previous[: len(tokens) - k], weight("hnorm"), config.rms_norm_eps)
+        # The published eh_proj reads the embedding first, the reverse of the V3 report's equation 21.
+        block = _decoder_layer(
+            config, weights, layer, torch.cat([embedded, hidden], -1) @ weight("eh_proj").T, out.routes
+        )
+        normed = _norm(block, weight("shared_head.norm"), config.rms_norm_eps)
         out.mtp.append(normed @ head.T)
         previous = normed if mtp_chain == "post_norm" else block
     return out
 
 
 def run_batch(config, weights: Weights, input_ids: Tensor, mask: Tensor | None = None, documents=None) -> Tensor:
-    """Logits [B, T, V] of a batch, zeros at padding.
+    """Returns the logits [B, T, V] of a batch, zeros at padding.
 
     Args:
-        mask: [B, T], zero at padding (left or right; padding is cut away before anything is computed).
+        mask: [B, T], zero at padding, left or right, which is removed before anything is computed.
         documents: lengths of the documents packed into every row; each runs alone.
     """
     batch, length = input_ids.shape
     mask = torch.ones_like(input_ids) if mask is None else mask
     logits = torch.zeros(batch, length, config.vocab_size, dtype=torch.float64)
     for row in range(batch):
-        kept = [t for t in range(length) if mask[row, t]]
+        places = [t for t in range(length) if mask[row, t]]
         start = 0
-        for size in documents or [len(kept)]:
-            where = kept[start : start + size]
+        for size in documents or [len(places)]:
+            where = places[start : start + size]
             logits = logits.index_put(
                 (torch.tensor(row), torch.tensor(where)), run(config, weights, input_ids[row, where].tolist()).logits
             )
             start += size
-        assert start == len(kept), "documents must cover the row"
+        assert start == len(places), "documents must cover the row"
     return logits
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -log p(label of t + 1 | tokens up to t), over labels that are not -100. [B, T, V], [B, T] -> scalar."""
+    """Returns the mean of -log p(label of t + 1 | tokens up to t) over labels other than -100: [B, T, V], [B, T]."""
     terms = [
         -torch.log_softmax(logits[row, t], -1)[labels[row, t + 1]]
         for row in range(labels.shape[0])
@@ -121,7 +123,10 @@ def _decoder_layer(config, weights: Weights, layer: int, x: Tensor, routes: dict
 
 
 def is_moe(config, layer: int) -> bool:
-    """TENSORS.md: from `first_k_dense_replace` on, every `moe_layer_freq`-th; draft layers are like the last ones."""
+    """Returns True for every `moe_layer_freq`-th layer from `first_k_dense_replace` on, and for MTP modules.
+
+    As in modeling_deepseek.py beside the published V2 and V3 checkpoints, and in V3's tensors for the MTP module.
+    """
     if not config.n_routed_experts or layer < config.first_k_dense_replace:
         return False
     return layer >= config.num_hidden_layers or layer % config.moe_layer_freq == 0
@@ -145,7 +150,7 @@ def _mlp(weights: Weights, prefix: str, x: Tensor) -> Tensor:
 
 
 def rotary_frequencies(config) -> list[float]:
-    """Angle per position of each of the `qk_rope_head_dim / 2` pairs, with YaRN's blend of both frequencies."""
+    """Returns the angle per position of each of the `qk_rope_head_dim / 2` pairs, with YaRN's blend of frequencies."""
     dim, theta = config.qk_rope_head_dim, config.rope_theta
     plain = [theta ** (-2 * i / dim) for i in range(dim // 2)]
     yarn = _yarn(config)
@@ -153,7 +158,7 @@ def rotary_frequencies(config) -> list[float]:
         return plain
 
     def pair_with(rotations: float) -> float:
-        """The (fractional) pair that turns `rotations` times within the original context."""
+        """Returns the (fractional) pair that rotates `rotations` times within the original context."""
         original = yarn.get("original_max_position_embeddings") or config.max_position_embeddings
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -165,14 +170,14 @@ def rotary_frequencies(config) -> list[float]:
 
 
 def softmax_scale(config) -> float:
-    """`qk_head_dim ** -0.5`, times m(mscale_all_dim)² under YaRN."""
+    """Returns `qk_head_dim ** -0.5`, times m(mscale_all_dim)² under YaRN."""
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     yarn = _yarn(config)
     return scale if yarn is None else scale * _m(yarn["factor"], yarn.get("mscale_all_dim") or 0) ** 2
 
 
 def rotate(config, x: Tensor, positions: Tensor) -> Tensor:
-    """Turns interleaved pairs (x0, x1), (x2, x3), ... of [T, ..., R] by position times frequency."""
+    """Rotates interleaved pairs (x0, x1), (x2, x3), ... of [T, ..., R] by position times frequency."""
     yarn, amplitude = _yarn(config), 1.0
     if yarn is not None:
         amplitude = yarn.get("attention_factor")
@@ -187,7 +192,7 @@ def rotate(config, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def attention(config, weights: Weights, prefix: str, x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Causal latent attention of one document, [T, H] -> [T, H], keys and values of every head written out."""
+    """Computes causal latent attention of one document, [T, H] -> [T, H], with the keys and values of every head."""
     tokens, heads = x.shape[0], config.num_attention_heads
     nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     eps = config.latent_norm_eps
@@ -229,7 +234,7 @@ def _m(factor: float, coefficient: float) -> float:
 
 
 def moe(config, weights: Weights, prefix: str, x: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """Routed experts times their weights, plus the unscaled shared experts. [T, H] -> [T, H], experts per token."""
+    """Computes routed experts times their weights plus unscaled shared experts: [T, H] -> [T, H], chosen experts."""
     rows, chosen = [], []
     for token in x:
         experts, gates = route(config, token, weights[prefix + "gate.weight"], _bias(weights, prefix))
@@ -243,7 +248,7 @@ def moe(config, weights: Weights, prefix: str, x: Tensor) -> tuple[Tensor, list[
 
 
 def route(config, token: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[list[int], list[Tensor]]:
-    """The experts of one token, best first (equal scores: smaller id first), and what multiplies their outputs."""
+    """Returns the experts of one token, best first (smaller id first if equal), and the factors of their outputs."""
     count, top_k = config.n_routed_experts, config.num_experts_per_tok
     logits = weight @ token
     sigmoid = config.topk_method == "noaux_tc"
@@ -256,8 +261,8 @@ def route(config, token: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[l
         size = count // groups
         # noaux_tc ranks a group by its two best biased scores, V2 by its best score.
         best = [sum(sorted(choice[g * size :][:size])[-2 if sigmoid else -1 :]) for g in range(groups)]
-        kept = sorted(range(groups), key=lambda g: (-best[g], g))[: config.topk_group]
-        candidates = [e for e in range(count) if e // size in kept]
+        chosen = sorted(range(groups), key=lambda g: (-best[g], g))[: config.topk_group]
+        candidates = [e for e in range(count) if e // size in chosen]
     experts = sorted(candidates, key=lambda e: (-choice[e], e))[:top_k]
 
     gates = [scores[e] for e in experts]  # never the biased ones

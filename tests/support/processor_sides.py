@@ -1,6 +1,6 @@
-"""Runs a test again where the processor decided what it computed: with 16-bit floats multiplied the other way.
+"""Runs a test twice if its result depends on the processor: with native 16-bit products, and without.
 
-A green run on a machine with 16-bit products would otherwise hide a red one on a machine without, and the reverse.
+Otherwise a test that passes on one kind of machine could fail unnoticed on the other.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ _asked = False
 
 @functools.wraps(_native_half_matmul)
 def _asking() -> bool:
-    """Notes that the answer was needed. Only written, so Dynamo traces it without guarding on the note."""
+    """Records that a test asked. The record is only written here, so that Dynamo traces it without a guard."""
     global _asked
     _asked = True
     return _native_half_matmul()
 
 
 def install() -> None:
-    """Has every question noted from now on; `dispatch.native_half_matmul.__wrapped__` is the original."""
+    """Records every call from now on; `dispatch.native_half_matmul.__wrapped__` is the original."""
     dispatch.native_half_matmul = _asking
 
 
 def sides() -> Iterator[str]:
-    """Names this machine's side, then, if the test that ran meanwhile asked for it, the other; each in force until the
-    next is asked for."""
+    """Yields the name of this machine's side, then, if the test that ran meanwhile asked, that of the other side.
+
+    Each is in force until the next one is requested.
+    """
     global _asked
     _asked = False
     yield _name(_native_half_matmul())
@@ -46,6 +48,6 @@ def _name(native: bool) -> str:
 
 
 def _forget_compiled() -> None:
-    """Drops code compiled on the other side, which guards would only hide as a recompilation too many."""
+    """Drops code compiled on the other side, which would count as a recompilation."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()

@@ -1,5 +1,7 @@
-"""Published tensor names and shapes, written from the listings of the published files, and the way between them and a
-`DeepseekLM`. Independent of `deepseek_arch.state_dict`, which is tested against it."""
+"""Published tensor names and shapes, from listings of the published files, and their conversion to a `DeepseekLM`'s.
+
+Independent of `deepseek_arch.layout`, which is tested against it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from support import oracle
 
 
 def shapes(config, mtp: bool = True, aliases: bool = True) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a published checkpoint of `config`, FP8 scales left out.
+    """Returns the shape of every tensor of a published checkpoint of `config`, without FP8 scales.
 
     Args:
-        mtp: with the draft layers.
-        aliases: with the draft layers' copies of the embedding and the head.
+        mtp: with the MTP modules.
+        aliases: with the MTP modules' copies of the embedding and the head.
     """
     hidden, vocab = config.hidden_size, config.vocab_size
     out = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
@@ -71,8 +73,11 @@ def _layer_shapes(config, layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(config, seed: int = 0, bias_mean: float = 0.0) -> dict[str, Tensor]:
-    """Float32 weights under which every part of the model matters: activations keep unit scale, norm weights differ
-    from one, router scores spread, correction biases (mean `bias_mean`) change who is chosen."""
+    """Returns float32 weights under which every part of the model affects the output.
+
+    Activations have unit scale, norm weights differ from one, router scores are spread, and correction biases (mean
+    `bias_mean`) change the chosen experts.
+    """
     generator = torch.Generator().manual_seed(seed)
     out: dict[str, Tensor] = {}
     for name, shape in shapes(config, aliases=False).items():
@@ -95,12 +100,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 
 def published_state(model) -> dict[str, Tensor]:
-    """A `DeepseekLM`'s tensors under published names: experts unstacked, draft layers numbered after the trunk."""
+    """Returns a `DeepseekLM`'s tensors under published names: experts unstacked, MTP modules as the last layers."""
     return unstack(model.state_dict(), model.config)
 
 
 def published_gradients(model) -> dict[str, Tensor | None]:
-    """Gradients of all parameters under published names; None where autograd left none."""
+    """Returns the gradients of all parameters under published names; None for parameters without one."""
     grads = {name: p.grad for name, p in model.named_parameters()}
     out: dict[str, Tensor | None] = {}
     out |= unstack({name: grad for name, grad in grads.items() if grad is not None}, model.config)
@@ -108,6 +113,7 @@ def published_gradients(model) -> dict[str, Tensor | None]:
 
 
 def unstack(state: dict[str, Tensor], config) -> dict[str, Tensor]:
+    """Returns a `DeepseekLM`'s tensors under published names."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         draft = _DRAFT.fullmatch(name)
@@ -126,7 +132,7 @@ def unstack(state: dict[str, Tensor], config) -> dict[str, Tensor]:
 
 
 def stack(weights: dict[str, Tensor], config) -> dict[str, Tensor]:
-    """The inverse of `unstack`: what a `DeepseekLM`'s `load_state_dict` takes."""
+    """Returns the inverse of `unstack`, for a `DeepseekLM`'s `load_state_dict`."""
     out: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         layer = _LAYER.fullmatch(name)

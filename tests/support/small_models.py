@@ -1,4 +1,4 @@
-"""Tiny configs of every kind, models with telling random weights, and the one way errors are measured."""
+"""Tiny configs of every kind, models with random weights that all affect the output, and the measure of errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from deepseek_arch.config.deepseek_config import DeepseekConfig
 from support import published
 
-# One published kind each; sizes small, all different, so that a swapped dimension cannot pass.
+# Sizes of all kinds: small, and all different, so that a swapped dimension cannot pass.
 _BASE = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -59,7 +59,7 @@ KINDS = {
     | {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8}
     | {"rms_norm_eps": 1e-5, "rope_theta": 1000000.0},
 }
-# The published factors, a context short enough that tiny rotary sizes have pairs on both ends of the ramp and between.
+# The published factors, with a context so short that tiny rotary sizes have pairs at both ends of the ramp and between.
 YARN = {
     "type": "yarn",
     "factor": 40,
@@ -76,7 +76,7 @@ def config(kind: str = "v3", **changes) -> DeepseekConfig:
 
 
 def model(cfg: DeepseekConfig, seed: int = 0, bias_mean: float = 0.0, weights: dict[str, Tensor] | None = None):
-    """A float32 `DeepseekLM` in eval mode with `weights`, by default `published.random_weights`."""
+    """Returns a float32 `DeepseekLM` in eval mode with `weights`, by default `published.random_weights`."""
     from deepseek_arch.models.causal_lm import DeepseekLM
 
     lm = DeepseekLM(cfg, dtype=torch.float32)
@@ -90,8 +90,8 @@ def tokens(cfg: DeepseekConfig, *shape: int, seed: int = 0) -> Tensor:
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected magnitude."""
+    """Returns the largest difference relative to the largest expected magnitude."""
     assert got.shape == expected.shape, (tuple(got.shape), tuple(expected.shape))
     got, expected = got.detach().double(), expected.detach().double()
-    assert torch.isfinite(expected).all(), "the expectation itself is not finite"
+    assert torch.isfinite(expected).all(), "the expected values are not finite"
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-300))

@@ -69,8 +69,8 @@ class _Product(Operator):
 
 
 def _shape(scale: Scale, label: str, m: int, n: int, k: int, goal: Goal | None, priority: int) -> Shape:
-    own = goal if scale.name == "v3" else None
-    return Shape(f"{scale.name} {label} {m}x{n}x{k}", {"M": m, "N": n, "K": k}, own, priority)
+    of_v3 = goal if scale.name == "v3" else None
+    return Shape(f"{scale.name} {label} {m}x{n}x{k}", {"M": m, "N": n, "K": k}, of_v3, priority)
 
 
 class Blocks(_Product):

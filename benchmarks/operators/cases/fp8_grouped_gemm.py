@@ -25,11 +25,11 @@ class Forward(Operator):
     name, op, product = "fp8_grouped_gemm.forward", "fp8_grouped_gemm", "fp8"
 
     def shapes(self, scale: Scale) -> Iterable[Shape]:
-        own = Goal("800 TF", "1050 TF") if scale.name == "v3" else None
+        of_v3 = Goal("800 TF", "1050 TF") if scale.name == "v3" else None
         # Decoding on one of eight devices, with the rows that all of them send to it.
         experts = max(1, (scale.config.n_routed_experts or 8) // 8)
         for label, rows, count, n, k, parts, goal, priority in (
-            ("gate_up", scale.routed, scale.experts, 2 * scale.expert, scale.hidden, 2, own, 0),
+            ("gate_up", scale.routed, scale.experts, 2 * scale.expert, scale.hidden, 2, of_v3, 0),
             ("down", scale.routed, scale.experts, scale.hidden, scale.expert, 1, None, 3),
             ("gate_up decode", scale.decode * scale.topk, experts, 2 * scale.expert, scale.hidden, 2, None, 3),
         ):
@@ -80,8 +80,8 @@ def _forward_loop(
     out, start = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.bfloat16, device=x.device), 0
     for expert, end in enumerate(rows):
         if end > start:
-            own = slice(start, end)
-            out[own] = scaled_mm(x[own], x_scale[own], weight[expert], scale[expert])
+            rows_of = slice(start, end)
+            out[rows_of] = scaled_mm(x[rows_of], x_scale[rows_of], weight[expert], scale[expert])
         start = end
     return out
 
@@ -140,8 +140,8 @@ def _gradient_loop(
     for expert, end in enumerate(rows):
         groups = ceil_div(end - start)
         if groups:
-            columns, own = slice(first * 128, (first + groups) * 128), slice(first, first + groups)
-            operands = grad_t[:, columns], grad_scale[:, own], x_t[:, columns], x_scale[:, own]
+            columns, scales = slice(first * 128, (first + groups) * 128), slice(first, first + groups)
+            operands = grad_t[:, columns], grad_scale[:, scales], x_t[:, columns], x_scale[:, scales]
             out[expert] = scaled_mm(*operands, torch.float32)
         start, first = end, first + groups
     return out

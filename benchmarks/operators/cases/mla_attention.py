@@ -183,11 +183,11 @@ def _padded(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> Tensor:
 
 
 def _unpadded(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None) -> Tensor:
-    own, heads = q.shape[3] - key.shape[2], kv.transpose(1, 2)
-    k = torch.cat((heads[..., :own], key[:, None].expand(-1, heads.shape[1], -1, -1)), -1)
+    nope, heads = q.shape[3] - key.shape[2], kv.transpose(1, 2)
+    k = torch.cat((heads[..., :nope], key[:, None].expand(-1, heads.shape[1], -1, -1)), -1)
     mask = as_dense(spans, kv.shape[1])
     return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, heads[..., own:], attn_mask=mask, is_causal=mask is None
+        q.transpose(1, 2), k, heads[..., nope:], attn_mask=mask, is_causal=mask is None
     ).transpose(1, 2)
 
 
