@@ -13,20 +13,27 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ..config.deepseek_config import DeepseekConfig
+from ..config.deepseek_config import DeepseekConfig, read_config
+from ..config.errors import ConfigError
+from ..config.json_format import MOST_JSON
+from ..config.locations import explain_missing_config, explain_no_folder
+from ..config.regular_file import PinnedFiles
 from ..layout.parameter_map import TensorSlot, is_stray, layer_of, layout, scale_name
 from ..layout.published_tensors import scale_shape
 from ..layout.subset import Subset, select_subset
 from .files.reader import TensorInfo
 from .files.shards import Shards
 from .problems import CheckpointError, Problem, ProblemKind
+from .size_check import explain_far_too_few
 
 __all__ = ["LoadPlan", "plan_load"]
 
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+_CONFIG_NAME = "config.json"
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 
 
@@ -35,6 +42,7 @@ class LoadPlan:
     """The tensors to read, in the order of the files, and everything else that was found.
 
     Attributes:
+        pins: the files that were read, to find out if they are still the same; config_json: the content of one.
         slots: one for each tensor of the model.
         repeats: second copies of the embedding and head, to be compared.
         sources: published name -> where the bytes of `slots` and `repeats` are.
@@ -46,6 +54,8 @@ class LoadPlan:
 
     folder: Path
     subset: Subset
+    pins: PinnedFiles
+    config_json: dict[str, Any]
     slots: list[TensorSlot] = field(default_factory=list)
     repeats: list[TensorSlot] = field(default_factory=list)
     sources: dict[str, TensorInfo] = field(default_factory=dict)
@@ -80,8 +90,15 @@ class LoadPlan:
         """Adds to the problems."""
         self.problems += [Problem(kind, detail) for detail in details]
 
+    def check_unchanged(self) -> None:
+        """Raises a CheckpointError if a file is no longer the one that was read: what was read may be a mixture."""
+        changed = self.pins.changed()
+        if changed:
+            raise CheckpointError(self.folder, [Problem(ProblemKind.CHANGED, name) for name in changed])
+
     def raise_problems(self) -> None:
-        """Raises a CheckpointError if there are problems."""
+        """Raises a CheckpointError if there are problems, or files changed, which explains any problem."""
+        self.check_unchanged()
         if self.problems:
             raise CheckpointError(self.folder, self.problems)
 
@@ -103,20 +120,40 @@ def plan_load(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"expected a checkpoint folder, got {str(path)!r}")
-    source = DeepseekConfig.from_pretrained(folder)
+        raise ValueError(f"expected a checkpoint folder, got {str(path)!r}{explain_no_folder(path)}")
+    pins = PinnedFiles(folder)
+    source, config_json = _read_config(pins)
     problems: list[Problem] = []
     method = (source.quantization_config or {}).get("quant_method", "fp8")
     if method != "fp8":
-        detail = f"expected quantization_config with quant_method fp8 or none, got {method!r}"
+        detail = f"expected quantization_config with quant_method fp8 or none, got {method!r:.200}"
         problems.append(Problem(ProblemKind.CONFIG, detail))
-    shards = Shards(folder, problems)
+    shards = Shards(pins, problems)
     if open_all or not shards.index:
         shards.open_all()
     stored_mtp, warnings = _stored_mtp(source, shards, mtp)
-    plan = LoadPlan(folder, select_subset(source, layers, experts, stored_mtp), problems=problems, warnings=warnings)
-    _Matching(plan, shards).run()
+    if shards.shards and shards.others:
+        warnings.append(f"not read, since {shards.chosen_by}: {', '.join(shards.others)}")
+    subset = select_subset(source, layers, experts, stored_mtp)
+    plan = LoadPlan(folder, subset, pins, config_json, problems=problems, warnings=warnings)
+    far_too_few = explain_far_too_few(source, shards)
+    if far_too_few is None:
+        _Matching(plan, shards).run()
+    else:
+        plan.report(ProblemKind.FAR_TOO_FEW, far_too_few)
     return plan
+
+
+def _read_config(pins: PinnedFiles) -> tuple[DeepseekConfig, dict[str, Any]]:
+    file = pins.folder / _CONFIG_NAME
+    try:
+        data = pins.read(_CONFIG_NAME, MOST_JSON) if file.is_file() else None
+        text = None if data is None else data.decode("utf-8")
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{file}: expected JSON in UTF-8, got {error}") from None
+    if text is None:
+        raise ConfigError(explain_missing_config(pins.folder))
+    return read_config(text, str(file))
 
 
 def _stored_mtp(source: DeepseekConfig, shards: Shards, mtp: bool) -> tuple[bool, list[str]]:
@@ -279,4 +316,4 @@ def _part(info: TensorInfo, slot: TensorSlot, name: str) -> TensorInfo:
     experts, rows, columns = info.shape
     nbytes = info.nbytes // (experts * slot.parts_per_expert)
     shape = (rows // slot.parts_per_expert, columns)
-    return TensorInfo(name, info.dtype, shape, info.file, info.offset + slot.stack_position * nbytes, nbytes)
+    return replace(info, name=name, shape=shape, offset=info.offset + slot.stack_position * nbytes, nbytes=nbytes)

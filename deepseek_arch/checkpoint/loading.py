@@ -7,17 +7,18 @@ tensor.
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.json_format import MOST_JSON, parse_json
 from ..layout.parameter_map import TensorSlot, scale_name
 from ..models.allocate import allocate
 from ..models.causal_lm import DeepseekLM
@@ -25,6 +26,8 @@ from ..quant.fp8_blocks import decode_scale, dequantize_blocks, scale_format_of
 from ..quant.fp8_convert import keep_fp8
 from .files.progress import progress
 from .files.reader import DTYPES, ShardError, TensorInfo, TensorReader, memory_of
+from .files.shards import GENERATION_CONFIG_NAME
+from .finite_values import NonFinite
 from .load_plan import LoadPlan, plan_load
 from .problems import CheckpointError, Problem, ProblemKind
 
@@ -99,15 +102,20 @@ def load(
         layers, experts, mtp: load part of the model, see `layout.subset.select_subset`. Only the bytes needed are read.
 
     Returns:
-        The model in eval mode, with a `LoadReport` as `model.load_report`. Its config has the dtype of its parameters,
-        and the checkpoint's `quantization_config` if something stayed in FP8, else none.
+        The model in eval mode, with a `LoadReport` as `model.load_report`, and the content of generation_config.json
+        ({} without one) as `model.generation_config`, which `generate` reads and `save` writes. Its config has the
+        dtype of its parameters, and the checkpoint's `quantization_config` if something stayed in FP8, else none.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype; FP8 tensors lack their scales or
             have wrong or non-finite ones; with "keep", only some of a layer's experts are FP8; shards are missing,
-            truncated or unreadable; repeated embeddings differ.
+            truncated or unreadable, or changed before the end (another process saves to the folder); repeated
+            embeddings differ.
             Everything that headers and scales can tell is reported at once, before memory is allocated.
         ValueError: an argument is wrong, or the config describes no supported model.
+
+    Warns:
+        UserWarning: tensors have values that are not finite; MTP modules or other files of the folder are not read.
     """
     started = time.perf_counter()
     device = _check_device(device)
@@ -118,6 +126,7 @@ def load(
     fp8_parameters = plan.fp8_parameters if fp8 == "keep" else set()
     if fp8 == "keep":
         plan.report(ProblemKind.FP8_IN_PART, *plan.mixed_experts)
+    generation_config = _generation_config(plan)
     plan.raise_problems()
     model = _build(plan, dtype, fp8_parameters)
     report = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings)
@@ -129,13 +138,16 @@ def load(
             _fill(model, plan, fp8_parameters, scales, reader, report, bar)
             _compare_repeats(model, plan, reader, report, bar)
         except ShardError as error:
+            plan.check_unchanged()
             raise CheckpointError(plan.folder, [Problem(ProblemKind.SHARDS, str(error))]) from None
+    plan.check_unchanged()
     report.bytes_read = reader.bytes_read
     report.shards = sorted({info.file.name for info in plan.sources.values()})
     report.seconds = time.perf_counter() - started
     for message in report.warnings:
         warnings.warn(f"{plan.folder}: {message}", stacklevel=2)
     model.load_report = report
+    model.generation_config = generation_config
     return model.eval()
 
 
@@ -143,7 +155,8 @@ def _check_device(device: torch.device | str) -> torch.device:
     try:
         checked = torch.device(device)
         torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError, AttributeError) as error:
+        # ImportError is what PyTorch raises for the devices of packages that are not installed.
         raise ValueError(f"expected an available device, got {device!r}: {error}") from None
     if checked.type == "meta":
         raise ValueError("expected a device with memory, got 'meta'; DeepseekLM(config, device='meta') builds one")
@@ -152,8 +165,7 @@ def _check_device(device: torch.device | str) -> torch.device:
 
 def _check_dtype(dtype: torch.dtype | str | None, plan: LoadPlan) -> torch.dtype:
     if dtype is None:
-        file = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
-        if file.get("torch_dtype") or file.get("dtype"):
+        if plan.config_json.get("torch_dtype") or plan.config_json.get("dtype"):
             dtype = plan.subset.source.dtype
         else:  # not the config class's default, which would round a float32 checkpoint
             embedding = plan.sources.get("model.embed_tokens.weight")
@@ -162,6 +174,16 @@ def _check_dtype(dtype: torch.dtype | str | None, plan: LoadPlan) -> torch.dtype
     if name not in _FLOATS:
         raise ValueError(f"expected dtype to be one of {', '.join(_FLOATS)}, got {dtype!r}")
     return _FLOATS[name]
+
+
+def _generation_config(plan: LoadPlan) -> dict[str, Any]:
+    """Returns the content of generation_config.json: end tokens and others, which config.json may contradict."""
+    try:
+        data = plan.pins.read(GENERATION_CONFIG_NAME, MOST_JSON)
+        return {} if data is None else parse_json(data.decode("utf-8"))
+    except (ValueError, OSError) as error:
+        plan.report(ProblemKind.GENERATION_CONFIG, str(error))
+        return {}
 
 
 def _build(plan: LoadPlan, dtype: torch.dtype, fp8_parameters: set[str]) -> DeepseekLM:
@@ -212,7 +234,7 @@ def _fill(
     bar: tqdm,
 ) -> None:
     """Reads every tensor into its place, in the order of the files."""
-    state = model.state_dict()
+    state, not_finite = model.state_dict(), NonFinite()
     unfilled = set(state) - {slot.parameter for slot in plan.slots} - {scale_name(name) for name in fp8_parameters}
     # A parameter that no tensor fills would stay random: the table of names and the modules disagree.
     assert unfilled <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()), unfilled
@@ -231,10 +253,11 @@ def _fill(
         else:
             _fill_as_stored(target, slot, source, reader)
             report.cast += target.dtype != DTYPES[source.dtype]
+        for first, last in _bands(slot.rows, target.nbytes // max(1, slot.rows)):
+            not_finite.check(slot.name, target[first:last])
         report.loaded += 1
         bar.update(plan.nbytes(slot))
-        if slot.name.endswith(".e_score_correction_bias") and not target.isfinite().all():
-            report.warnings.append(f"{slot.name} has values that are not finite; routing by it is undefined")
+    report.warnings += not_finite.warnings
 
 
 def _fill_as_stored(target: Tensor, slot: TensorSlot, source: TensorInfo, reader: TensorReader) -> None:

@@ -15,10 +15,13 @@ _SHOWN = 10  # details of each kind in an error message
 class ProblemKind(StrEnum):
     """Kinds of problems; the value is their heading in an error message."""
 
+    CHANGED = "files that changed while they were read (another process writes to the folder: try again)"
     CONFIG = "config"
     INDEX = "index"
     SHARDS = "shards"
     IN_TWO_SHARDS = "tensors in two shards"
+    GENERATION_CONFIG = "generation config"
+    FAR_TOO_FEW = "far fewer tensors than the config describes"
     MISSING = "missing tensors"
     ONLY_IN_INDEX = "tensors that the index names and no shard holds"
     UNEXPECTED = "unexpected tensors"

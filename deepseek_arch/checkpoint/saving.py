@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,9 @@ from ..quant.fp8_blocks import FP8_QUANTIZATION, block_grid, dequantize_blocks, 
 from ..quant.fp8_convert import fp8_layers
 from .files.progress import progress
 from .files.reader import DTYPE_NAMES, DTYPES
+from .files.shards import GENERATION_CONFIG_NAME
 from .files.writer import CheckpointWriter, parse_size, plan_shards
+from .finite_values import NonFinite
 
 __all__ = ["FP8_QUANTIZATION", "SaveReport", "save"]
 
@@ -47,8 +53,9 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
 
     Names are the published ones: one tensor for each expert, MTP modules at `num_hidden_layers + k`
     with their copies of the embedding and the head. Tensors are written one at a time. A checkpoint that is in the
-    folder already is replaced when the new one is complete, and is as it was if anything fails; other files in the
-    folder stay.
+    folder already is replaced when the new one is complete, and is as it was if anything fails; if the process is
+    killed between the renames at the end, the next save to the folder puts it back first. Other files in the folder
+    stay, but for a generation_config.json where `model.generation_config` has something.
 
     Args:
         format: "bf16" writes all parameters as they are, unquantized: a bfloat16 model in bfloat16, a float32 model in
@@ -60,9 +67,12 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
         max_shard_size: bytes, or "5GB", "200MB" and so on; a larger tensor gets a shard of its own.
 
     Raises:
-        ValueError: an argument is wrong, the model's tensors are not what its config says, or, for "fp8", a weight is
-            not finite.
+        ValueError: an argument is wrong, the model's tensors are not what its config says, another process is writing
+            to the folder, or, for "fp8", a weight is not finite.
         OSError: the disk is full, or the folder cannot be written.
+
+    Warns:
+        UserWarning: tensors have values that are not finite.
     """
     if format not in ("bf16", "fp8"):
         raise ValueError(f"expected format 'bf16' or 'fp8', got {format!r}")
@@ -72,14 +82,30 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
     slots = [slot for slot in layout(config) if not _is_tied_head(slot, config)]
     groups = [_specs(slot, state, fp8_weights, config.weight_block_size) for slot in slots]
     shards = plan_shards(groups, max_bytes)
+    not_finite, defaults = NonFinite(), _generation_config(model)
     with CheckpointWriter(path, shards) as writer, progress(f"saving {writer.folder.name}", writer.nbytes) as bar:
         for slot, group in zip(slots, groups, strict=True):
             for spec, tensor in zip(group, _tensors(slot, state, fp8_weights, config, group), strict=True):
+                not_finite.check(spec.name, tensor)
                 writer.write(spec.name, tensor)
             bar.update(sum(spec.nbytes for spec in group))
-        files = writer.commit(config.to_dict())
+        files = writer.commit(config.to_dict(), (), {GENERATION_CONFIG_NAME: defaults} if defaults else {})
+    for message in not_finite.warnings:
+        warnings.warn(f"{path}: {message}", stacklevel=2)
     tensors, quantized = sum(len(group) for group in groups), sum(len(group) == 2 for group in groups)
     return SaveReport(Path(path), config, tuple(files), tensors, writer.nbytes, quantized)
+
+
+def _generation_config(model: nn.Module) -> dict[str, Any]:
+    """Returns `model.generation_config` as JSON holds it; {} where the model has none, or one of another kind."""
+    defaults = getattr(model, "generation_config", None)
+    if not isinstance(defaults, Mapping):
+        return {}
+    try:
+        copy = json.loads(json.dumps(dict(defaults)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected model.generation_config to hold what JSON can hold: {error}") from None
+    return copy
 
 
 def _is_tied_head(slot: TensorSlot, config: DeepseekConfig) -> bool:

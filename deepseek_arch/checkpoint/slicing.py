@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .files.companions import companions
 from .files.progress import progress
 from .files.reader import TensorInfo, TensorReader
 from .files.writer import CheckpointWriter, parse_size, plan_shards
+from .finite_values import NonFinite
 from .load_plan import LoadPlan, plan_load
 from .saving import SaveReport
 
@@ -43,12 +45,16 @@ def slice_checkpoint(
     max_bytes = parse_size(max_shard_size)
     plan = plan_load(path, layers, experts, mtp)
     plan.raise_problems()
+    config = plan.subset.config
+    if not plan.scales:
+        config = config.replace(quantization_config=None)  # left over from FP8 files (TRAPS E12)
     if Path(out).exists() and Path(out).samefile(path):
         raise ValueError(f"expected another folder to write to than the checkpoint's own, got {str(out)!r}")
     # In the order of the layers, whatever the order of the source.
     ordered = [slot for slot in layout(plan.subset) if slot.name in plan.sources]
     copies = [list(_copies(slot, plan)) for slot in ordered]
     groups = [[TensorSpec(name, info.dtype, (rows, *info.shape[1:])) for name, info, rows in group] for group in copies]
+    not_finite = NonFinite()
     with (
         CheckpointWriter(out, plan_shards(groups, max_bytes)) as writer,
         TensorReader() as reader,
@@ -59,12 +65,17 @@ def slice_checkpoint(
             step = max(1, _BAND_BYTES // max(1, row_bytes))
             for first in range(0, rows, step):
                 last = min(first + step, rows)
-                writer.write(name, reader.rows(info, first, last), first * row_bytes)
+                values = reader.rows(info, first, last)
+                not_finite.check(name, values)
+                writer.write(name, values, first * row_bytes)
                 bar.update((last - first) * row_bytes)
-        files = writer.commit(plan.subset.config.to_dict(), companions(plan.folder))
+        plan.check_unchanged()
+        files = writer.commit(config.to_dict(), companions(plan.folder))
+    for message in plan.warnings + not_finite.warnings:
+        warnings.warn(f"{plan.folder}: {message}", stacklevel=2)
     quantized = sum(len(group) == 2 for group in groups)
     tensors = sum(len(group) for group in groups)
-    return SaveReport(Path(out), plan.subset.config, tuple(files), tensors, writer.nbytes, quantized)
+    return SaveReport(Path(out), config, tuple(files), tensors, writer.nbytes, quantized)
 
 
 def _copies(slot: TensorSlot, plan: LoadPlan) -> Iterator[tuple[str, TensorInfo, int]]:

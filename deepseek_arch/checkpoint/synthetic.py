@@ -86,7 +86,7 @@ def _random(slot: TensorSlot, seed: int, std: float) -> Tensor:
     # A repeated tensor is drawn under the name of what it repeats.
     name = slot.parameter if slot.repeats else slot.name
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    noise = torch.randn(slot.shape, generator=generator, device="cpu")
+    noise = torch.randn(slot.shape, generator=generator, device="cpu", dtype=torch.float32)
     if name.endswith(".e_score_correction_bias"):
         return noise * 0.1  # both signs, large enough to change which experts are chosen
     if len(slot.shape) == 1:

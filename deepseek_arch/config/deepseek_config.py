@@ -16,12 +16,13 @@ from typing import Any
 from .errors import ConfigError, UnsupportedModelError
 from .families import ARCHITECTURES, V4
 from .json_format import parse_json, read_fields, read_text, rope_type
+from .locations import explain_missing_config, explain_no_folder
 from .presets import presets, read_preset
 from .sizes import ExpertSizes, IndexerSizes
 from .validation import check_fields, check_relations
 from .yarn import Yarn
 
-__all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets"]
+__all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "presets", "read_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class DeepseekConfig:
             class default 1e-6 whatever `rms_norm_eps` says.
         mtp_input: the hidden state that an MTP module reads: "post_norm" (after the main model's final norm:
             transformers, vLLM, SGLang) or "pre_norm" (torchtitan). The authors never settled it.
-        mtp_chain: the hidden state that a further prediction depth reads from the one before: "block" (the block's
-            output: V3 report, vLLM) or "head_norm" (after `shared_head.norm`: transformers, SGLang).
+        mtp_chain: the hidden state that a further prediction depth reads from the one before: "head_norm" (after
+            `shared_head.norm`: transformers, torchtitan, Megatron, SGLang, TensorRT-LLM, vLLM) or "block" (the block's
+            output: V3 report). TRAPS F3.
         extra: fields of the file that this class does not know, written back by `to_dict`.
     """
 
@@ -80,7 +82,7 @@ class DeepseekConfig:
     rope_scaling: Mapping[str, Any] | None = None
     tie_word_embeddings: bool = False
     mtp_input: str = "post_norm"
-    mtp_chain: str = "block"
+    mtp_chain: str = "head_norm"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -105,10 +107,7 @@ class DeepseekConfig:
         if not isinstance(source, str | os.PathLike):
             raise ConfigError(f"expected a name, a path or a dict, got {type(source).__name__}")
         text, origin = _text_of(source)
-        try:
-            return cls.from_dict(parse_json(text))
-        except ConfigError as error:
-            raise type(error)(f"{origin}: {error}") from None
+        return read_config(text, origin)[0]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DeepseekConfig:
@@ -262,12 +261,28 @@ class DeepseekConfig:
             raise ConfigError("; ".join(problems))
 
 
+def read_config(text: str, origin: str) -> tuple[DeepseekConfig, dict[str, Any]]:
+    """Returns the config that the text of a config.json describes, and the JSON object in it.
+
+    Args:
+        origin: of the text, for error messages.
+
+    Raises:
+        ConfigError: the text is not valid JSON, or describes no model of this family.
+    """
+    try:
+        data = parse_json(text)
+        return DeepseekConfig.from_dict(data), data
+    except ConfigError as error:
+        raise type(error)(f"{origin}: {error}") from None
+
+
 def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
     """Returns the text of the config.json that `source` names, and its origin for error messages."""
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"expected a checkpoint folder with a config.json, got {str(source)!r} without one")
+            raise ConfigError(explain_missing_config(path))
         path = path / "config.json"
     if path.is_file():
         return read_text(path), str(path)
@@ -276,6 +291,6 @@ def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
     if str(source).startswith("deepseek-v4"):
         raise UnsupportedModelError(f"{source}: expected a model with latent attention; {V4}")
     raise ConfigError(
-        f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}; "
-        f"presets: {', '.join(presets())}"
+        f"expected a preset name, a config.json or a checkpoint folder, got {str(source)!r}"
+        f"{explain_no_folder(source) or '; presets: ' + ', '.join(presets())}"
     )

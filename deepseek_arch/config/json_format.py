@@ -13,10 +13,11 @@ from typing import Any
 
 from .errors import ConfigError, UnsupportedModelError
 from .families import ARCHITECTURES, MODEL_TYPES, V4
+from .regular_file import identity_of, open_regular
 
-__all__ = ["parse_json", "read_fields", "read_text", "rope_type"]
+__all__ = ["MOST_JSON", "parse_json", "read_fields", "read_text", "rope_type"]
 
-_MOST_BYTES = 100 * 2**20  # of a JSON file; published indices have up to 10 MB
+MOST_JSON = 32 * 2**20  # bytes of a JSON file; published indices have up to 10 MB
 _DEEPEST = 100  # nesting of arrays and objects
 
 # Other names of the same thing: transformers 5 writes some of them, some third-party converters the others.
@@ -56,12 +57,15 @@ def read_text(file: Path) -> str:
 
     Raises:
         ConfigError: the file is not UTF-8, or larger than any config.
+        OSError: it cannot be opened, or is no regular file.
     """
-    size = file.stat().st_size
-    if size > _MOST_BYTES:
-        raise ConfigError(f"{file}: expected JSON of at most {_MOST_BYTES:,} bytes, got {size:,}")
+    with open_regular(file) as stream:
+        size = identity_of(stream.fileno()).size
+        if size > MOST_JSON:
+            raise ConfigError(f"{file}: expected JSON of at most {MOST_JSON:,} bytes, got {size:,}")
+        data = stream.readall()
     try:
-        return file.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: expected JSON in UTF-8, got {error}") from None
 

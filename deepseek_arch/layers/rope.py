@@ -41,7 +41,8 @@ def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None, device
     if low == high:
         high += 0.001  # avoids a division by zero in a ramp of no width
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
-    return base / yarn.factor * ramp + base * (1 - ramp)
+    smooth = 1 - ramp  # the official code's order of operations: another one differs by 1 ulp (TRAPS A14)
+    return base / yarn.factor * (1 - smooth) + base * smooth
 
 
 class RotaryEmbedding(nn.Module):

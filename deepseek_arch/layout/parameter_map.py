@@ -157,7 +157,7 @@ def scale_name(name: str) -> str:
 def layer_of(name: str) -> int | None:
     """Returns the L of a published name `model.layers.L...`, None for all others. Whole components only (TRAPS F7)."""
     parts = name.split(".")
-    if parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdecimal():
+    if parts[:2] == ["model", "layers"] and len(parts) > 3 and parts[2].isdecimal() and len(parts[2]) < 10:
         return int(parts[2])
     return None
 

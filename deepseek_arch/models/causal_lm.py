@@ -44,12 +44,14 @@ class DeepseekLM(nn.Module):
         mtp_detached: whether `mtp_loss` trains the multi-token-prediction layers alone, and neither the trunk nor the
             embedding and the head that they share with it: what reinforcement learning wants (TRAPS F12).
         load_report: `checkpoint.LoadReport` of a model that `load` made, else None.
+        generation_config: content of the checkpoint's generation_config.json, {} without one; None if not loaded.
 
     Raises:
         UnsupportedModelError: the config describes a model with sparse attention.
     """
 
     load_report: Any = None
+    generation_config: dict[str, Any] | None = None
 
     def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
         super().__init__()

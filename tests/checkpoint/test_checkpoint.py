@@ -168,7 +168,10 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path):
     config = small_models.config()
     folder = files.write(tmp_path, files.tensors(config), config)
     (folder / "adapter_model.safetensors").write_bytes(b"not even a safetensors file")
-    load(folder)
+    with pytest.warns(
+        UserWarning, match=f"not read, since {files.INDEX} does not name them: adapter_model.safetensors"
+    ):
+        load(folder)
     assert inspect_checkpoint(folder).ok
 
 
@@ -616,17 +619,17 @@ def test_saving_over_a_checkpoint_replaces_it_and_nothing_else(tmp_path):
     config = small_models.config("v3")
     files.write(tmp_path, files.tensors(config), config, shards=7)
     (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"someone else's")
+    (tmp_path / "notes.bin").write_bytes(b"someone else's")
     model = da.DeepseekLM(config)
     save(model, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
-        "adapter_model.safetensors",
         "config.json",
         "model.safetensors",
         files.INDEX,
+        "notes.bin",
         "tokenizer.json",
     }
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"someone else's"
+    assert (tmp_path / "notes.bin").read_bytes() == b"someone else's"
     files.assert_same_tensors(load(tmp_path).state_dict(), model.state_dict())
     # Onto the folder that the model came from, in more files than before.
     again = load(tmp_path)

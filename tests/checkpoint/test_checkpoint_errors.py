@@ -284,7 +284,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     [
         (b"", "truncated"),
         (b"\x08\0\0\0", "truncated"),
-        ((1 << 60).to_bytes(8, "little") + b"{}", "at most 100,000,000 bytes"),
+        ((1 << 60).to_bytes(8, "little") + b"{}", "at most 32,000,000 bytes"),
         (header(b"{not json"), "expected JSON"),
         (header(b"\xff\xfe"), "expected JSON"),
         (header(b"[" * 100_000), "expected JSON"),
@@ -340,7 +340,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error(folder, monkeypatch):
         os.truncate(shard(folder), shard(folder).stat().st_size - 5)
 
     monkeypatch.setattr(loading, "allocate", shrink)
-    with pytest.raises(CheckpointError, match="truncated: ended 5 bytes before the end of"):
+    with pytest.raises(CheckpointError, match=f"files that changed while they were read.*{shard(folder).name}"):
         load(folder)
 
 

@@ -18,7 +18,8 @@ import torch
 from deepseek_arch.checkpoint import CheckpointError, convert, plan_conversion
 from deepseek_arch.checkpoint.files import resumable_writer as resuming
 from deepseek_arch.checkpoint.files import writer
-from deepseek_arch.checkpoint.files.resumable_writer import STAGING, ResumableWriter
+from deepseek_arch.checkpoint.files.resumable_writer import ResumableWriter
+from deepseek_arch.checkpoint.files.staging import CONVERTING
 from support import checkpoint_files as files
 from support import layouts
 
@@ -63,7 +64,7 @@ def crash_at(monkeypatch, method: str, call: int) -> None:
 
 def finished(out) -> dict[str, int]:
     """Shards left to continue from, and when they were written."""
-    return {file.name: file.stat().st_mtime_ns for file in (out / STAGING).glob("*.safetensors")}
+    return {file.name: file.stat().st_mtime_ns for file in (out / CONVERTING).glob("*.safetensors")}
 
 
 # ---------------------------------------------------------------- interrupted and continued
@@ -91,7 +92,7 @@ def test_going_on_gives_the_same_files(source, expected, tmp_path, monkeypatch, 
     left = finished(out)
     assert len(left) == shards and not list(out.glob("*/*.partial"))
     assert out.exists() == bool(shards)  # nothing remains of what cannot be continued
-    assert not out.exists() or [file.name for file in out.iterdir()] == [STAGING]  # nor does anything appear
+    assert not out.exists() or [file.name for file in out.iterdir()] == [CONVERTING]  # nor does anything appear
     plan = plan_conversion(source, out, **OPTIONS)
     assert set(plan.finished) == set(left)
     assert plan.disk_needed == plan.bytes_written - sum(
@@ -131,7 +132,7 @@ convert({str(source)!r}, {str(out)!r}, **{OPTIONS!r})
 """
     run = subprocess.run([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == -signal.SIGKILL
-    assert list((out / STAGING).glob("*.partial"))
+    assert list((out / CONVERTING).glob("*.partial"))
     assert len(finished(out)) == 2
     assert convert(source, out, **OPTIONS).continued == 2
     assert snapshot(out) == expected
@@ -176,8 +177,8 @@ def test_killed_between_the_renames_at_the_end(source, expected, tmp_path, monke
         with monkeypatch.context() as patch, pytest.raises(Crash):
             crash_at(patch, "commit", 1)
             convert(source, out, **OPTIONS, resume=resume)
-        own = {name: data for name, data in snapshot(out).items() if not name.startswith(STAGING)}
-        assert own == before | ({"tokenizer.json": b"{}"} if renames == 14 else {})  # the last before config.json
+        own = {name: data for name, data in snapshot(out).items() if not name.startswith(CONVERTING)}
+        assert own == before
     convert(source, out, **OPTIONS)
     assert snapshot(out) == expected | {"notes.txt": b"mine"}
 
@@ -195,13 +196,13 @@ def test_killed_after_the_last_rename(source, expected, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(ResumableWriter, "commit", commit_and_die)
         convert(source, out, **OPTIONS)
-    assert list((out / STAGING / "replaced").iterdir())
-    there = {name: data for name, data in snapshot(out).items() if not name.startswith(STAGING)}
+    assert list((out / CONVERTING / "replaced").iterdir())
+    there = {name: data for name, data in snapshot(out).items() if not name.startswith(CONVERTING)}
     assert there == expected
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_at(patch, "commit", 1)
         convert(source, out, **OPTIONS)
-    assert {name: data for name, data in snapshot(out).items() if not name.startswith(STAGING)} == there
+    assert {name: data for name, data in snapshot(out).items() if not name.startswith(CONVERTING)} == there
     convert(source, out, **OPTIONS)
     assert snapshot(out) == expected
 
@@ -244,7 +245,7 @@ def test_another_plan_is_refused_until_it_may_start_afresh(source, tmp_path, mon
         convert(source, out, **OPTIONS | options)
     assert finished(out) == left
     report = convert(source, out, **OPTIONS | options, resume=False)
-    assert report.continued == 0 and not (out / STAGING).exists()
+    assert report.continued == 0 and not (out / CONVERTING).exists()
     convert(source, tmp_path / "fresh", **OPTIONS | options)
     assert snapshot(out) == snapshot(tmp_path / "fresh")
 
@@ -258,7 +259,7 @@ def test_another_place_of_the_source_is_no_other_source(source, tmp_path, monkey
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
 def test_a_manifest_that_was_never_finished_means_a_new_start(source, expected, tmp_path, monkeypatch, content):
     interrupted(source, tmp_path / "new", monkeypatch)
-    (tmp_path / "new" / STAGING / "manifest.json").write_text(content)
+    (tmp_path / "new" / CONVERTING / "manifest.json").write_text(content)
     assert convert(source, tmp_path / "new", **OPTIONS).continued == 0
     assert snapshot(tmp_path / "new") == expected
 
@@ -292,7 +293,7 @@ def test_a_flipped_bit_is_found_and_its_file_written_anew(source, expected, tmp_
         convert(source, out, **OPTIONS)
     left = finished(out)
     name = sorted(left)[2]
-    flip(out / STAGING / name, place)
+    flip(out / CONVERTING / name, place)
     with pytest.raises(CheckpointError) as caught:
         convert(source, out, **OPTIONS, verify=True)
     (found,) = caught.value.problems["tensors read back otherwise than written"]
@@ -348,8 +349,8 @@ def test_a_full_disk_harms_nothing_and_can_be_continued(source, expected, tmp_pa
     with room_for(nbytes), pytest.raises(OSError):
         convert(source, out, **OPTIONS)
     left = finished(out)
-    assert bool(left) == (nbytes > 20_000) == (out / STAGING).exists()
-    assert {name: data for name, data in snapshot(out).items() if not name.startswith(STAGING)} == before
+    assert bool(left) == (nbytes > 20_000) == (out / CONVERTING).exists()
+    assert {name: data for name, data in snapshot(out).items() if not name.startswith(CONVERTING)} == before
     assert snapshot(source) == of_source
     assert convert(source, out, **OPTIONS).continued == len(left)
     assert snapshot(out) == expected
@@ -364,7 +365,7 @@ def test_a_disk_that_fails_to_sync_leaves_no_shard_for_whole(source, expected, t
     """
     monkeypatch.setattr(resuming, "_SYNC_BYTES", 1)
     names = sorted(name for name in expected if name.endswith(".safetensors"))
-    broken = tmp_path / "new" / STAGING / f"{names[number]}.partial"
+    broken = tmp_path / "new" / CONVERTING / f"{names[number]}.partial"
     fsync = os.fsync
 
     def failing(descriptor):
@@ -378,7 +379,7 @@ def test_a_disk_that_fails_to_sync_leaves_no_shard_for_whole(source, expected, t
     # No folder is left where nothing is finished.
     assert sorted(finished(tmp_path / "new")) == names[:number]
     for name in names[:number]:
-        assert (tmp_path / "new" / STAGING / name).read_bytes() == expected[name]
+        assert (tmp_path / "new" / CONVERTING / name).read_bytes() == expected[name]
     convert(source, tmp_path / "new", **OPTIONS, verify=True)
     assert snapshot(tmp_path / "new") == expected
 

@@ -126,7 +126,10 @@ def convert(
         _write(plan, writer, workers)
         if verify:
             _verify(plan, writer, workers)
+        plan.source.check_unchanged()
         files = writer.commit(plan.config, companions(plan.source.folder))
+    for message in workers.not_finite.warnings:
+        warnings.warn(f"{plan.source.folder}: {message}", stacklevel=2)
     return ConversionReport(
         path=plan.out,
         config=DeepseekConfig.from_pretrained(plan.out),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...config.regular_file import open_regular
 from ...layout.parameter_map import is_stray
 from ...layout.published_tensors import TensorSpec
 from ...quant.fp8_blocks import FP8_QUANTIZATION, scale_format_of
@@ -209,7 +210,7 @@ def _scale_format(plan: LoadPlan, requested: str | None) -> str | None:
 
 def _new_config(plan: LoadPlan, format: str, scale_format: str | None, new_dtype: torch.dtype) -> dict[str, Any]:
     """Returns config.json with the two fields changed that a conversion changes."""
-    config: dict[str, Any] = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
+    config = dict(plan.config_json)
     if format == "fp8":
         given = config.get("quantization_config") or {}
         missing = {key: value for key, value in FP8_QUANTIZATION.items() if given.get(key) is None}
@@ -229,9 +230,10 @@ def _new_config(plan: LoadPlan, format: str, scale_format: str | None, new_dtype
 def _fingerprint(plan: LoadPlan) -> dict[str, Any]:
     """Returns name, size, time and header of every file, and the config: with others a conversion does not go on."""
     files = {}
-    for file in sorted({info.file for info in plan.tensors}):
-        status = file.stat()
-        with file.open("rb") as stream:
+    for file, identity in sorted({info.file: info.identity for info in plan.tensors}.items()):
+        with open_regular(file) as stream:
             header = stream.read(int.from_bytes(stream.read(8), "little"))
-        files[file.name] = [status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-    return {"files": files, "config": hashlib.sha256((plan.folder / "config.json").read_bytes()).hexdigest()}
+        files[file.name] = [identity.size, identity.mtime_ns, hashlib.sha256(header).hexdigest()]
+    plan.check_unchanged()
+    config = json.dumps(plan.config_json, sort_keys=True)
+    return {"files": files, "config": hashlib.sha256(config.encode()).hexdigest()}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ...quant.fp8_blocks import block_grid, dequantize_blocks
 from ..files.reader import DTYPES, ShardError, TensorReader, memory_of
+from ..finite_values import NonFinite
 from ..problems import CheckpointError, Problem, ProblemKind
 from .plan import BAND_BYTES, ConversionPlan
 from .quantizer import Quantizer
@@ -32,6 +33,7 @@ class Workers:
 
     def __init__(self, plan: ConversionPlan) -> None:
         self._plan = plan
+        self.not_finite = NonFinite()
         self._own = threading.local()
         self._files = contextlib.ExitStack()
         self._torch_threads = torch.get_num_threads()
@@ -47,7 +49,7 @@ class Workers:
 
     def _start_thread(self) -> None:
         torch.set_num_threads(1)
-        self._own.converter = _Converter(self._plan, self._files)
+        self._own.converter = _Converter(self._plan, self._files, self.not_finite)
 
     def run(self, steps: list[TensorStep], put: Put, bar: tqdm) -> None:
         """Puts all bands of `steps`; raises what the first to fail raises, when none is at work any more."""
@@ -81,8 +83,9 @@ def _bands(step: TensorStep, block_rows: int) -> Iterator[Band]:
 class _Converter:
     """Open files of one thread, and its memory for a band before and after."""
 
-    def __init__(self, plan: ConversionPlan, files: contextlib.ExitStack) -> None:
+    def __init__(self, plan: ConversionPlan, files: contextlib.ExitStack, not_finite: NonFinite) -> None:
         self._plan = plan
+        self._not_finite = not_finite
         self._quantizer = Quantizer(plan.block_size, plan.scale_format)
         self._weights, self._scales = files.enter_context(TensorReader()), files.enter_context(TensorReader())
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -93,6 +96,7 @@ class _Converter:
         try:
             getattr(self, f"_{step.action}")(step, first, last, put)
         except ShardError as error:
+            self._plan.source.check_unchanged()
             raise CheckpointError(self._plan.source.folder, [Problem(ProblemKind.SHARDS, str(error))]) from None
         except ValueError as error:
             raise ValueError(f"{step.name}: {error}") from None
@@ -108,6 +112,9 @@ class _Converter:
     def _copy(self, step: TensorStep, first: int, last: int, put: Put) -> None:
         copied = self._result(torch.uint8, last - first)
         self._weights.read_into(step.source, memory_of(copied), first)
+        itemsize = DTYPES[step.source.dtype].itemsize
+        if first % itemsize == 0 and (last - first) % itemsize == 0:
+            self._not_finite.check(step.name, copied.view(DTYPES[step.source.dtype]))
         put(step.to.tensor.name, copied, step.to.first + first)
 
     def _dequantize(self, step: TensorStep, first: int, last: int, put: Put) -> None:
@@ -117,6 +124,7 @@ class _Converter:
         scale = self._scales.rows(step.scale, first // block_rows, -(-last // block_rows))
         wide = self._result(DTYPES[step.to.tensor.dtype], last - first, columns)
         dequantize_blocks(codes, scale, self._plan.block_size, out=wide)
+        self._not_finite.check(step.name, wide)
         put(step.to.tensor.name, wide, step.to.first + first * columns * wide.itemsize)
 
     def _quantize(self, step: TensorStep, first: int, last: int, put: Put) -> None:

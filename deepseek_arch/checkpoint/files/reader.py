@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config.regular_file import FileIdentity, identity_of, open_regular
+
 __all__ = ["DTYPES", "DTYPE_NAMES", "ShardError", "TensorInfo", "TensorReader", "memory_of", "read_header"]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,7 +38,11 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+# A third of the limit of the safetensors library, and more than the header of the largest published model in one file:
+# what is read as JSON takes ten times its size in memory.
+_MAX_HEADER = 32_000_000
+_MOST_DIMENSIONS = 64
+_LARGEST = 2**63 - 1  # of sizes and offsets
 
 
 class ShardError(ValueError):
@@ -45,7 +51,11 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Address of a tensor: `nbytes` bytes at `offset` of `file`, `dtype` in safetensors' notation."""
+    """Address of a tensor: `nbytes` bytes at `offset` of `file`, `dtype` in safetensors' notation.
+
+    Attributes:
+        identity: of the file when its header was read; another file in its place is not read.
+    """
 
     name: str
     dtype: str
@@ -53,6 +63,7 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    identity: FileIdentity
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -60,10 +71,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
     Raises:
         ShardError: the file is truncated, or its header is unreadable or contradicts itself or the file's size.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is no regular file.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        identity = identity_of(stream.fileno())
+        size = identity.size
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or (length <= _MAX_HEADER and 8 + length > size):
@@ -73,34 +85,35 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         text = stream.read(length)
     try:
         header = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of more than 4300 digits
         raise ShardError(f"unreadable header: expected JSON, got {error}") from None
     if not isinstance(header, dict):
         raise ShardError(f"unreadable header: expected a JSON object, got {type(header).__name__}")
     header.pop("__metadata__", None)
     start = 8 + length
-    infos = {name: _tensor_info(name, entry, file, start) for name, entry in header.items()}
+    infos = {name: _tensor_info(name, entry, file, start, identity) for name, entry in header.items()}
     _check_extent(infos, start, size)
     return infos
 
 
-def _tensor_info(name: str, entry: Any, file: Path, start: int) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, file: Path, start: int, identity: FileIdentity) -> TensorInfo:
+    shown = name if len(name) <= 200 else f"{name[:200]}..."
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
     except (TypeError, KeyError, ValueError):
         raise ShardError(
-            f"unreadable header: expected dtype, shape and data_offsets of {name}, got {entry!r}"
+            f"unreadable header: expected dtype, shape and data_offsets of {shown}, got {entry!r:.200}"
         ) from None
-    valid = isinstance(dtype, str) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    if not valid or end < begin:
-        raise ShardError(f"unreadable header: expected dtype, sizes and offsets of {name}, got {entry!r}")
+    valid = isinstance(dtype, str) and len(shape) <= _MOST_DIMENSIONS
+    if not valid or not all(type(n) is int and 0 <= n <= _LARGEST for n in numbers) or end < begin:
+        raise ShardError(f"unreadable header: expected dtype, sizes and offsets of {shown}, got {entry!r:.200}")
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise ShardError(
-            f"unreadable header: expected {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes of {name} "
+            f"unreadable header: expected {math.prod(shape) * DTYPES[dtype].itemsize:,} bytes of {shown} "
             f"({dtype} {list(shape)}), got {end - begin:,}"
         )
-    return TensorInfo(name, dtype, shape, file, start + begin, end - begin)
+    return TensorInfo(name, dtype, shape, file, start + begin, end - begin, identity)
 
 
 def _check_extent(infos: dict[str, TensorInfo], start: int, size: int) -> None:
@@ -150,11 +163,11 @@ class TensorReader:
         """Fills `out` with the tensor's bytes from `offset` on.
 
         Raises:
-            ShardError: the file ends early.
+            ShardError: the file ends early, or is no longer the one whose header was read.
         """
         if info.file != self._file:
             self.__exit__()
-            self._stream, self._file = io.FileIO(info.file), info.file
+            self._stream, self._file = _reopen(info), info.file
         assert self._stream is not None
         self._stream.seek(info.offset + offset)
         done = 0
@@ -174,3 +187,15 @@ class TensorReader:
         staged = self._staging[:count]
         self.read_into(info, memory_of(staged), first * row_bytes)
         return staged.view(DTYPES[info.dtype]).view(last - first, *info.shape[1:])
+
+
+def _reopen(info: TensorInfo) -> io.FileIO:
+    """Opens the file of a tensor, which must be the one whose header was read."""
+    try:
+        stream = open_regular(info.file)
+    except FileNotFoundError:
+        raise ShardError(f"{info.file.name} was removed while the checkpoint was read") from None
+    if identity_of(stream.fileno()) != info.identity:
+        stream.close()
+        raise ShardError(f"{info.file.name} changed while the checkpoint was read")
+    return stream

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout.published_tensors import TensorSpec
 from .reader import memory_of
-from .shards import INDEX_NAME
+from .staging import CONVERTING, FolderLock, read_json
 from .writer import CheckpointWriter
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["ResumableWriter", "finished_shards"]
 
-__all__ = ["STAGING", "ResumableWriter", "finished_shards"]
-
-STAGING = ".converting"
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 # Of one write. Larger ones get larger pages, which on a virtual machine are likely to be fresh from the host: measured
@@ -66,20 +60,17 @@ class ResumableWriter(CheckpointWriter):
         self._manifest = manifest
         self._resume = resume
         self._specs = dict(zip(self.names, shards, strict=True))
-        self._staging = self.folder / STAGING
-        self._lock: BinaryIO | None = None
+        self._staging = self.folder / CONVERTING
+        self._lock: FolderLock | None = None
         self._is_ours = self._committed = False
         self._disk = ThreadPoolExecutor(1)  # waits for the disk while others convert
         self._syncs: list[Future[None]] = []
         self._unsynced = 0
 
     def __enter__(self) -> ResumableWriter:
-        self._made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self._lock = FolderLock(self.folder)
             self._staging.mkdir(exist_ok=True)
-            self._take_lock()
-            self._roll_back()
             self._open_staging()
             self._check_room()
         except BaseException:
@@ -89,16 +80,13 @@ class ResumableWriter(CheckpointWriter):
 
     def __exit__(self, *_: object) -> None:
         self._disk.shutdown()  # a shard that is whole is finished, whatever happened to the one after it
-        if self._lock is not None:
-            self._lock.close()
         if self._is_ours:
             for file in self._staging.glob(f"*{_PARTIAL}"):
                 file.unlink(missing_ok=True)
             if self._committed or len(self.unfinished) == len(self.names):
                 shutil.rmtree(self._staging, ignore_errors=True)
-        if self._made_folder:
-            with contextlib.suppress(OSError):  # not empty: there is something to continue, or the checkpoint
-                self.folder.rmdir()
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def unfinished(self) -> list[str]:
@@ -110,38 +98,9 @@ class ResumableWriter(CheckpointWriter):
 
     # ---------------------------------------------------------------- starting
 
-    def _take_lock(self) -> None:
-        """Two processes in one folder would overwrite each other's halves of a shard. Ends with the process."""
-        self._lock = (self._staging / "lock").open("wb")
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"expected no other process to write to {str(self.folder)!r}, found one") from None
-        except OSError:  # a file system without locks
-            pass
-
-    def _roll_back(self) -> None:
-        """Undoes the renames of a `commit` that was killed. They begin with the old config.json and end with the new:
-        without one the folder is in between, and with one there is nothing to undo. Old files are all set aside before
-        the first new one comes, so a new file which is no longer in the staging folder is in its place."""
-        aside = self._staging / "replaced"
-        if not aside.is_dir():
-            return
-        if not (self.folder / "config.json").exists():
-            manifest = _read_json(self._staging / _MANIFEST) or {}
-            for name in (*manifest.get("shards", ()), INDEX_NAME):
-                if not (self._staging / name).exists() and (self.folder / name).is_file():
-                    os.replace(self.folder / name, self._staging / name)
-            # The old config last: without it, this can be begun again.
-            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, self.folder / file.name)
-        shutil.rmtree(aside)
-
     def _open_staging(self) -> None:
         file = self._staging / _MANIFEST
-        earlier = _read_json(file)
+        earlier = read_json(file)
         if earlier is not None and self._resume and earlier != self._manifest:
             differing = [key for key in self._manifest if earlier.get(key) != self._manifest[key]]
             raise ValueError(
@@ -152,8 +111,7 @@ class ResumableWriter(CheckpointWriter):
         self._is_ours = True
         if earlier is None or not self._resume:
             for old in self._staging.iterdir():
-                if old.name != "lock":
-                    old.unlink()
+                old.unlink()
             new = file.with_suffix(".new")
             new.write_text(json.dumps(self._manifest), encoding="utf-8")
             os.replace(new, file)
@@ -247,25 +205,21 @@ class ResumableWriter(CheckpointWriter):
         (self._staging / name).unlink()
         self._unwritten |= {spec.name for spec in self._specs[name]}
 
-    def commit(self, config: dict[str, Any], companions: Iterable[Path] = ()) -> list[Path]:
+    def commit(
+        self,
+        config: dict[str, Any],
+        companions: Iterable[Path] = (),
+        more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    ) -> list[Path]:
         self.settle()
-        files = super().commit(config, companions)
+        files = super().commit(config, companions, more)
         self._committed = True
         return files
 
 
 def finished_shards(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """Returns the names of the shards that a conversion with this manifest has left in `folder` to continue from."""
-    staging = folder / STAGING
-    if _read_json(staging / _MANIFEST) != manifest:
+    staging = folder / CONVERTING
+    if read_json(staging / _MANIFEST) != manifest:
         return []
     return [name for name in manifest["shards"] if (staging / name).is_file()]
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file, None if it is absent or broken."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -3,61 +3,113 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ...config.json_format import MOST_JSON
+from ...config.regular_file import PinnedFiles
 from ..problems import Problem, ProblemKind
 from .reader import ShardError, TensorInfo, read_header
 
-__all__ = ["INDEX_NAME", "Shards"]
+__all__ = ["GENERATION_CONFIG_NAME", "INDEX_NAME", "Shards"]
 
+GENERATION_CONFIG_NAME = "generation_config.json"
 INDEX_NAME = "model.safetensors.index.json"
+_NO_MODEL = ("adapter", "consolidated", "optimizer")  # beginnings of file names
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
+
+
+def _model_files(files: Sequence[str]) -> list[str]:
+    """Returns those of the *.safetensors files of a folder without an index that hold its model."""
+    if "model.safetensors" in files:
+        return ["model.safetensors"]
+    return [file for file in files if not file.startswith(_NO_MODEL)]
+
+
+def _is_file_name(name: object) -> bool:
+    """Returns True for the name of a file of the folder itself that a file system can hold."""
+    if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+        return False
+    try:
+        return len(name.encode("utf-8")) < 256
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class Shards:
-    """The shards of a folder: those that its index names, or without one every *.safetensors.
+    """The shards of a folder: those that its index names.
 
-    File names carry no meaning: published ones pad their numbers to different widths, or not at all. Neither does
-    the index's `total_size`, which in some published files is not a number of bytes.
+    Without an index they are model.safetensors alone, as for transformers; without that every *.safetensors but
+    adapters, optimizer states and copies in another layout ("consolidated"). Numbers in file names carry no meaning:
+    published ones are padded to different widths, or not at all. Neither does the index's `total_size`, which in some
+    published files is not a number of bytes.
 
     Args:
+        pins: to read the index and note the files with.
         problems: to append what is wrong with index and files to.
 
     Attributes:
         tensors: the tensors of the opened shards, by name.
+        others: *.safetensors files of the folder that are not among the shards, and not read.
     """
 
-    def __init__(self, folder: Path, problems: list[Problem]) -> None:
+    def __init__(self, pins: PinnedFiles, problems: list[Problem]) -> None:
+        folder = pins.folder
         self.folder, self.problems = folder, problems
         self.tensors: dict[str, TensorInfo] = {}
         self._broken: set[str] = set()
         self._opened: set[str] = set()
+        self._pins = pins
         weight_map = self._read_index()
         self.index = weight_map or {}
-        if weight_map is None:
-            self.shards = sorted(file.name for file in folder.glob("*.safetensors"))
-        else:
-            self.shards = sorted(set(weight_map.values()))
+        files = sorted(file.name for file in folder.glob("*.safetensors") if not file.name.startswith("."))
+        self.shards = _model_files(files) if weight_map is None else sorted(set(weight_map.values()))
+        self.others = [file for file in files if file not in self.shards]
         if not self.shards and not any(problem.kind is ProblemKind.INDEX for problem in problems):
-            problems.append(Problem(ProblemKind.SHARDS, "expected at least one *.safetensors file, found none"))
+            problems.append(Problem(ProblemKind.SHARDS, self._explain_none()))
 
     def _read_index(self) -> dict[str, str] | None:
         """Returns the index's shard of each tensor; None without an index, or with a broken one, which is reported."""
-        file = self.folder / INDEX_NAME
-        if not file.is_file():
-            return None
         try:
-            weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-            valid = all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            detail = f"expected {INDEX_NAME} to hold a weight_map, got {error!r}"
+            content = self._pins.read(INDEX_NAME, MOST_JSON)
+            if content is None:
+                return None
+            weight_map = json.loads(content)["weight_map"]
+            names = set(weight_map.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            detail = f"expected {INDEX_NAME} to hold a weight_map, got {error!r:.300}"
             self.problems.append(Problem(ProblemKind.INDEX, detail))
             return None
-        if not valid:
-            detail = f"expected the weight_map of {INDEX_NAME} to name files of the folder"
+        wrong = [name for name in names if not _is_file_name(name)]
+        if wrong:
+            detail = f"expected the weight_map of {INDEX_NAME} to name files of the folder, got {wrong[0]!r:.200}"
             self.problems.append(Problem(ProblemKind.INDEX, detail))
             return None
         return weight_map
+
+    @property
+    def chosen_by(self) -> str:
+        """Reason why `shards` are read and `others` are not, for a message."""
+        if self.index:
+            return f"{INDEX_NAME} does not name them"
+        return "without an index the model is in " + _some(self.shards)
+
+    def _explain_none(self) -> str:
+        """Returns what is wrong with a folder without a shard, and what to do about it."""
+        detail = "expected at least one *.safetensors file, found none"
+        if self.others:
+            return f"{detail} of a model but {_some(self.others)}"
+        found = sorted(file.name for file in self.folder.iterdir() if file.suffix in _OTHER_FORMATS)
+        if not found:
+            return detail
+        return (
+            f"{detail} but {_some(found)}; only safetensors are read: with transformers, "
+            "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW) writes them"
+        )
 
     @property
     def names(self) -> dict[str, None]:
@@ -100,6 +152,9 @@ class Shards:
         self.problems.append(Problem(ProblemKind.SHARDS, f"{shard} {why}{holds}"))
 
     def _add(self, shard: str, header: dict[str, TensorInfo]) -> None:
+        for info in header.values():
+            self._pins.pin(shard, info.identity)
+            break
         for name, info in header.items():
             other = self.tensors.get(name)
             named = self.index.get(name)

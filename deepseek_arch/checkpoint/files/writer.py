@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from torch import Tensor
@@ -18,10 +17,10 @@ from torch import Tensor
 from ...layout.published_tensors import TensorSpec
 from .reader import DTYPE_NAMES, memory_of
 from .shards import INDEX_NAME
+from .staging import CONFIG_NAME, SAVING, FolderLock, old_weights, swap_in
 
 __all__ = ["CheckpointWriter", "parse_size", "plan_shards", "shard_names"]
 
-_CONFIG_NAME = "config.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -68,15 +67,15 @@ class CheckpointWriter:
     A context manager. `write` every tensor of `shards`, in any order, then `commit`. Files are made in a hidden folder
     inside `folder` and renamed into place by `commit`, after the files of the checkpoint that was there have been set
     aside; leaving the context without `commit`, or an error within it, restores everything as it was. Files that are no
-    part of a checkpoint's weights (a tokenizer, a README) are left alone. config.json is the first file to go and the
-    last to come, so that a process killed between the renames leaves a folder that does not load, and the old files in
-    the hidden one.
+    part of a checkpoint's weights (a tokenizer, a README) are left alone. The next writer puts in order what a process
+    leaves that is killed (see `staging`).
 
     Args:
         shards: the tensors of each shard.
         names: the shards' file names; default transformers'.
 
     Raises:
+        ValueError: another process is writing to the folder.
         OSError: the disk has no room for it, or a write failed.
     """
 
@@ -85,6 +84,7 @@ class CheckpointWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
         self.names = list(names or shard_names(len(shards)))
+        self._staging = self.folder / SAVING
         self._shards = shards
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}  # tensor -> shard, offset in it
         self._unwritten = {spec.name for shard in shards for spec in shard}
@@ -93,10 +93,9 @@ class CheckpointWriter:
         self._stream: BinaryIO | None = None
 
     def __enter__(self) -> CheckpointWriter:
-        self._made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.folder))
+        self._lock = FolderLock(self.folder)
         try:
+            self._staging.mkdir()
             free = shutil.disk_usage(self._staging).free
             if free < self.nbytes:
                 detail = f"{os.strerror(errno.ENOSPC)}: {self.nbytes:,} bytes to write, {free:,} free"
@@ -112,9 +111,7 @@ class CheckpointWriter:
         if self._stream is not None:
             self._stream.close()
         shutil.rmtree(self._staging, ignore_errors=True)
-        if self._made_folder:
-            with contextlib.suppress(OSError):  # not empty: the checkpoint is there
-                self.folder.rmdir()
+        self._lock.release()
 
     def _start_shard(self, name: str, specs: Sequence[TensorSpec]) -> None:
         """Writes the header. Wide dtypes come first: their readers need them aligned."""
@@ -159,8 +156,16 @@ class CheckpointWriter:
             self._stream.close()
         self._stream = self._current = None
 
-    def commit(self, config: dict[str, Any], companions: Iterable[Path] = ()) -> list[Path]:
+    def commit(
+        self,
+        config: dict[str, Any],
+        companions: Iterable[Path] = (),
+        more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    ) -> list[Path]:
         """Puts the shards, their index and config.json in place, and copies of `companions` that are not there yet.
+
+        Args:
+            more: content of further JSON files, by name.
 
         Returns:
             The files written.
@@ -170,44 +175,16 @@ class CheckpointWriter:
         weight_map = {spec.name: name for name, specs in zip(self.names, self._shards, strict=True) for spec in specs}
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
         _write_json(self._staging / INDEX_NAME, index)
-        _write_json(self._staging / _CONFIG_NAME, config)
-        new = [*self.names, INDEX_NAME]
+        _write_json(self._staging / CONFIG_NAME, config)
+        for name, content in more.items():
+            _write_json(self._staging / name, content)
+        new = [*self.names, INDEX_NAME, *more]
         for file in companions:
             if not (self.folder / file.name).exists():
                 shutil.copyfile(file, self._staging / file.name)
                 new.append(file.name)
-        self._swap([*new, _CONFIG_NAME])
-        return [self.folder / name for name in [*new, _CONFIG_NAME]]
-
-    def _swap(self, new: list[str]) -> None:
-        """Renames the old files away and the new ones in; undoes all of it if one rename fails."""
-        aside = self._staging / "replaced"
-        aside.mkdir()
-        old = [name for name in (_CONFIG_NAME, *self._old_weights(), *new) if (self.folder / name).is_file()]
-        undo: list[tuple[Path, Path]] = []
-        try:
-            for name in dict.fromkeys(old):
-                _rename(self.folder / name, aside / name, undo)
-            for name in new:
-                _rename(self._staging / name, self.folder / name, undo)
-        except BaseException:
-            for source, target in reversed(undo):
-                os.replace(target, source)
-            raise
-
-    def _old_weights(self) -> list[str]:
-        """Returns the files of the checkpoint that this one replaces: what its index names, or the single shard."""
-        try:
-            shards = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
-            named = sorted({shard for shard in shards if Path(shard).name == shard})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            named = []
-        return [INDEX_NAME, "model.safetensors", *named]
-
-
-def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
-    os.replace(source, target)
-    undo.append((source, target))
+        swap_in(self.folder, self._staging, [*new, CONFIG_NAME], old_weights(self.folder))
+        return [self.folder / name for name in [*new, CONFIG_NAME]]
 
 
 def _write_json(file: Path, data: dict[str, Any]) -> None:
