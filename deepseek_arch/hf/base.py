@@ -49,7 +49,6 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DeepseekDecoderLayer,
         "attentions": OutputRecorder(AttentionWeights, index=0),
-        "router_logits": OutputRecorder(Router, index=0),
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012  stray in Kimi's and old V2 files

@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
+from ..models.unused_mtp import connect
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import MoE
 from .attention_mask import real_tokens
@@ -108,6 +109,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         assert hidden is not None
+        hidden = connect(hidden, self.mtp) if self.training else hidden
         shape = (hidden.shape[0], hidden.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])

@@ -51,8 +51,16 @@ class ArchConfig(PreTrainedConfig):
     mtp_loss_weight: ClassVar[float] = 0.0
     """Weight of the MTP modules' loss in training; 0 leaves them out. An instance's own is saved with it."""
 
-    # Outputs that evaluation must not take for logits.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "mtp_loss", "mtp_losses", "mtp_accuracy"]
+    # Outputs that evaluation must not take for predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "aux_loss",
+        "router_logits",
+        "routing",
+        "mtp_loss",
+        "mtp_losses",
+        "mtp_accuracy",
+    ]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -35,10 +35,28 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
         mask: Tensor | None = None,
         past_key_values: Any | None = None,
         routing: Routing | None = None,
-    ) -> Tensor:
-        """Maps [B, T, H] to the same shape; see `DecoderLayer.forward`."""
-        return DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, routing)
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Maps [B, T, H] to the same shape; see `DecoderLayer.forward`.
+
+        Where `routing` keeps logits or a balance loss, they are returned beside it (`Routing.differentiable`).
+        """
+        out = DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, routing)
+        kept = () if routing is None else routing.differentiable(self.layer_idx)
+        return (out, *kept) if kept else out
 
 
 class DeepseekMTPLayer(GradientCheckpointingLayer, MTPLayer):
     """The core's MTP module, under transformers' checkpointing."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        next_embeddings: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: Any | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, ...]:
+        """As `MTPLayer.forward`, and returns what `routing` kept beside the rest, as the decoder layers do."""
+        out = MTPLayer.forward(self, hidden, next_embeddings, rope, mask, cache, routing)
+        return out if routing is None else (*out, *routing.differentiable(self.layer_idx))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -91,6 +92,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 'expected attn_implementation="eager" with output_attentions, got '
                 f"{self.config._attn_implementation!r}, which computes no weights"
             )
+        self._check_recorded(kwargs)
         if not getattr(self.config, "is_causal", True):
             raise ValueError("expected causal attention, got is_causal=False")
         if use_cache and past_key_values is None:
@@ -116,18 +118,51 @@ class DeepseekModel(DeepseekPreTrainedModel):
         # Counts for `LoadBalancer`: padding is left out where the mask marks it.
         replay = self.replayed_routing if replay_routing is None else replay_routing
         routing = None
-        if self.training or record_routing or replay is not None:
-            routing = Routing((batch, tokens), valid, record=record_routing, replay=replay)
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            x = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
+        logits = self._asked_for("router_logits", kwargs)
+        if self.training or record_routing or replay is not None or logits:
+            routing = Routing((batch, tokens), valid, record=record_routing, replay=replay, keep_logits=logits)
+        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            out = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
+            if isinstance(out, tuple):
+                assert routing is not None
+                out, *kept = out
+                routing.replace(i, kept)
+            x = out
         if routing is not None:
             routing.commit()
         hidden = self.norm(x)
         trunk = TrunkOutput(hidden, x, rope, mask, documents) if return_trunk else None
         record = None if routing is None else routing.record
         return DeepseekModelOutput(
-            last_hidden_state=hidden, past_key_values=past_key_values, trunk=trunk, routing=record
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            router_logits=tuple(routing.logits.values()) if logits and routing is not None else None,
+            trunk=trunk,
+            routing=record,
         )
+
+    def _asked_for(self, name: str, kwargs: dict[str, Any]) -> bool:
+        asked = kwargs.get(f"output_{name}")
+        return bool(getattr(self.config, f"output_{name}", False) if asked is None else asked)
+
+    def _check_recorded(self, kwargs: dict[str, Any]) -> None:
+        """Raises where an output is asked for that would be recorded without gradients, though it seems to have them.
+
+        Hooks record attention weights, and in transformers 5.17 hidden states, inside the layers, which run without
+        gradients under `use_reentrant=True`. Router logits are outputs of the layers.
+        """
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return
+        function = getattr(self, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant") is False:
+            return
+        hooked = ["attentions"] + ["hidden_states"] * ("__call__" in vars(GradientCheckpointingLayer))
+        for name in hooked:
+            if self._asked_for(name, kwargs):
+                raise ValueError(
+                    f'expected gradient_checkpointing_kwargs={{"use_reentrant": False}} with output_{name}, got '
+                    "recomputation under which they are recorded without gradients"
+                )
 
 
 register_conversions(DeepseekModel.__name__)

@@ -23,6 +23,7 @@ from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
 from .mtp_loss import shift_labels
 from .outputs import CausalLMOutput, TrunkOutput
+from .unused_mtp import connect
 
 __all__ = ["DeepseekLM"]
 
@@ -182,7 +183,7 @@ class DeepseekLM(nn.Module):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
         trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, routing)
-        hidden = trunk.hidden_states
+        hidden = connect(trunk.hidden_states, self.mtp) if self.training else trunk.hidden_states
         if not isinstance(logits_to_keep, Tensor):
             kept = hidden[:, -logits_to_keep:]
         elif logits_to_keep.ndim == 2:
@@ -301,6 +302,7 @@ class DeepseekLM(nn.Module):
             mask,
             cache,
             routing,
+            depth=depth,
             detached=self.mtp_detached,
             recompute=recompute,
         )

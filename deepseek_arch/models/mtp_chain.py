@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +35,7 @@ def mtp_step(
     cache: LatentCache | None = None,
     routing: Routing | None = None,
     *,
+    depth: int = 0,
     detached: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,7 @@ def mtp_step(
         hidden: [B, T, H], `mtp_input`, or the hidden state that the module before passed on.
         embeddings: [B, T, H], of the token `depth + 1` after each position.
         rope, mask, cache, routing: the main model's, for the same positions.
+        depth: the module's number, from 0.
         detached: treats the embeddings as constants.
         recompute: runs the module again in the backward pass instead of keeping its activations.
 
@@ -51,10 +54,15 @@ def mtp_step(
         [B, T, H] for the next module (`config.mtp_chain`, TRAPS F3), and [B, T, H] for the head.
     """
     embeddings = embeddings.detach() if detached else embeddings
+    if detached and getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled():
+        hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()  # for `use_reentrant=True`
     if recompute:
-        hidden, normed = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False)
+        out = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False)
     else:
-        hidden, normed = module(hidden, embeddings, rope, mask=mask, cache=cache, routing=routing)
+        out = module(hidden, embeddings, rope, mask=mask, cache=cache, routing=routing)
+    hidden, normed, *kept = out
+    if kept and routing is not None:
+        routing.replace(config.num_hidden_layers + depth, kept)
     return normed if config.mtp_chain == "head_norm" else hidden, normed
 
 
@@ -92,6 +100,7 @@ def mtp_chain_losses(
             main.rope,
             main.mask,
             routing=part,
+            depth=depth,
             detached=detached,
             recompute=recompute,
         )

@@ -6,7 +6,7 @@ Notation: B rows, T tokens a row, E experts, K chosen per token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ class Routing:
         replay: decisions to take instead of the routers' own. Weights are still the routers', and differentiable.
             Layers that the record does not have decide for themselves.
         loss: computes the balance loss of a layer (`balance.BalanceLoss`).
+        keep_logits: keeps the routers' logits.
         capacity: drops choices (`balance.Capacity`).
 
     Attributes:
-        losses, counts: by layer index, the balance loss, and the tokens that chose each expert, int64 [E].
+        losses, logits, counts: by layer index, the balance loss, the router's logits float32 [B T, E], and the tokens
+            that chose each expert, int64 [E].
     """
 
     def __init__(
@@ -44,14 +46,16 @@ class Routing:
         record: bool = False,
         replay: RoutingRecord | None = None,
         loss: Callable[..., Tensor] | None = None,
+        keep_logits: bool = False,
         capacity: Any | None = None,
     ) -> None:
         if replay is not None and replay.ids and replay.shape != tuple(shape):
             raise ValueError(f"expected recorded decisions for {list(shape)} tokens, got {list(replay.shape)}")
         self.shape, self.valid, self.replay = tuple(shape), valid, replay
-        self.loss, self.capacity = loss, capacity
+        self.loss, self.keep_logits, self.capacity = loss, keep_logits, capacity
         self.record = RoutingRecord({}, {}, valid) if record else None
         self.losses: dict[int, Tensor] = {}
+        self.logits: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
         self._routers: dict[int, Any] = {}
 
@@ -96,6 +100,8 @@ class Routing:
         """
         if self.loss is not None and router.training:
             self.losses[layer] = self.loss(router, logits, ids, self.shape, self.valid)
+        if self.keep_logits:
+            self.logits[layer] = logits
         if self.record is not None:
             small = torch.int16 if router.num_experts < 2**15 else torch.int32
             self.record.ids[layer] = ids.detach().to(small).unflatten(0, self.shape)
@@ -105,6 +111,20 @@ class Routing:
         self.counts[layer] = count_choices(ids, router.num_experts, self.valid)
         self._routers[layer] = router
         return ids
+
+    def differentiable(self, layer: int) -> tuple[Tensor, ...]:
+        """Returns what was kept of a layer and is differentiated: its logits and its balance loss, where there are any.
+
+        A layer that is recomputed by `use_reentrant=True` runs forward without gradients, and only its outputs are
+        connected to the graph. It returns these tensors therefore, and its caller gives them to `replace`.
+        """
+        return tuple(kept[layer] for kept in (self.logits, self.losses) if layer in kept)
+
+    def replace(self, layer: int, tensors: Sequence[Tensor]) -> None:
+        """Puts tensors that a layer returned in the place of those that it kept while it ran; see `differentiable`."""
+        names = [kept for kept in (self.logits, self.losses) if layer in kept]
+        for kept, tensor in zip(names, tensors, strict=True):
+            kept[layer] = tensor
 
     def commit(self) -> None:
         """Adds the counts of this pass to the routers in training mode; once, after the pass.

@@ -19,9 +19,12 @@ def attend(q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | None
     shared = key[:, None].expand(-1, heads.shape[1], -1, -1)  # [B, N, S, R], no copy yet
     # One width for keys and values: unequal ones take a path several times slower on CPU, and none on some GPUs.
     width = max(q.shape[3], values.shape[3])
-    causal = mask is None and queries == keys
-    if mask is None and not causal and queries > 1:
-        mask = causal_mask(queries, keys, q.device)
+    causal = False  # decided by branches: of dynamic lengths, a comparison is no bool, which is what PyTorch takes
+    if mask is None:
+        if queries == keys:
+            causal = True
+        elif queries > 1:
+            mask = causal_mask(queries, keys, q.device)
     mask = as_dense(mask, keys)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
