@@ -28,6 +28,13 @@ class R1Config(GRPOConfig):
         default="native",
         metadata={"help": "What samples completions: 'native' (deepseek_arch.generate), 'hf' or 'vllm' (TRL's)."},
     )
+    rollout_mtp_depth: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens that prediction layers draft in a step of the native engine's rollouts. Sampled tokens are "
+            "distributed as without; train the layers too (mtp_loss_weight), or ever fewer drafts are accepted."
+        },
+    )
     keep_routing: bool = field(
         default=True,
         metadata={
@@ -77,6 +84,11 @@ class R1Config(GRPOConfig):
         for name in ("balance_rate", "balance_loss", "mtp_loss_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        if self.rollout_mtp_depth < 0 or (self.rollout_mtp_depth and self.rollout_engine != "native"):
+            raise ValueError(
+                "expected rollout_mtp_depth >= 0, and 0 without rollout_engine='native', got "
+                f"{self.rollout_mtp_depth} with {self.rollout_engine!r}"
+            )
         if self.rollout_engine == "native" and (self.min_p or self.repetition_penalty != 1.0):
             raise ValueError("expected neither min_p nor repetition_penalty with rollout_engine='native', got one")
 
@@ -103,11 +115,12 @@ def check_policy(model: Any, args: R1Config) -> None:
     for name in ("keep_routing", "balance_rate", "balance_loss"):
         if getattr(args, name) and not routed:
             raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
-    if args.mtp_loss_weight and not (ours and len(base.mtp)):
-        raise ValueError(
-            f"expected a model with prediction layers for mtp_loss_weight {args.mtp_loss_weight}, got "
-            f"{type(base).__name__} without any"
-        )
+    for name in ("mtp_loss_weight", "rollout_mtp_depth"):
+        if getattr(args, name) and not (ours and len(base.mtp)):
+            raise ValueError(
+                f"expected a model with prediction layers for {name} {getattr(args, name)}, got {type(base).__name__} "
+                "without any"
+            )
     if args.beta and base is model and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
             "expected a model that was loaded from a folder with beta > 0, since the reference model is loaded from "
