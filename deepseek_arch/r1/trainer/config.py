@@ -12,7 +12,7 @@ from ...moe.moe import MoE
 from ...quant.fp8_experts import FP8Experts
 from ...quant.fp8_linear import FP8Linear
 
-__all__ = ["R1Config", "base_model", "check_policy"]
+__all__ = ["R1Config", "base_model", "check_extras", "check_policy"]
 
 ENGINES = ("native", "hf", "vllm")
 
@@ -98,6 +98,22 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def check_extras(model: Any, args: Any) -> None:
+    """Raises ValueError for a model without the experts or the prediction layers that `args` speaks of."""
+    base = base_model(model)
+    ours = isinstance(base, DeepseekForCausalLM)
+    routed = any(isinstance(module, MoE) for module in model.modules())
+    for name in ("keep_routing", "balance_rate", "balance_loss"):
+        if getattr(args, name, 0) and not routed:
+            raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
+    for name in ("mtp_loss_weight", "rollout_mtp_depth"):
+        if getattr(args, name, 0) and not (ours and len(base.mtp)):
+            raise ValueError(
+                f"expected a model with prediction layers for {name} {getattr(args, name)}, got {type(base).__name__} "
+                "without any"
+            )
+
+
 def check_policy(model: Any, args: R1Config) -> None:
     """Raises ValueError for a model that `args` cannot be applied to."""
     base = base_model(model)
@@ -111,16 +127,7 @@ def check_policy(model: Any, args: R1Config) -> None:
         raise ValueError(
             f"expected a DeepseekForCausalLM with rollout_engine='native', got {type(base).__name__}: use 'hf'"
         )
-    routed = any(isinstance(module, MoE) for module in model.modules())
-    for name in ("keep_routing", "balance_rate", "balance_loss"):
-        if getattr(args, name) and not routed:
-            raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
-    for name in ("mtp_loss_weight", "rollout_mtp_depth"):
-        if getattr(args, name) and not (ours and len(base.mtp)):
-            raise ValueError(
-                f"expected a model with prediction layers for {name} {getattr(args, name)}, got {type(base).__name__} "
-                "without any"
-            )
+    check_extras(model, args)
     if args.beta and base is model and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
             "expected a model that was loaded from a folder with beta > 0, since the reference model is loaded from "
