@@ -86,7 +86,7 @@ def sample_natively(
         raise ValueError("expected at least one prompt and none without tokens, got an empty one")
     check_lengths(longest, sampling.max_new_tokens, core.config.max_position_embeddings)
     ids, mask = _left_padded(prompts, sampling.pad_token, core.lm_head.weight.device)
-    tokens, report = generate(  # type: ignore[misc]  # with log-probabilities it returns both
+    tokens, report = generate(
         core,
         ids,
         mask,
@@ -104,12 +104,14 @@ def sample_natively(
         record_routing=record_routing,
     )
     completions, ended = _cut(tokens[:, longest:].tolist(), sampling.end_tokens)
+    assert report.logprobs is not None
     given = report.logprobs.cpu()
     logprobs = [given[i, : len(completion)] for i, completion in enumerate(completions)]
     rollout = Rollout(
         [list(prompt) for prompt in prompts], completions, ended, logprobs, report.drafted, report.accepted
     )
     if record_routing:
+        assert report.routing is not None
         rollout.layers = tuple(sorted(report.routing.ids))
         stacked = torch.stack([report.routing.ids[layer] for layer in rollout.layers], 2)  # [N, P + C, L, K]
         rollout.routing = [

@@ -55,7 +55,7 @@ class Scripted:
         return [[*row[1:], 0] for row in rows]
 
 
-def solver(share_right: float, noise=random.Random(0)):
+def solver(share_right: float):
     """Right in this share of the problems, in all of their samples."""
     problems = {ZERO.prompt(p.question): p for split in ("train", "test") for p in TASK.draw(400, 999, split)}
 
@@ -104,7 +104,7 @@ def test_votes(answers, winner):
 
 
 def test_reflections_are_words_and_not_parts_of_them():
-    assert reflections("Wait , let me check . However , 等等 ，检查") == 5
+    assert reflections("Wait , let me check . However , 等等 , 检查") == 5
     assert reflections("checking waiter butter") == 0
 
 
@@ -205,7 +205,7 @@ def test_the_gate_measures_steps_and_lists():
 def test_a_task_without_steps_is_gated_by_its_samples_alone():
     table = Table([{"problem": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(40)])
     policy = Scripted(lambda *_: "<think> so </think> <answer> 7 </answer>")
-    with pytest.raises(GateError, match="pass@16 0.0"):
+    with pytest.raises(GateError, match=r"pass@16 0\.0"):
         measure(policy, table, ZERO, Gate(problems=16), 64)
     found = measure(policy, table, ZERO, Gate(problems=16, pass_at=None), 64)
     assert found.steps is None and found.full_lists is None
