@@ -32,7 +32,8 @@ def test_the_wheel_holds_both_packages_whole(wheel):
     for package, folder in (("deepseek_arch", ROOT), ("deepseek_kernels", ROOT / "kernels")):
         sources = {str(path.relative_to(folder)) for path in (folder / package).rglob("*.py")}
         presets = {str(path.relative_to(folder)) for path in (folder / package).rglob("*.json")}
-        assert sources | presets | {f"{package}/py.typed"} <= names
+        recipes = {str(path.relative_to(folder)) for path in (folder / package).rglob("*.yaml")}
+        assert sources | presets | recipes | {f"{package}/py.typed"} <= names
     assert {"deepseek_arch/__init__.pyi", "deepseek_arch/TRAPS.md"} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.split("/")[0] in ("kernels", "tests", "benchmarks")]

@@ -18,12 +18,13 @@ from . import tables
 from .checkpoint_commands import convert, inspect, slice_
 from .generation_commands import generate, probe
 from .options import Json, print_json
+from .reasoning import r1
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="deepseek-arch",
-    help="DeepSeek-family models: plan them, inspect and slice their checkpoints, generate with them.",
+    help="DeepSeek-family models: plan them, inspect and slice their checkpoints, generate with them, train R1.",
     epilog="Set DEEPSEEK_ARCH_TRACEBACK=1 to see where an error came from.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -190,6 +191,7 @@ app.command(name="slice")(slice_)
 app.command()(convert)
 app.command()(generate)
 app.command(name="probe-mtp")(probe)
+app.add_typer(r1, name="r1")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ Notation: N rows, P tokens of the longest prompt, C of the longest completion, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Sampling:
         end_tokens: that end a completion.
         pad_token: fills shorter rows.
         seed: makes a rollout repeatable; None draws from the global random state.
+        mtp_depth: tokens that prediction layers draft in a step; 0 for none. Sampled tokens are distributed alike.
     """
 
     max_new_tokens: int
@@ -39,6 +40,7 @@ class Sampling:
     end_tokens: tuple[int, ...] = ()
     pad_token: int = 0
     seed: int | None = None
+    mtp_depth: int = 0
 
 
 @dataclass
@@ -48,6 +50,9 @@ class Rollout:
     Attributes:
         prompts, completions: token ids of each row, completions with their end token.
         ended: by row, False for a completion that was cut off.
+        logprobs: by row, float32 [completion], log-probabilities of its tokens at the rollout's temperature, before
+            `top_k` and `top_p`; None for an engine that does not give them.
+        drafted, accepted: by position in a draft, tokens that were looked at, and accepted.
         routing: by row, int16 or int32 [prompt + completion, L, K], or None where it was not recorded.
         layers: the indices of those layers.
     """
@@ -55,6 +60,9 @@ class Rollout:
     prompts: list[list[int]]
     completions: list[list[int]]
     ended: list[bool]
+    logprobs: list[Tensor] | None = None
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
     routing: list[Tensor] | None = None
     layers: tuple[int, ...] = ()
 
@@ -62,37 +70,47 @@ class Rollout:
 def sample_natively(
     core: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, record_routing: bool = False
 ) -> Rollout:
-    """Samples one completion for each prompt with `deepseek_arch.generate`.
+    """Samples one completion for each prompt with `deepseek_arch.generate`; rows that have ended leave the batch.
 
     Args:
         core: the `DeepseekLM`.
         prompts: token ids; a prompt that stands there n times gets n completions.
+        record_routing: keeps the routing decisions of each row, without those of its padding.
 
     Raises:
-        ValueError: an empty prompt, a model of too few positions, or routing of a model without experts.
+        ValueError: an empty prompt, a model of too few positions, drafts of a model without prediction layers, or
+            routing of a model without experts.
     """
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or not all(prompts):
         raise ValueError("expected at least one prompt and none without tokens, got an empty one")
     check_lengths(longest, sampling.max_new_tokens, core.config.max_position_embeddings)
     ids, mask = _left_padded(prompts, sampling.pad_token, core.lm_head.weight.device)
-    out = generate(
+    tokens, report = generate(
         core,
         ids,
         mask,
         sampling.max_new_tokens,
-        temperature=sampling.temperature,
+        sampling.mtp_depth,
+        sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         eos_token_id=sampling.end_tokens,
         pad_token_id=sampling.pad_token,
         seed=sampling.seed,
+        adaptive=False,  # else the tokens that are drawn would depend on measured times
+        drop_finished=True,
+        return_logprobs=True,
         record_routing=record_routing,
     )
-    tokens, report = out if isinstance(out, tuple) else (out, None)
     completions, ended = _cut(tokens[:, longest:].tolist(), sampling.end_tokens)
-    rollout = Rollout([list(prompt) for prompt in prompts], completions, ended)
-    if report is not None:
+    assert report.logprobs is not None
+    given = report.logprobs.cpu()
+    logprobs = [given[i, : len(completion)] for i, completion in enumerate(completions)]
+    rollout = Rollout(
+        [list(prompt) for prompt in prompts], completions, ended, logprobs, report.drafted, report.accepted
+    )
+    if record_routing:
         assert report.routing is not None
         rollout.layers = tuple(sorted(report.routing.ids))
         stacked = torch.stack([report.routing.ids[layer] for layer in rollout.layers], 2)  # [N, P + C, L, K]

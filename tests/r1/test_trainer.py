@@ -126,6 +126,17 @@ def test_drafts_are_trained_beside_the_policy_and_do_not_touch_it(trainer_of):
     assert len(logged(drafting, "mtp_loss")) == 2
 
 
+def test_rollouts_with_drafts_keep_their_experts_too(trainer_of, policy_folder):
+    trainer = trainer_of(rollout_mtp_depth=1, mtp_loss_weight=0.1)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+    assert batch["routing"].shape[:2] == (4, batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1])
+    trainer.train()
+    assert all(0 <= share <= 1 for share in logged(trainer, "mtp_acceptance"))
+    assert len(logged(trainer, "mtp_acceptance")) == 2
+    with pytest.raises(ValueError, match="prediction layers for rollout_mtp_depth 1"):
+        trainer_of(policy_folder(), rollout_mtp_depth=1)
+
+
 def test_the_balance_loss_is_v3s(trainer_of):
     trainer = trainer_of(balance_loss=0.01)
     batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)

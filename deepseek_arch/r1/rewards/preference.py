@@ -102,7 +102,7 @@ class ModelReward(Reward):
             return [None] * len(completions)
         rows = [i for i, kind in enumerate(columns["kind"]) if kind in self.kinds]
         texts = {i: self.read(prompts[i], completion_text(completions[i])) for i in rows}
-        scores = self._scores([text for text in texts.values() if text is not None])
+        scores = self.scores_of([text for text in texts.values() if text is not None])
         lowest = min(scores, default=0.0)
         out: list[float | None] = [None] * len(completions)
         given = iter(scores)
@@ -110,7 +110,7 @@ class ModelReward(Reward):
             out[i] = lowest if text is None else next(given)
         return out
 
-    def _scores(self, texts: Sequence[str]) -> list[float]:
+    def scores_of(self, texts: Sequence[str]) -> list[float]:
         """Returns the model's score of each text, read in order of length."""
         import torch
 

@@ -53,6 +53,11 @@ class Accuracy(Reward):
             return self.problems.grade(answer, problem)
         return grade(answer, row["answer"], row["grader"], row["data"])
 
+    def judge(self, text: str, problem: Problem) -> float | None:
+        """Returns the reward of a response to `problem`."""
+        row = {"answer": problem.answer, "kind": problem.kind, "grader": problem.grader, "data": problem.data}
+        return self.score(text, row)
+
 
 class Format(Reward):
     """1 for a well-formed response, else 0.

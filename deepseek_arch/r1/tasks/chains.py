@@ -100,6 +100,16 @@ class Chains:
         steps = [(f" {word} {i} : {path[i - 1]}", f" {path[i]}") for i in range(1, len(path))]
         return "<think>", steps
 
+    def refine(self, thought: str, answer: str, problem: Problem) -> tuple[str, str]:
+        """Returns the thoughts in the language of the question, and a summary: what DeepSeek had V3 and people do."""
+        language = problem.language or "en"
+        return translate(thought, language), f"{WORDS[language]['answer']} \\boxed{{ {answer.strip()} }} ."
+
+    def solve(self, problem: Problem) -> tuple[str, str]:
+        """Returns right thoughts and the answer, as a person would write them."""
+        lines, node = Writer(random.Random(0), problem.language or "en").steps(problem)
+        return " . ".join(lines) + " .", str(node)
+
     def full_list(self, thought: str, problem: Problem) -> bool:
         """Returns True where the thoughts number all steps from the first to the last one."""
         numbers = [int(n) for n in re.findall(r"(?:step|步) (\d+) :", thought)]

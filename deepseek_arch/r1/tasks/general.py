@@ -72,6 +72,19 @@ class Chat:
         """Returns known responses to a prompt of this set with their quality, the best one first."""
         return _responses(problem.data["topic"], problem.data["words"], problem.language == "en")
 
+    def thought(self, problem: Problem) -> str:
+        """Returns what may be thought before answering; nothing for greetings, as in R1's data."""
+        en, words = problem.language == "en", problem.data["words"]
+        subject = {
+            "name": lambda: _ANIMALS[words[0]],
+            "translate": lambda: (_ANIMALS + _COLOURS)[words[0]],
+            "harm": lambda: _HARMFUL[words[0]],
+        }
+        if problem.data["topic"] not in subject:
+            return ""
+        word = subject[problem.data["topic"]]()[0 if en else 1]
+        return f"The question is about {word} ." if en else f"问题 是 关于 {word} 。"
+
     def quality(self, response: str, problem: Problem) -> float | None:
         """Returns the quality of a response's summary, None for one that is not known."""
         return dict(self.responses(problem)).get(" ".join(response.split()))

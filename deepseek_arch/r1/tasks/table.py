@@ -67,7 +67,8 @@ class Table:
             ValueError: a line that is none.
         """
         rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines: texts may hold other characters that end lines for it, as U+2028.
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -12,7 +12,7 @@ from ...moe.moe import MoE
 from ...quant.fp8_experts import FP8Experts
 from ...quant.fp8_linear import FP8Linear
 
-__all__ = ["R1Config", "base_model", "check_policy"]
+__all__ = ["R1Config", "base_model", "check_extras", "check_policy"]
 
 ENGINES = ("native", "hf", "vllm")
 
@@ -27,6 +27,13 @@ class R1Config(GRPOConfig):
     rollout_engine: str = field(
         default="native",
         metadata={"help": "What samples completions: 'native' (deepseek_arch.generate), 'hf' or 'vllm' (TRL's)."},
+    )
+    rollout_mtp_depth: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens that prediction layers draft in a step of the native engine's rollouts. Sampled tokens are "
+            "distributed as without; train the layers too (mtp_loss_weight), or ever fewer drafts are accepted."
+        },
     )
     keep_routing: bool = field(
         default=True,
@@ -77,6 +84,11 @@ class R1Config(GRPOConfig):
         for name in ("balance_rate", "balance_loss", "mtp_loss_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        if self.rollout_mtp_depth < 0 or (self.rollout_mtp_depth and self.rollout_engine != "native"):
+            raise ValueError(
+                "expected rollout_mtp_depth >= 0, and 0 without rollout_engine='native', got "
+                f"{self.rollout_mtp_depth} with {self.rollout_engine!r}"
+            )
         if self.rollout_engine == "native" and (self.min_p or self.repetition_penalty != 1.0):
             raise ValueError("expected neither min_p nor repetition_penalty with rollout_engine='native', got one")
 
@@ -84,6 +96,22 @@ class R1Config(GRPOConfig):
 def base_model(model: Any) -> Any:
     """Returns the language model under adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_extras(model: Any, args: Any) -> None:
+    """Raises ValueError for a model without the experts or the prediction layers that `args` speaks of."""
+    base = base_model(model)
+    ours = isinstance(base, DeepseekForCausalLM)
+    routed = any(isinstance(module, MoE) for module in model.modules())
+    for name in ("keep_routing", "balance_rate", "balance_loss"):
+        if getattr(args, name, 0) and not routed:
+            raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
+    for name in ("mtp_loss_weight", "rollout_mtp_depth"):
+        if getattr(args, name, 0) and not (ours and len(base.mtp)):
+            raise ValueError(
+                f"expected a model with prediction layers for {name} {getattr(args, name)}, got {type(base).__name__} "
+                "without any"
+            )
 
 
 def check_policy(model: Any, args: R1Config) -> None:
@@ -99,15 +127,7 @@ def check_policy(model: Any, args: R1Config) -> None:
         raise ValueError(
             f"expected a DeepseekForCausalLM with rollout_engine='native', got {type(base).__name__}: use 'hf'"
         )
-    routed = any(isinstance(module, MoE) for module in model.modules())
-    for name in ("keep_routing", "balance_rate", "balance_loss"):
-        if getattr(args, name) and not routed:
-            raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
-    if args.mtp_loss_weight and not (ours and len(base.mtp)):
-        raise ValueError(
-            f"expected a model with prediction layers for mtp_loss_weight {args.mtp_loss_weight}, got "
-            f"{type(base).__name__} without any"
-        )
+    check_extras(model, args)
     if args.beta and base is model and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
             "expected a model that was loaded from a folder with beta > 0, since the reference model is loaded from "

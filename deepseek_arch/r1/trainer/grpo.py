@@ -97,10 +97,14 @@ class R1Trainer(GRPOTrainer):
             self.top_p if self.top_p < 1 else None,
             tuple(self.eos_token_ids),
             self._tokenizer.pad_token_id,
+            mtp_depth=self.args.rollout_mtp_depth,
         )
         rollout = sample_natively(self._core, prompt_ids, sampling, record_routing=self.args.keep_routing)
         if self.args.keep_routing:
             self._rollout, self._layers = rollout, rollout.layers
+        if sum(rollout.drafted):
+            share = sum(rollout.accepted) / sum(rollout.drafted)
+            self._metrics["train" if self.model.training else "eval"]["mtp_acceptance"].append(share)
         return rollout.completions, None
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ __all__ = ["added_losses", "watching_trunk"]
 
 
 @contextmanager
-def watching_trunk(model: Any, args: R1Config) -> Iterator[dict[str, Any]]:
-    """Asks the trunk for what the added losses read, and yields a dict that the pass fills.
+def watching_trunk(model: Any, args: Any) -> Iterator[dict[str, Any]]:
+    """Asks the trunk for what the added losses of `args` read, and yields a dict that the pass fills.
 
     TRL replaces the model's forward by one that calls the trunk alone (TRAPS T1): the trunk is where to ask.
     """
