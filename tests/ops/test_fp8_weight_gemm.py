@@ -175,7 +175,7 @@ def test_where_16_bit_products_are_native_tiles_are_the_dequantized_weight_to_th
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_against_the_unrounded_weight(native, dtype):
-    """What the promise is worth to those who compare with a float32 weight: half a unit in its last place and no more.
+    """Bound against a float32 weight: its rounding to 16 bits, half a unit in the last place and no more.
 
     A weight rounded to float32, then to 16 bits, is off by `own` + 2^-24 of itself (and their product), or of the least
     normal number where it is smaller.

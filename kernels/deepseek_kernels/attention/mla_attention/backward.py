@@ -104,14 +104,15 @@ def key_gradient_kernel(
     kv,
     key,
     span,
+    ranges,
     grad,
     sums,
-    ranges,
     kv_grad,
     key_grads,
     queries,
     keys,
     heads,
+    pairs,
     group,
     begin,
     some,
@@ -130,7 +131,7 @@ def key_gradient_kernel(
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     tiles = tl.cdiv(keys, COLUMNS)
-    pair, tile = place(tiles, group)
+    pair, tile = place(pairs, tiles, group)
     batch, head = (pair // some).to(tl.int64), (begin + pair % some).to(tl.int64)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     q, grad = head_of(q, batch, head), head_of(grad, batch, head)
@@ -184,13 +185,27 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=UNSIZED)
 def query_gradient_kernel(
-    q, kv, key, span, grad, sums, q_grad, queries, keys, heads, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
+    q,
+    kv,
+    key,
+    span,
+    grad,
+    sums,
+    q_grad,
+    queries,
+    keys,
+    heads,
+    pairs,
+    group,
+    scale,
+    SIZES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """One tile of queries of one head: `q_grad` [B, T, N, P + R]."""
     P: tl.constexpr = SIZES[0]
     R: tl.constexpr = SIZES[1]
     ROWS: tl.constexpr = TILE[0]
-    pair, batch, head, start_row = query_tile(queries, heads, group, ROWS)
+    pair, batch, head, start_row = query_tile(queries, heads, pairs, group, ROWS)
     row = start_row + tl.arange(0, ROWS)
     q, kv, key = head_of(q, batch, head), head_of(kv, batch, head), shared_key_of(key, batch)
     own, rotated = load_pair(q, row, queries, SIZES)

@@ -8,7 +8,7 @@ from ...testing.compile_gate import CompileCase, Kind
 from . import backward, kernel
 from .configs import DELTA_ROWS, EXACT, FORWARD, KEYS, QUERIES, RANGE_ROWS, SPECIALIZED, Config
 
-_INTEGERS = ["queries", "keys", "heads", "group", "begin", "some"]
+_INTEGERS = ["queries", "keys", "heads", "pairs", "group", "begin", "some"]
 _SIZES = (128, 64, 128)
 # Bytes that do not fit in registers. Three gradients of 128 keys and the products of 32 queries leave a thread none to
 # spare: where spans are looked up as well, two or three values go. Where strides are no multiples of 16, which no

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.host import power_of_two
 from ...common.masks import is_spans
 
 __all__ = [
@@ -90,7 +89,7 @@ EXACT = Config(16, 32, 8, 1)
 
 def block(width: int) -> int:
     """Returns the power of two that holds `width` columns; products take at least 16."""
-    return max(16, power_of_two(width))
+    return max(16, 1 << (width - 1).bit_length())  # in kernels too, where it may call builtins only
 
 
 def pick(table: dict[str, Config], dtype: torch.dtype, family: str) -> Config:

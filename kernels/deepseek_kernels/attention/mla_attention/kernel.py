@@ -20,7 +20,7 @@ import triton.language as tl
 from . import configs
 
 LOG2E = tl.constexpr(1.4426950408889634)  # 2 ** (LOG2E * x) = e ** x
-UNSIZED = ["queries", "keys", "heads", "group"]  # not worth a kernel for each divisibility
+UNSIZED = ["queries", "keys", "heads", "pairs", "group"]  # not worth a kernel for each divisibility
 
 block = triton.constexpr_function(configs.block)
 
@@ -66,13 +66,13 @@ def sees(column, first, last, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def place(tiles, group):
+def place(pairs, tiles, group):
     """The (batch, head) pair of this program, and the pair's tile.
 
     A group of pairs whose keys and values fit in the L2 cache takes all its tiles before the next one begins, tile by
     tile, so that all pairs' first tiles, the longest, start first.
     """
-    index, pairs = tl.program_id(0), tl.num_programs(0) // tiles
+    index = tl.program_id(0)
     begin = index // (group * tiles) * group
     rest = index % (group * tiles)
     size = tl.minimum(pairs - begin, group)
@@ -137,10 +137,10 @@ def shared_key_of(key, batch):
 
 
 @triton.jit
-def query_tile(queries, heads, group, ROWS: tl.constexpr):
+def query_tile(queries, heads, pairs, group, ROWS: tl.constexpr):
     """This program's (batch, head) pair, both of its numbers, and the first query of its tile."""
     tiles = tl.cdiv(queries, ROWS)
-    pair, tile = place(tiles, group)
+    pair, tile = place(pairs, tiles, group)
     tile = tiles - 1 - tile  # the last queries see most
     return pair.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), tile * ROWS
 
@@ -186,12 +186,12 @@ def _attend(state, own, rotated, seen_keys, kv, key, start, stop, limit, scale, 
 
 @triton.jit(do_not_specialize=UNSIZED)
 def forward_kernel(
-    q, kv, key, span, out, log_sum, queries, keys, heads, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
+    q, kv, key, span, out, log_sum, queries, keys, heads, pairs, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
 ):
     """One tile of queries of one head. `out` is [B, T, N, V], `log_sum` [B, N, T]."""
     V: tl.constexpr = SIZES[2]
     ROWS: tl.constexpr = TILE[0]
-    pair, batch, head, start_row = query_tile(queries, heads, group, ROWS)
+    pair, batch, head, start_row = query_tile(queries, heads, pairs, group, ROWS)
     row = start_row + tl.arange(0, ROWS)
     q, kv, key = head_of(q, batch, head), head_of(kv, batch, head), shared_key_of(key, batch)
     own, rotated = load_pair(q, row, queries, SIZES)
@@ -200,23 +200,20 @@ def forward_kernel(
     total = tl.zeros((ROWS, block(V)), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
-    state = total, top, norm
+    state, operands = (total, top, norm), (own, rotated, (first, last), kv, key)
     scale *= LOG2E
     causal: tl.constexpr = span is None
     if not causal:
-        rest = (kv, key, start, inner, end, scale, False, True, SIZES, TILE[1])
-        state = _attend(state, own, rotated, (first, last), *rest)
-    rest = (kv, key, inner, inner_end, end, scale, causal, False, SIZES, TILE[1])
-    state = _attend(state, own, rotated, (first, last), *rest)
-    rest = (kv, key, inner_end, end, end, scale, causal, True, SIZES, TILE[1])
-    state = _attend(state, own, rotated, (first, last), *rest)
+        state = _attend(state, *operands, start, inner, end, scale, False, True, SIZES, TILE[1])
+    state = _attend(state, *operands, inner, inner_end, end, scale, causal, False, SIZES, TILE[1])
+    state = _attend(state, *operands, inner_end, end, end, scale, causal, True, SIZES, TILE[1])
     out += (batch * queries * heads + head) * V
     _store_rows((out, heads * V), log_sum + pair * queries, state, row, queries, V)
 
 
 @triton.jit(do_not_specialize=UNSIZED)
 def specialized_forward_kernel(
-    q, kv, key, out, log_sum, queries, keys, heads, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
+    q, kv, key, out, log_sum, queries, keys, heads, pairs, group, scale, SIZES: tl.constexpr, TILE: tl.constexpr
 ):
     """The same without spans, P, R and V powers of two: one warp group copies, by descriptors, and two compute.
 
@@ -228,7 +225,7 @@ def specialized_forward_kernel(
     V: tl.constexpr = SIZES[2]
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
-    pair, batch, head, start_row = query_tile(queries, heads, group, ROWS)
+    pair, batch, head, start_row = query_tile(queries, heads, pairs, group, ROWS)
     row = start_row + tl.arange(0, ROWS)
     q_at, q_row = head_of(q, batch, head)
     kv_at, kv_row = head_of(kv, batch, head)

@@ -42,7 +42,7 @@ def attend(q: Tensor, kv: Tensor, key: Tensor, spans: Tensor | None, scale: floa
     config = SPECIALIZED if specialized else pick(FORWARD, q.dtype, family(q.device))
     grid = (q.shape[0] * q.shape[2] * cdiv(q.shape[1], config.rows),)
     operands, sizes = (_strided(q), _strided(kv), _strided(key)), _sizes(q, kv, key)
-    numbers = (*_counts(q, kv), _group(kv, key), scale)
+    numbers = (*_counts(q, kv), q.shape[0] * q.shape[2], _group(kv, key), scale)
     with torch.cuda.device_of(q):
         if specialized:
             run, arguments = kernel.specialized_forward_kernel[grid], (*operands, out, log_sum, *numbers)
@@ -92,8 +92,9 @@ def _query_gradient(
 ) -> None:
     q, kv, key = operands
     config = pick(QUERIES, q.dtype, family(q.device))
-    backward.query_gradient_kernel[(q.shape[0] * q.shape[2] * cdiv(q.shape[1], config.rows),)](
-        *(*map(_strided, operands), spans, _strided(grad), sums, out, *_counts(q, kv), _group(kv, key), scale),
+    pairs = q.shape[0] * q.shape[2]
+    backward.query_gradient_kernel[(pairs * cdiv(q.shape[1], config.rows),)](
+        *(*map(_strided, operands), spans, _strided(grad), sums, out, *_counts(q, kv), pairs, _group(kv, key), scale),
         SIZES=_sizes(q, kv, key),
         **config.options,
     )
@@ -121,8 +122,8 @@ def _key_gradients(
         some = min(some, heads - begin)
         parts = torch.empty(batch, some, *key_grad.shape[1:], dtype=torch.float32, device=key.device)
         backward.key_gradient_kernel[(batch * some * tiles,)](
-            *(*map(_strided, operands), spans, _strided(grad), sums, ranges, kv_grad, parts, *_counts(q, kv)),
-            *(_group(q, key), begin, some, scale),
+            *(*map(_strided, operands), spans, ranges, _strided(grad), sums, kv_grad, parts, *_counts(q, kv)),
+            *(batch * some, _group(q, key), begin, some, scale),
             SIZES=_sizes(q, kv, key),
             **config.options,
         )

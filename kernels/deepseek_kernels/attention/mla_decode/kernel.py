@@ -25,8 +25,8 @@ def _spans(row, rows, batch, keys, lengths, mask, heads, queries, MASK: tl.const
         at = mask + (batch.to(tl.int64) * queries + query) * 2
         first, end = tl.maximum(tl.load(at, inside, other=0), 0), tl.load(at + 1, inside, other=0)
     else:
-        held = tl.minimum(tl.load(lengths + batch), keys) if PAGE else keys
-        first, end = tl.zeros_like(row), tl.zeros_like(row) + held
+        length = tl.minimum(tl.load(lengths + batch), keys) if PAGE else keys
+        first, end = tl.zeros_like(row), tl.zeros_like(row) + length
         if MASK == "causal":
             end += query + 1 - queries
     end = tl.minimum(end, keys)
@@ -126,17 +126,17 @@ def decode_kernel(
             k_latent = latent_rows.load([tile * KEYS, 0])
             k_rotated = rotated_rows.load([tile * KEYS, 0])
         else:
-            held = position < until
+            exists = position < until
             if PAGE:  # `begin` is 0
                 page = tl.load(table + batch * table_stride + tile * KEYS // PAGE)
                 base = page.to(tl.int64) * batch_stride + tile * KEYS % PAGE * TOKEN
             else:
                 base = batch * batch_stride + (begin + tile * KEYS).to(tl.int64) * TOKEN
-            in_latent, in_rotated = held[:, None] & (c < LATENT)[None, :], held[:, None] & (r < ROTATED)[None, :]
+            in_latent, in_rotated = exists[:, None] & (c < LATENT)[None, :], exists[:, None] & (r < ROTATED)[None, :]
             k_latent = tl.load(latents + base + (n[:, None] * TOKEN + c[None, :]), in_latent, other=0.0)
             if GROUPS:
                 scale_at, rotated_at = base // UNIT * (UNIT // 4), base // UNIT * (UNIT // 2)
-                k_latent = _dequantized(k_latent, scales, scale_at, held, q_latent.dtype, TOKEN, LATENT, GROUPS)
+                k_latent = _dequantized(k_latent, scales, scale_at, exists, q_latent.dtype, TOKEN, LATENT, GROUPS)
                 k_rotated = tl.load(
                     rotated + rotated_at + (n[:, None] * (TOKEN // 2) + r[None, :]), in_rotated, other=0.0
                 ).to(q_latent.dtype)

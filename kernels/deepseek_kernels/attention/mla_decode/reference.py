@@ -49,10 +49,10 @@ def decode_paged(
     most = block_table.shape[1] * size
     if not most or not pages.shape[0] or not q.numel():
         return q.new_zeros(*q.shape[:3], kv_lora_rank)
-    held = torch.arange(most, device=lengths.device) < lengths[:, None]  # [B, S]
+    exists = torch.arange(most, device=lengths.device) < lengths[:, None]  # [B, S]
     # Neither a page that does not exist nor memory beyond the row's length, NaN perhaps, may be read.
-    existing = torch.where(held[:, ::size], block_table, 0)
-    states = pages[existing].view(-1, most, width).masked_fill(~held[..., None], 0)
+    existing = torch.where(exists[:, ::size], block_table, 0)
+    states = pages[existing].view(-1, most, width).masked_fill(~exists[..., None], 0)
     ends = lengths[:, None] - queries + 1 + torch.arange(queries, device=lengths.device)  # [B, T]
     spans = torch.stack((torch.zeros_like(ends), ends), dim=-1).int()
     return decode(q, states, kv_lora_rank, scale, spans)

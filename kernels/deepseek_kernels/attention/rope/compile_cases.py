@@ -10,7 +10,7 @@ from .kernel import rotate_kernel
 def compile_cases() -> list[CompileCase]:
     strides: dict[str, Kind] = dict.fromkeys(["x_strides", "out_strides"], ("i32:16",) * 3)
     strides["angle_strides"] = ("i32:16",) * 2
-    integers = {**dict.fromkeys(["tokens", "length", "heads"], "i32"), "kept": "i32:16", **strides}
+    integers = {**dict.fromkeys(["tokens", "length", "heads"], "i32"), "offset": "i32:16", **strides}
     everywhere = ("sm_90", "sm_80", "sm_100", "gfx942")
     # tokens, heads, dtype, backward, copy, targets
     calls = {

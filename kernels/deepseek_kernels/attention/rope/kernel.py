@@ -18,7 +18,7 @@ def rotate_kernel(
     tokens,
     length,
     heads,
-    kept,
+    offset,
     x_strides,
     out_strides,
     angle_strides,
@@ -29,7 +29,7 @@ def rotate_kernel(
     HEADS: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Rotates pairs, the other way round with BACKWARD, behind `kept` columns, which are copied with COPY.
+    """Rotates pairs, the other way round with BACKWARD, behind the first `offset` columns, which are copied with COPY.
 
     Strides are of batch, token and head; angles are the same for all heads.
     """
@@ -54,13 +54,13 @@ def rotate_kernel(
 
     column = tl.arange(0, COLUMNS)
     inside = row_exists & (column < 2 * PAIRS)[None, None, :]
-    at = (kept + column)[None, None, :]
+    at = (offset + column)[None, None, :]
     values = tl.load(x_row + at, inside, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(values, (TOKENS, HEADS, PAIR_BLOCK, 2)))
     rotated = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (TOKENS, HEADS, COLUMNS))
     tl.store(out_row + at, rotated.to(out.dtype.element_ty), inside)
     if COPY:
-        for start in tl.range(0, kept, COLUMNS):
-            inside = row_exists & (start + column < kept)[None, None, :]
+        for start in tl.range(0, offset, COLUMNS):
+            inside = row_exists & (start + column < offset)[None, None, :]
             at = (start + column)[None, None, :]
             tl.store(out_row + at, tl.load(x_row + at, inside, other=0.0), inside)

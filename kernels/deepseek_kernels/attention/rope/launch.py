@@ -21,15 +21,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, backward: bool, co
     cos, sin = rows_readable(cos), rows_readable(sin)
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    tile, kept = tile_for(batch * length, heads, pairs), width - 2 * pairs
+    tile, offset = tile_for(batch * length, heads, pairs), width - 2 * pairs
     angle_strides = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
     with torch.cuda.device_of(x):
         kernel.rotate_kernel[cdiv(batch * length, tile["TOKENS"]), cdiv(heads, tile["HEADS"])](
-            *(x, cos, sin, out, batch * length, length, heads, kept),
+            *(x, cos, sin, out, batch * length, length, heads, offset),
             *(x.stride()[:3], out.stride()[:3], angle_strides),
             PAIRS=pairs,
             BACKWARD=backward,
-            COPY=copy and kept > 0,
+            COPY=copy and offset > 0,
             **tile,
             num_warps=4,
             enable_fp_fusion=False,  # the reference has none

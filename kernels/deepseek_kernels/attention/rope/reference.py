@@ -20,9 +20,9 @@ def _rotated(rotary: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See the operator, without its checks."""
     start = x.shape[-1] - 2 * cos.shape[-1]
-    kept, rotary = x[..., :start], x[..., start:]
+    unrotated, rotary = x[..., :start], x[..., start:]
     rotated = torch.stack(_rotated(rotary, cos, sin), dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat((kept, rotated), dim=-1) if start else rotated
+    return torch.cat((unrotated, rotated), dim=-1) if start else rotated
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

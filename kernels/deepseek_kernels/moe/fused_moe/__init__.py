@@ -94,8 +94,9 @@ def _check_matrices(x: Tensor, gate_up: Tensor, *down: Tensor) -> torch.dtype:
         if matrix.shape != (experts, hidden, double // 2):
             raise ValueError(f"expected down {[experts, hidden, double // 2]}, got {list(matrix.shape)}")
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        # Without casting all the weights to see.
-        x, gate_up, *down = dispatch.autocast(*(one[:0] for one in (x, gate_up, *down)))
+        # Of no rows: the weights are not cast to learn their dtypes.
+        x, gate_up, *cast = dispatch.autocast(*(one[:0] for one in (x, gate_up, *down)))
+        down = tuple(cast)
     for matrix in (gate_up, *down):
         if matrix.dtype != x.dtype:
             dtypes = ", ".join(str(one.dtype) for one in (x, gate_up, *down))
