@@ -112,6 +112,8 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
     Raises:
         BackendError: an implementation was asked for by name and cannot run.
     """
+    if torch.compiler.is_compiling():  # which would guard what is settled, and compile again once it is
+        return _choose(op, device, unsupported)
     settled, key = _operators[op].settled, (device, _backend)
     if key not in settled:
         settled[key] = _choose(op, device, None)
