@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from _pytest.runner import runtestprotocol
 
 from deepseek_kernels import use_native_half_matmul
 from support import processor_sides
+
+# `auto` runs the same operators on every machine, whatever its user has built; tests of the C++ ask for it by name.
+os.environ.setdefault("DEEPSEEK_KERNELS_CPU", "0")
 
 with contextlib.suppress(ImportError):  # a bare GPU machine has pytest and torch only
     from hypothesis import settings
@@ -105,3 +109,25 @@ def seed(request: pytest.FixtureRequest) -> int:
 
         numpy.random.seed(value)
     return value
+
+
+@pytest.fixture(scope="session")
+def cpu_library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds and loads the C++ operators, once for all workers of a run; skips where they cannot be built."""
+    from deepseek_kernels.common import cpu
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # workers have folders of their own inside that of the run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_KERNELS_CACHE", str(shared / "cpu_library"))
+        if reason := cpu.library_obstacle(auto=False):
+            pytest.skip(reason)
+        yield
+
+
+@pytest.fixture
+def cpu_backend(cpu_library) -> None:
+    """For tests that run the C++ operators on the device that all tests use."""
+    if torch.cuda.is_available():
+        pytest.skip("the operands are on a GPU")

@@ -33,6 +33,7 @@ def test_the_wheel_holds_both_packages_whole(wheel):
         sources = {str(path.relative_to(folder)) for path in (folder / package).rglob("*.py")}
         presets = {str(path.relative_to(folder)) for path in (folder / package).rglob("*.json")}
         recipes = {str(path.relative_to(folder)) for path in (folder / package).rglob("*.yaml")}
+        sources |= {str(path.relative_to(folder)) for path in (folder / package).rglob("csrc/*")}
         assert sources | presets | recipes | {f"{package}/py.typed"} <= names
     assert {"deepseek_arch/__init__.pyi", "deepseek_arch/TRAPS.md"} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)

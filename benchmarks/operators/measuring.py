@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .scales import scale
 
 __all__ = ["TORCH", "Options", "failed", "measure", "measure_all", "plan"]
 
+REFERENCE = "reference"  # beside an operator's C++
 TORCH = "torch"  # among the names of providers: all of them but ours
 
 
@@ -94,6 +96,9 @@ def _attempt(
     device, inputs = random.device, operator.inputs(shape, random)
     providers = {name: one for name, one in operator.providers(shape).items() if options.includes(name, one, device)}
     providers = {OURS: Provider(operator.ours)} | providers
+    if device.type == "cpu" and _implementation(operator.op) == "cpu":
+        reference = Provider(partial(_on_reference, operator))
+        providers |= {REFERENCE: reference} if options.includes(REFERENCE, reference, device) else {}
     calls, absent, first = _check(operator, inputs, providers)
     if options.providers is not None and OURS not in options.providers:
         del calls[OURS]
@@ -107,6 +112,11 @@ def _attempt(
         "built_in": [name for name in times if name != OURS and providers[name].built_in],
     }
     return {name: timed.samples.map(lambda s: s * 1e3) for name, timed in times.items()}, details
+
+
+def _on_reference(operator: Operator, *inputs: Any) -> Any:
+    with dispatch.use_backend(REFERENCE):
+        return operator.ours(*inputs)
 
 
 def _implementation(op: str) -> str:

@@ -186,6 +186,24 @@ def doctor(as_json: Json = False) -> None:
         tables.print_doctor(facts)
 
 
+@app.command()
+def build_kernels(as_json: Json = False) -> None:
+    """Compile the C++ operators for this CPU, which then run by default; takes up to a minute, once.
+
+    They are kept in DEEPSEEK_KERNELS_CACHE, by default ~/.cache/deepseek_kernels, for this PyTorch and compiler.
+    """
+    from deepseek_kernels.common import cpu
+
+    try:
+        library = cpu.build_library()
+    except cpu.BuildError as error:
+        raise ValueError(f"expected a C++ compiler that builds the operators for this CPU: {error}") from error
+    if as_json:
+        print_json({"library": str(library)})
+    else:
+        typer.echo(f"Built: {library}")
+
+
 app.command()(inspect)
 app.command(name="slice")(slice_)
 app.command()(convert)

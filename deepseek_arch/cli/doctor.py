@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import deepseek_kernels
+from deepseek_kernels.common import cpu
 
 __all__ = ["examine"]
 
@@ -49,12 +50,16 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def examine() -> dict[str, Any]:
-    """Returns versions (None: not installed), devices, and each operator's implementation with the reason."""
+    """Returns versions (None: not installed), devices, and each operator's implementation with the reason.
+
+    `cpu_library` is "built", or why the C++ operators do not run.
+    """
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {package: _version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda,
         "devices": _devices(),
+        "cpu_library": cpu.library_obstacle(auto=True) or "built",
         "operators": [asdict(choice) for choice in deepseek_kernels.describe()],
     }

@@ -168,6 +168,7 @@ def print_doctor(facts: dict[str, Any]) -> None:
     console = Console()
     versions = {"python": facts["python"], "system": facts["system"]}
     versions |= {name: version or "not installed" for name, version in facts["packages"].items()}
+    versions["C++ operators"] = facts["cpu_library"]
     console.print(facts_table("versions", versions))
     devices = {}
     for device in facts["devices"]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deepseek_kernels import (
     dispatch,
     fp8_grouped_gemm,
+    fp8_weight_fused_moe,
     fp8_weight_grouped_gemm,
     grouped_gemm,
     permute,
@@ -80,8 +81,13 @@ class FP8Experts(FP8Layer, Experts):
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """As `Experts.forward`."""
         (x,) = dispatch.autocast(x)
+        adapted = hasattr(self, "parametrizations")
+        quantizes = not adapted and self._quantizes("fp8_grouped_gemm", x.device)
+        if not adapted and not quantizes:
+            up, down = self.pair("gate_up_proj"), self.pair("down_proj")
+            return fp8_weight_fused_moe(x, *up, *down, expert_ids, weights, self.block_size)
         order, inverse, ends = sort_by_expert(expert_ids, self.pair("gate_up_proj")[0].shape[0])
-        if not hasattr(self, "parametrizations") and self._quantizes("fp8_grouped_gemm", x.device):
+        if quantizes:
             out = self._quantized(x, order, inverse, ends)
         else:
             rows = permute(x, order, inverse)  # [T K, H]

@@ -3,7 +3,8 @@
 Attention (`attention/`)
     mla_attention, mla_decode, mla_decode_paged, latent_write, latent_write_paged, rope, rope_
 Mixture of experts (`moe/`)
-    topk_gate, sort_by_expert, permute, unpermute, grouped_gemm, grouped_gemm_swiglu, fused_moe
+    topk_gate, sort_by_expert, permute, unpermute, grouped_gemm, grouped_gemm_swiglu, fused_moe,
+    fp8_weight_fused_moe
 Products (`gemm/`)
     dense_gemm, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, fp8_weight_gemm, fp8_weight_grouped_gemm
 FP8 quantization (`quant/`)
@@ -30,6 +31,7 @@ from .gemm.fp8_gemm import fp8_gemm
 from .gemm.fp8_grouped_gemm import fp8_grouped_gemm, fp8_grouped_wgrad
 from .gemm.fp8_weight_gemm import fp8_weight_gemm, fp8_weight_grouped_gemm
 from .loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from .moe.fp8_weight_fused_moe import fp8_weight_fused_moe
 from .moe.fused_moe import fused_moe, grouped_gemm_swiglu
 from .moe.grouped_gemm import grouped_gemm
 from .moe.moe_permute import permute, sort_by_expert, unpermute
@@ -56,6 +58,7 @@ __all__ = [
     "fp8_gemm",
     "fp8_grouped_gemm",
     "fp8_grouped_wgrad",
+    "fp8_weight_fused_moe",
     "fp8_weight_gemm",
     "fp8_weight_grouped_gemm",
     "fused_moe",

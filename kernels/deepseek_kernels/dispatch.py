@@ -1,9 +1,10 @@
 """The only place that decides which implementation of an operator runs.
 
-`auto` (the default) takes the Triton kernels on a CUDA device that can run them and the reference elsewhere, and says
-why once, through the logger `deepseek_kernels`. A backend asked for by name, through the environment variable
-DEEPSEEK_KERNELS_BACKEND or `use_backend`, never falls back: if it cannot run, the call raises and says why. Operators
-with one implementation only (a dense product, say, which is the vendor's) have no choice to make.
+`auto` (the default) takes the Triton kernels on a CUDA device that can run them, the C++ operators on a CPU if their
+library is built (see `common.cpu`), and the reference elsewhere, and says why once, through the logger
+`deepseek_kernels`. A backend asked for by name, through the environment variable DEEPSEEK_KERNELS_BACKEND or
+`use_backend`, never falls back: if it cannot run, the call raises and says why. Operators that a backend does not
+implement have no choice to make and run their reference.
 
 A reference takes one of two paths with 16-bit floats on a CPU, as the processor multiplies them or not:
 `native_half_matmul` decides, `use_native_half_matmul` overrides it, and `describe` says which applies.
@@ -23,6 +24,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .common import cpu
+
 __all__ = [
     "BACKENDS",
     "BackendError",
@@ -36,8 +39,9 @@ __all__ = [
     "use_native_half_matmul",
 ]
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "cpu")
 _VARIABLE = "DEEPSEEK_KERNELS_BACKEND"
+_CPU_RUNS = "its C++ runs on this CPU, for few rows without gradients; the reference does the rest"
 _logger = logging.getLogger("deepseek_kernels")
 
 
@@ -86,7 +90,7 @@ def requested() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator inside the block on backend `name`: "auto", "reference" or "triton"."""
+    """Runs every operator inside the block on backend `name`, one of `BACKENDS`."""
     global _backend
     if name not in BACKENDS:
         raise BackendError(f"expected a backend among {', '.join(BACKENDS)}, got {name!r}")
@@ -98,15 +102,18 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def pick(op: str, device: torch.device | None = None, unsupported: str | None = None) -> str:
-    """The implementation that runs for `op`: "reference" or "triton".
+    """The implementation that runs for `op`: "reference", "triton" or "cpu".
 
     Args:
         device: where the operands are; None for an operator that has nothing but its reference.
-        unsupported: why the Triton kernels cannot take these very operands, if they cannot.
+        unsupported: why the Triton kernels cannot take these very operands, if they cannot. Callers of the C++ leave
+            what it is not made for (many rows, gradients) to the reference, also where it was asked for by name.
 
     Raises:
-        BackendError: "triton" was asked for by name and cannot run.
+        BackendError: an implementation was asked for by name and cannot run.
     """
+    if torch.compiler.is_compiling():  # which would guard what is settled, and compile again once it is
+        return _choose(op, device, unsupported)
     settled, key = _operators[op].settled, (device, _backend)
     if key not in settled:
         settled[key] = _choose(op, device, None)
@@ -116,27 +123,38 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
 
 def _choose(op: str, device: torch.device | None, unsupported: str | None) -> str:
     name = requested()
-    if name == "reference" or not _operators[op].implementations:
-        return "reference"
     kind, index = ("cpu", None) if device is None else (device.type, device.index)
-    obstacle = _obstacle(op, kind, index, unsupported, name == "auto")
+    chosen = _candidate(_operators[op], name, kind)
+    if chosen == "reference":
+        return chosen
+    obstacle = _obstacle(op, chosen, kind, index, unsupported, name == "auto")
     if obstacle is None:
-        return "triton"
-    if name == "triton":
+        return chosen
+    if name != "auto":
         raise BackendError(obstacle)
     return "reference"
 
 
-def _obstacle(op: str, kind: str, index: int | None, unsupported: str | None, auto: bool) -> str | None:
-    """Why the Triton kernels of `op` do not run on a device of this kind, or None; under `auto`, logs it once."""
-    reason = _machine_obstacle(_operators[op], kind, index, auto) or unsupported
+def _candidate(operator: _Operator, name: str, kind: str) -> str:
+    """The implementation that backend `name` would run on a device of this kind, if nothing is in its way."""
+    if name == "auto":
+        name = "cpu" if kind == "cpu" and "cpu" in operator.implementations else "triton"
+    return name if name in operator.implementations else "reference"
+
+
+def _obstacle(op: str, chosen: str, kind: str, index: int | None, unsupported: str | None, auto: bool) -> str | None:
+    """Returns why implementation `chosen` of `op` does not run on such a device, or None; `auto` logs it once."""
+    if chosen == "cpu":
+        reason = _cpu_obstacle(kind, auto)
+    else:
+        reason = _triton_obstacle(_operators[op], kind, index, auto) or unsupported
     if reason is None:
         return None
     if auto and (op, reason) not in _said:
         _said.add((op, reason))
         # On a GPU the reference is a surprise, and slow; elsewhere it is what one expects.
         _logger.log(logging.WARNING if kind == "cuda" else logging.INFO, "%s runs its reference: %s", op, reason)
-    return f"operator {op} cannot run on triton: {reason}"
+    return f"operator {op} cannot run on {chosen}: {reason}"
 
 
 # Dynamo calls it while tracing and keeps the answer: it looks at the machine, which cannot be traced. This is what
@@ -144,7 +162,11 @@ def _obstacle(op: str, kind: str, index: int | None, unsupported: str | None, au
 _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _machine_obstacle(operator: _Operator, kind: str, index: int | None, auto: bool) -> str | None:
+def _cpu_obstacle(kind: str, auto: bool) -> str | None:
+    return cpu.library_obstacle(auto) if kind == "cpu" else f"it needs a CPU, got {kind}"
+
+
+def _triton_obstacle(operator: _Operator, kind: str, index: int | None, auto: bool) -> str | None:
     if not _triton_installed():
         return "triton is not installed"
     if _interprets():  # kernels then run in Python, on any device, very slowly
@@ -220,20 +242,26 @@ def describe() -> list[Choice]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choices = []
     for op, operator in sorted(_operators.items()):
-        chosen, reason = "reference", "the reference is the only implementation"
-        if operator.implementations:
-            obstacle = _obstacle(op, device.type, device.index, None, name == "auto")
-            if name == "auto":
-                chosen = "triton" if obstacle is None else "reference"
-                reason = obstacle or f"its kernels run on {torch.cuda.get_device_name(device)}"
-            else:
-                chosen, reason = name, f"{name} was asked for"
-                if name == "triton" and obstacle:
-                    chosen, reason = "none", f"{reason}, but {obstacle}"
+        chosen, reason = _described(op, operator, name, device)
         if op in _HALF_PRODUCTS and device.type != "cuda":
             reason += f"; {_half_products(op)}"
         choices.append(Choice(op, chosen, reason))
     return choices
+
+
+def _described(op: str, operator: _Operator, name: str, device: torch.device) -> tuple[str, str]:
+    chosen = _candidate(operator, name, device.type)
+    if not operator.implementations:
+        return chosen, "the reference is the only implementation"
+    asked = f"{name} was asked for"
+    if chosen == "reference":
+        return chosen, asked if name in ("auto", "reference") else f"there is no implementation for {name}"
+    obstacle = _obstacle(op, chosen, device.type, device.index, None, name == "auto")
+    if name != "auto":
+        return ("none", f"{asked}, but {obstacle}") if obstacle else (chosen, asked)
+    if obstacle:
+        return "reference", obstacle
+    return chosen, _CPU_RUNS if chosen == "cpu" else f"its kernels run on {torch.cuda.get_device_name(device)}"
 
 
 # By operator, what becomes of 16-bit operands on a CPU (expanded, native).
@@ -252,8 +280,8 @@ _HALF_PRODUCTS = {
 
 
 def _half_products(op: str) -> str:
-    native, cpu = native_half_matmul(), torch.backends.cpu.get_cpu_capability()
-    how = f"CPU {cpu} has {'16-bit' if _PROCESSOR_HAS_HALF_MATMUL else 'no 16-bit'} products"
+    native, instructions = native_half_matmul(), torch.backends.cpu.get_cpu_capability()
+    how = f"CPU {instructions} has {'16-bit' if _PROCESSOR_HAS_HALF_MATMUL else 'no 16-bit'} products"
     if native != _PROCESSOR_HAS_HALF_MATMUL:
         how += f", use_native_half_matmul({native}) is in force"
     return f"{how}: {_HALF_PRODUCTS[op][native]}"

@@ -20,6 +20,7 @@ from benchmarks.operators.rooflines import Ceilings
 from benchmarks.operators.scales import SCALES, scale
 from benchmarks.operators.tables import kernel_table, lines, remarks
 from benchmarks.operators.verify import Mismatch, require_close, require_equal
+from deepseek_kernels import dispatch
 
 CPU = torch.device("cpu")
 QUICK = measuring.Options(rounds=1, budget_s=0.0, cold=0)
@@ -347,3 +348,11 @@ def test_sweeps_have_names_and_sizes_of_their_scale(name):
             assert shape.scale == name
             assert shape.name == f"{shape.curve}, {shape.sweep}={shape[shape.sweep]}"
             assert operator.bytes(shape) > 0
+
+
+def test_the_reference_is_beside_an_operators_cpp(cpu_backend):
+    operator, shape = next((o, s) for o, s in TINY if o.name == "dense_gemm" and s["M"] == 1)
+    with dispatch.use_backend("cpu"):
+        row = measuring.measure(operator, shape, CPU, QUICK)
+    assert row.details["runs"] == "cpu" and {"ours", "reference", "linear"} <= set(row.results)
+    assert "reference" not in measuring.measure(operator, shape, CPU, QUICK).results

@@ -21,7 +21,18 @@ from deepseek_arch.cli.tokenizer import Tokenizer, TokenPrinter
 from deepseek_arch.config.deepseek_config import DeepseekConfig, presets
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("plan", "presets", "inspect", "slice", "convert", "generate", "probe-mtp", "place", "doctor")
+COMMANDS = (
+    "plan",
+    "presets",
+    "inspect",
+    "slice",
+    "convert",
+    "generate",
+    "probe-mtp",
+    "place",
+    "doctor",
+    "build-kernels",
+)
 
 
 @pytest.fixture
@@ -437,6 +448,30 @@ def test_doctor_names_versions_devices_and_every_operator(cli):
     assert len(chosen) >= 3 and all(reason for _, _, reason in chosen)
     code, out, _ = cli("doctor")
     assert code == 0 and all(op in out for op, _, _ in chosen) and torch.__version__ in out
+
+
+# ---------------------------------------------------------------------- build-kernels
+
+
+def test_build_kernels_builds_what_doctor_then_finds(cli, cpu_library, monkeypatch):
+    from deepseek_kernels.common import cpu
+
+    code, out, _ = cli("build-kernels", "--json")
+    library = Path(json.loads(out)["library"])
+    assert code == 0 and library.is_relative_to(cpu.cache_folder()) and library.is_file()
+    assert cli("build-kernels") == (0, f"Built: {library}\n", "")
+    assert json.loads(cli("doctor", "--json")[1])["cpu_library"] == "DEEPSEEK_KERNELS_CPU is 0"
+    monkeypatch.setattr(cpu, "_turned_off", lambda: False)
+    assert json.loads(cli("doctor", "--json")[1])["cpu_library"] == "built"
+    assert re.search(r"C\+\+ operators\W+built", cli("doctor")[1])
+
+
+def test_build_kernels_says_why_it_cannot(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("DEEPSEEK_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    code, out, error = cli("build-kernels")
+    assert code == 1 and not out
+    assert error.startswith("error: expected a C++ compiler that builds the operators for this CPU: ")
 
 
 # ---------------------------------------------------------------------- errors

@@ -28,6 +28,14 @@ DTYPES = [  # of kv, of the weight, and of the cache
 ]
 
 
+@pytest.fixture(params=["reference", "triton", "cpu"])
+def backend(request):
+    if request.param != "reference":
+        request.getfixturevalue(f"{request.param}_backend")
+    with use_backend(request.param):
+        yield request.param
+
+
 def operands(batch: int, tokens: int, latent: int, rotated: int, device, dtype=torch.bfloat16, weight=torch.bfloat16):
     """kv, weight, eps, cosines and sines."""
     kv = torch.randn(batch, tokens, latent + rotated) * 2.0 ** torch.randint(-6, 6, (batch, tokens, 1))

@@ -1,4 +1,4 @@
-"""The Triton kernels of mla_decode against a float64 softmax; test_mla_decode.py has the reference's tests.
+"""The Triton kernels and the C++ of mla_decode against a float64 softmax; test_mla_decode.py tests the reference.
 
 Tolerance, everywhere: with u half a unit in the last place of the dtype that products take (2^-9 for bfloat16), weights
 are rounded once (u), values of packed tokens once more (u, and through the scores by `exp`), the result once (u); sums
@@ -31,12 +31,22 @@ def launch(triton_backend):
         yield launch
 
 
+@pytest.fixture(params=["triton", "cpu"])
+def kernels(request):
+    request.getfixturevalue(f"{request.param}_backend")
+    with use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
-def splits(launch, monkeypatch):
-    """Sets how many parts there are, whatever the sizes."""
+def splits(kernels, monkeypatch):
+    """Sets how many parts there are, whatever the sizes; those of the C++ depend on nothing but the keys."""
 
     def set_to(count: int) -> None:
-        monkeypatch.setattr(launch, "splits_for", lambda *sizes: count)
+        if kernels == "triton":
+            from deepseek_kernels.attention.mla_decode import launch
+
+            monkeypatch.setattr(launch, "splits_for", lambda *sizes: count)
 
     return set_to
 
@@ -94,14 +104,14 @@ def spans_of(*rows: list[tuple[int, int]], device) -> Tensor:
         (1, 5, 2, 3),  # queries before all keys
     ],
 )
-def test_causal(launch, device, dtype, kind, batch, queries, heads, keys):
+def test_causal(kernels, device, dtype, kind, batch, queries, heads, keys):
     q, given, states = operands(batch, queries, heads, keys, device, dtype, kind)
     assert_close(mla_decode(q, given, LATENT, 0.1), expected(q, states, None), states)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_spans_in_any_number_of_parts(launch, splits, device, kind, count):
+def test_spans_in_any_number_of_parts(kernels, splits, device, kind, count):
     """Rows of different length, one with nothing, one key, ends outside of the keys, more parts than tiles."""
     splits(count)
     q, given, states = operands(3, 2, 9, 140, device, kind=kind)
@@ -116,7 +126,7 @@ def test_spans_in_any_number_of_parts(launch, splits, device, kind, count):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [4, 9])
-def test_what_lies_beyond_the_spans_is_not_read(launch, splits, device, kind, heads, count):
+def test_what_lies_beyond_the_spans_is_not_read(kernels, splits, device, kind, heads, count):
     splits(count)
     q, given, states = operands(2, 2, heads, 150, device, kind=kind)
     mask = spans_of([(3, 68), (3, 69)], [(80, 131), (90, 132)], device=device)
@@ -129,7 +139,7 @@ def test_what_lies_beyond_the_spans_is_not_read(launch, splits, device, kind, he
 @pytest.mark.parametrize(
     "shape", [(2, 1, 3, 90), (1, 1, 3, 90), (2, 1, 1, 90), (3, 90), (1, 90), (2, 1, 3, 1)], ids=str
 )
-def test_dense_masks_of_any_shape(launch, splits, device, shape, heads):
+def test_dense_masks_of_any_shape(kernels, splits, device, shape, heads):
     splits(2)
     q, given, states = operands(2, 3, heads, 90, device)
     mask = torch.rand(shape, device=device) < 0.5
@@ -137,7 +147,7 @@ def test_dense_masks_of_any_shape(launch, splits, device, shape, heads):
     assert_close(mla_decode(q, given, LATENT, 0.1, mask), expected(q, states, wide), states)
 
 
-def test_a_mask_of_any_layout(launch, device):
+def test_a_mask_of_any_layout(kernels, device):
     q, given, states = operands(2, 3, 4, 90, device)
     mask = (torch.rand(2, 1, 90, 6, device=device) < 0.5).transpose(2, 3)[:, :, ::2]
     assert_close(mla_decode(q, given, LATENT, 0.1, mask), expected(q, states, mask), states)
@@ -165,7 +175,7 @@ def paged(states: Tensor, lengths: list[int], page: int, fill: float) -> tuple[T
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("page", [16, 64, 128])
 @pytest.mark.parametrize(("queries", "heads"), [(1, 5), (3, 6)], ids=["few", "many"])
-def test_pages(launch, splits, device, queries, heads, page, kind, count):
+def test_pages(kernels, splits, device, queries, heads, page, kind, count):
     splits(count)
     lengths = [150, 0, 2, 64]
     q, given, states = operands(4, queries, heads, 150, device, kind=kind)
@@ -177,7 +187,7 @@ def test_pages(launch, splits, device, queries, heads, page, kind, count):
         assert_close(mla_decode_paged(q, pages, table, held, LATENT, 0.1), want, states)
 
 
-def test_lengths_beyond_the_table_do_not_count(launch, device):
+def test_lengths_beyond_the_table_do_not_count(kernels, device):
     q, given, states = operands(1, 1, 2, 32, device)
     pages, table, held = paged(given, [32], 16, NAN)
     got = mla_decode_paged(q, pages, table, held + 1000, LATENT, 0.1)
@@ -204,11 +214,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [4, 17])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(launch, device, name, heads, kind):
+def test_layouts(kernels, device, name, heads, kind):
     q, given, _ = operands(2, 1, heads, 70, device, kind=kind)
     of_q, of_states = LAYOUTS[name]
     q, given = of_q(q), of_states(given)
-    if kind == "packed" and name == "states with columns apart":
+    if kernels == "triton" and kind == "packed" and name == "states with columns apart":
         with pytest.raises(BackendError, match="packed tokens begin at multiples of 4 bytes"):
             mla_decode(q, given, LATENT, 0.1)
         return
@@ -218,12 +228,12 @@ def test_layouts(launch, device, name, heads, kind):
 
 @pytest.mark.parametrize(("latent", "rotated"), [(512, 64), (300, 64), (136, 8), (24, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_widths(launch, device, latent, rotated, kind):
+def test_widths(kernels, device, latent, rotated, kind):
     """V3's; a partial group of scales, and a block wider than the latent; narrow ones."""
     q = torch.randn(1, 2, 9, latent + rotated).bfloat16().to(device)
     states = torch.randn(1, 40, latent + rotated).bfloat16().to(device)
     given = packed_states(states, latent) if kind == "packed" else states
-    if given.dtype == torch.uint8 and given.stride(1) % 4:
+    if kernels == "triton" and given.dtype == torch.uint8 and given.stride(1) % 4:
         with pytest.raises(BackendError, match="multiples of 4 bytes"):
             mla_decode(q, given, latent, 0.05)
         return
@@ -233,7 +243,7 @@ def test_widths(launch, device, latent, rotated, kind):
 
 @pytest.mark.parametrize("heads", [8, 20])
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_integers_come_out_exactly(launch, splits, device, heads, kind):
+def test_small_integers_come_out_exactly(kernels, splits, device, heads, kind):
     """No score moves any weight from 1 / keys, a power of two: sums of small integers, exact in every format."""
     splits(2)
     states = torch.randint(-7, 8, (2, 128, LATENT + ROTATED), device=device).float()
@@ -252,7 +262,7 @@ def test_small_integers_come_out_exactly(launch, splits, device, heads, kind):
         assert torch.equal(got[row, 0], states[row, key, :LATENT].bfloat16().expand(heads, -1))
 
 
-def test_scores_far_apart(launch, splits, device):
+def test_scores_far_apart(kernels, splits, device):
     """The running maximum jumps up, and down; the first tile's weights vanish beside the last one's."""
     splits(2)
     q, _, _ = operands(1, 1, 3, 1, device, torch.float32)
@@ -261,7 +271,7 @@ def test_scores_far_apart(launch, splits, device):
         assert_close(mla_decode(q, given, LATENT, 1.0), expected(q, given, None, scale=1.0), given)
 
 
-def test_repeats_are_equal_bit_by_bit(launch, splits, device):
+def test_repeats_are_equal_bit_by_bit(kernels, splits, device):
     splits(3)
     q, given, _ = operands(2, 2, 9, 200, device)
     first = mla_decode(q, given, LATENT, 0.1)
@@ -272,18 +282,18 @@ def test_repeats_are_equal_bit_by_bit(launch, splits, device):
 @pytest.mark.parametrize(
     "sizes", [(0, 1, 4, 8), (2, 0, 4, 8), (2, 1, 0, 8), (2, 1, 4, 0)], ids=["batch", "queries", "heads", "keys"]
 )
-def test_nothing_to_do(launch, device, sizes):
+def test_nothing_to_do(kernels, device, sizes):
     q, given, _ = operands(*sizes, device)
-    for backend in ("triton", "reference"):
+    for backend in (kernels, "reference"):
         with use_backend(backend):
             out = mla_decode(q, given, LATENT, 0.1)
             assert out.shape == (*sizes[:3], LATENT) and not out.any()
 
 
-def test_no_pages(launch, device):
+def test_no_pages(kernels, device):
     q, given, _ = operands(2, 1, 4, 16, device)
     table = torch.zeros(2, 3, dtype=torch.int32, device=device)
-    for backend in ("triton", "reference"):
+    for backend in (kernels, "reference"):
         with use_backend(backend):
             for pages, entries in ((given[:0], table), (given, table[:, :0]), (given, table)):
                 assert not mla_decode_paged(q, pages, entries, table[:, 0], LATENT, 0.1).any()
@@ -348,7 +358,7 @@ def _wide(device) -> Tensor:
 # Around the kernels.
 
 
-def test_compiled_gives_the_same(launch, device):
+def test_compiled_gives_the_same(kernels, device):
     torch.compiler.reset()
     q, given, _ = operands(2, 2, 4, 40, device)
     pages, table, held = paged(given, [40, 9], 16, NAN)

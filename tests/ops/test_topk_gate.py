@@ -170,10 +170,16 @@ def test_gradcheck():
 # The kernels against the reference.
 
 
-def assert_same(scores: Tensor, bias: Tensor | None, routing: Routing) -> None:
+@pytest.fixture(params=["triton", "cpu"])
+def kernels(request) -> str:
+    request.getfixturevalue(f"{request.param}_backend")
+    return request.param
+
+
+def assert_same(scores: Tensor, bias: Tensor | None, routing: Routing, kernels: str = "triton") -> None:
     with use_backend("reference"):
         expected = topk_gate(scores, bias, routing.top_k, **routing.options())
-    with use_backend("triton"):
+    with use_backend(kernels):
         got = topk_gate(scores, bias, routing.top_k, **routing.options())
     assert_bitwise(got[1], expected[1], strides=False)
     # The payload of a NaN is not specified.
@@ -184,9 +190,9 @@ def assert_same(scores: Tensor, bias: Tensor | None, routing: Routing) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_kernel_is_bitwise(triton_backend, device, name, tokens):
+def test_kernel_is_bitwise(kernels, device, name, tokens):
     scores, bias, _ = ROUTINGS[name].operands(tokens, device)
-    assert_same(scores, bias, ROUTINGS[name])
+    assert_same(scores, bias, ROUTINGS[name], kernels)
 
 
 interpreted = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # by numpy
@@ -195,35 +201,37 @@ HOSTILE = (math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-45, -1e-45, 3.4e38, -3.4
 
 @interpreted
 @pytest.mark.parametrize("name", ["V2-Lite", "groups of two, summed", "every expert", "groups of one", "Kimi-K2"])
-def test_values_that_no_score_should_have(triton_backend, device, name):
+def test_values_that_no_score_should_have(request, device, name):
     routing = ROUTINGS[name]
     scores, bias = few_values(16, routing, HOSTILE)
     scores[0], scores[1], scores[2] = math.nan, -math.inf, -0.0
-    assert_same(scores.to(device), None if bias is None else bias.to(device), routing)
+    for kernels in ("triton", "cpu"):
+        request.getfixturevalue(f"{kernels}_backend")
+        assert_same(scores.to(device), None if bias is None else bias.to(device), routing, kernels)
     clean = torch.where(scores.abs() < 1e38, scores, torch.nan)
     _, ids = topk_gate(clean, None, routing.top_k, **routing.options())
     assert ids.tolist() == chosen_one_by_one(clean, None, routing)
 
 
 @interpreted
-def test_nan_comes_first_and_indexes_nothing_else(triton_backend, device):
+def test_nan_comes_first_and_indexes_nothing_else(kernels, device):
     """Of either sign, and whatever its payload."""
     nans = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
     scores = torch.tensor([[1.0, math.inf, 0, 0, 0, 0, 2.0, 3.0]]).expand(3, 8).clone()
     scores[1, 2:6] = nans
     scores[2] = math.nan
-    for backend in ("reference", "triton"):
+    for backend in ("reference", kernels):
         with use_backend(backend):
             _, ids = topk_gate(scores.to(device), None, 6)
         assert ids.tolist() == [[1, 7, 6, 0, 2, 3], [2, 3, 4, 5, 1, 7], [0, 1, 2, 3, 4, 5]]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_bias_of_minus_infinity_is_as_bad_as_an_excluded_group(backend, triton_backend, device):
+def test_a_bias_of_minus_infinity_is_as_bad_as_an_excluded_group(kernels, device):
     bias = torch.tensor([-8.0, -8, -8, 0, -math.inf, -math.inf], device=device)
-    with use_backend(backend):
-        _, ids = topk_gate(torch.ones(1, 6, device=device), bias, 3, n_group=2, topk_group=1)
-    assert ids.tolist() == [[3, 0, 1]]
+    for backend in ("reference", kernels):
+        with use_backend(backend):
+            _, ids = topk_gate(torch.ones(1, 6, device=device), bias, 3, n_group=2, topk_group=1)
+        assert ids.tolist() == [[3, 0, 1]]
 
 
 @st.composite
@@ -240,16 +248,16 @@ def routings(draw) -> Routing:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(routing=routings(), tokens=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_ties_go_to_the_smaller_id_in_both(triton_backend, device, routing, tokens, seed):
+def test_ties_go_to_the_smaller_id_in_both(kernels, device, routing, tokens, seed):
     torch.manual_seed(seed)
     scores, bias = few_values(tokens, routing, (-0.0, 0.0, 0.25))
-    assert_same(scores.to(device), None if bias is None else bias.to(device), routing)
+    assert_same(scores.to(device), None if bias is None else bias.to(device), routing, kernels)
     _, ids = topk_gate(scores, bias, routing.top_k, **routing.options())
     assert ids.tolist() == chosen_one_by_one(scores, bias, routing)
 
 
 @pytest.mark.parametrize("layout", ["columns apart", "wider", "transposed", "one row repeated"])
-def test_other_layouts_give_the_same(triton_backend, device, layout):
+def test_other_layouts_give_the_same(kernels, device, layout):
     def lay(t: Tensor) -> Tensor:
         return {
             "columns apart": lambda: torch.stack([t, t], -1).flatten(1)[:, ::2],
@@ -261,11 +269,13 @@ def test_other_layouts_give_the_same(triton_backend, device, layout):
     routing = ROUTINGS["every group"]
     scores, bias, top_k = routing.operands(5, device)
     scores, grad, bias = lay(scores), lay(torch.randn(5, top_k, device=device)), torch.stack([bias, bias], -1)[:, 0]
-    assert_same(scores, bias, routing)
+    assert_same(scores, bias, routing, kernels)
+    if kernels == "cpu":
+        return  # a gradient is the reference's
     gradients = []
     for one, other in ((scores, grad), (scores.contiguous(), grad.contiguous())):
         leaf = one.detach().requires_grad_()
-        with use_backend("triton"):
+        with use_backend(kernels):
             topk_gate(leaf, bias, top_k, **routing.options())[0].backward(other)
         gradients.append(leaf.grad)
     assert_bitwise(*gradients, strides=False)
@@ -294,14 +304,14 @@ def test_several_tokens_in_a_program_give_the_same(triton_backend, device, monke
     assert_same(scores, bias, routing)
 
 
-def test_a_factor_may_be_an_integer(triton_backend, device):
+def test_a_factor_may_be_an_integer(kernels, device):
     """As published configs write it."""
     scores = torch.rand(2, 4, device=device)
-    with use_backend("triton"):
+    with use_backend(kernels):
         assert_bitwise(topk_gate(scores, None, 2, factor=2)[0], topk_gate(scores, None, 2, factor=2.0)[0])
 
 
-def test_compiled_gives_the_same(triton_backend, device):
+def test_compiled_gives_the_same(kernels, device):
     torch.compiler.reset()
     routing = ROUTINGS["groups of two, summed"]
     scores, bias, top_k = routing.operands(4, device)
@@ -312,7 +322,7 @@ def test_compiled_gives_the_same(triton_backend, device):
         return weights * 2, ids
 
     results = []
-    with use_backend("triton"):
+    with use_backend(kernels):
         for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
             leaf = scores.detach().requires_grad_()
             weights, ids = function(leaf, bias)

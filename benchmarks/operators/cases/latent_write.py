@@ -46,7 +46,7 @@ class LatentWrite(Operator):
             cache = random.integers(0, 256, batch, shape["S"], packed_bytes(latent, rotated)).to(torch.uint8)
         # Not the first slots, and each slot once.
         slots = (torch.arange(tokens, device=kv.device) + shape["S"] // 2) % shape["S"]
-        return kv, weight, angles.cos(), angles.sin(), cache, slots.expand(batch, tokens)
+        return kv, weight, angles.cos(), angles.sin(), cache, slots.repeat(batch, 1)
 
     def ours(self, kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
         latent_write(kv, weight, _EPS, cos, sin, cache, slots)

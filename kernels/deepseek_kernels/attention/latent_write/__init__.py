@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ... import dispatch
 from ..packed_latents import aligned, packed_bytes
-from . import reference
+from . import cpu, reference
 
 __all__ = ["latent_write", "latent_write_paged"]
 
-dispatch.register("latent_write", "triton")
+dispatch.register("latent_write", "triton", "cpu")
 # The same kernel, storing FP8. 8.9: the first with conversions from float32 to e4m3.
-dispatch.register("latent_write_fp8", "triton", capability=(8, 9))
+dispatch.register("latent_write_fp8", "triton", "cpu", capability=(8, 9))
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_LATENT, _MOST_ROTATED = 4096, 1024  # a token is held in the registers of a few warps
@@ -106,7 +106,10 @@ def _check(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, buffer: Tensor,
 
 def _implementation(kv: Tensor, weight: Tensor, buffer: Tensor):
     op = "latent_write_fp8" if buffer.dtype == torch.uint8 else "latent_write"
-    if dispatch.pick(op, kv.device, _obstacle(kv, weight, buffer)) == "reference":
+    chosen = dispatch.pick(op, kv.device, _obstacle(kv, weight, buffer))
+    if chosen == "cpu" and cpu.takes(kv, weight, buffer):
+        return cpu
+    if chosen != "triton":
         return reference
     from . import launch
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from ... import dispatch
 from ...common.masks import is_spans
 from ..packed_latents import aligned, packed_bytes
-from . import reference
+from . import cpu, reference
 
 __all__ = ["mla_decode", "mla_decode_paged"]
 
-dispatch.register("mla_decode", "triton")
+dispatch.register("mla_decode", "triton", "cpu")
 # The same kernels on FP8 tokens. 8.9: the first with conversions from e4m3.
-dispatch.register("mla_decode_fp8", "triton", capability=(8, 9))
+dispatch.register("mla_decode_fp8", "triton", "cpu", capability=(8, 9))
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The tiles of the kernels are made for these: more would not fit into shared memory.
@@ -54,7 +54,10 @@ def mla_decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask:
         raise ValueError(f"expected a batch of {q.shape[0]} in states, as in q, got states {list(states.shape)}")
     _check_mask(mask, q, states.shape[1])
     q, states = _autocast(q, states)
-    if _pick(q, states, kv_lora_rank, mask) == "reference":
+    chosen = _pick(q, states, kv_lora_rank, mask)
+    if chosen == "cpu" and cpu.takes(q, states, mask):
+        return cpu.decode(q, states, kv_lora_rank, scale, mask)
+    if chosen != "triton":
         return reference.decode(q, states, kv_lora_rank, scale, mask)
     from . import launch
 
@@ -89,7 +92,10 @@ def mla_decode_paged(
         if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape:
             raise ValueError(f"expected {name} int32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     q, pages = _autocast(q, pages)
-    if _pick(q, pages, kv_lora_rank, None, pages.shape[1]) == "reference":
+    chosen = _pick(q, pages, kv_lora_rank, None, pages.shape[1])
+    if chosen == "cpu" and cpu.takes(q, pages, None):
+        return cpu.decode_paged(q, pages, block_table, lengths, kv_lora_rank, scale)
+    if chosen != "triton":
         return reference.decode_paged(q, pages, block_table, lengths, kv_lora_rank, scale)
     from . import launch
 

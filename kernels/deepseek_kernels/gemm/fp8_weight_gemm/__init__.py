@@ -10,6 +10,9 @@ that multiplies 16-bit floats (`dispatch.native_half_matmul`), from 32 rows on, 
 16-bit floats are exact in float32, so rounding the weight is the only error there that float32 weights do not have: at
 most half a unit in the last place of each element.
 
+On a CPU, one to eight rows of bfloat16 or float32 that need no gradient run in C++, which decodes codes in registers
+and multiplies the float32 sums of each block by its scale, or the activations by it.
+
 A NaN of the weight gives NaN wherever the dequantized weight would; FP8 values and scales get no gradient.
 """
 
@@ -22,11 +25,12 @@ from torch import Tensor
 
 from ... import dispatch
 from ...common.fp8 import HIGH_PRECISION, block_grid
+from . import cpu
 from .reference import product as fp8_weight_product
 
-__all__ = ["fp8_weight_gemm", "fp8_weight_grouped_gemm", "fp8_weight_product"]
+__all__ = ["check_operands", "fp8_weight_gemm", "fp8_weight_grouped_gemm", "fp8_weight_product"]
 
-dispatch.register("fp8_weight_gemm")
+dispatch.register("fp8_weight_gemm", "cpu")
 
 
 def fp8_weight_gemm(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[int, int] = (128, 128)) -> Tensor:
@@ -46,10 +50,12 @@ def fp8_weight_gemm(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[
     """
     if x.ndim < 1 or weight.ndim != 2:
         raise ValueError(f"expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
-    _check(x, weight, scale, block_size, 1)
-    dispatch.pick("fp8_weight_gemm")
+    check_operands(x, weight, scale, block_size, 1)
     (x,) = dispatch.autocast(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if dispatch.pick("fp8_weight_gemm", x.device) == "cpu" and cpu.takes(rows, weight):
+        out = cpu.fp8_weight_gemm(rows, weight, scale, block_size)
+        return out.view(*x.shape[:-1], weight.shape[0])
     out = fp8_weight_product(rows, weight[None], scale[None], None, *block_size, 1, False)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -82,13 +88,14 @@ def fp8_weight_grouped_gemm(
             f"expected x [P, K], weight [E, N, K] and ends [E], got {list(x.shape)}, {list(weight.shape)} and "
             f"{list(ends.shape)}"
         )
-    _check(x, weight, scale, block_size, parts)
-    dispatch.pick("fp8_weight_gemm")
+    check_operands(x, weight, scale, block_size, parts)
+    dispatch.pick("fp8_weight_gemm", x.device)
     (x,) = dispatch.autocast(x)
     return fp8_weight_product(x, weight, scale, ends, *block_size, parts, False)
 
 
-def _check(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[int, int], parts: int) -> None:
+def check_operands(x: Tensor, weight: Tensor, scale: Tensor, block_size: tuple[int, int], parts: int) -> None:
+    """Raises ValueError unless x [..., K] and scales of a weight [(E,) N, K] fit, in `parts` stacked matrices."""
     if x.dtype not in HIGH_PRECISION or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"expected x [..., {weight.shape[-1]}] in float32, bfloat16 or float16, got {x.dtype} {list(x.shape)}"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from . import reference
+from . import cpu, reference
 
 __all__ = ["fused_moe", "grouped_gemm_swiglu"]
 
-dispatch.register("fused_moe", "triton")
+dispatch.register("fused_moe", "triton", "cpu")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -47,7 +47,12 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weig
     if weights.shape != expert_ids.shape:
         raise ValueError(f"expected weights {list(expert_ids.shape)}, got {list(weights.shape)}")
     obstacle = _obstacle(dtype, weights.dtype)
-    if _needs_gradient(x, gate_up, down, weights) or dispatch.pick("fused_moe", x.device, obstacle) == "reference":
+    if _needs_gradient(x, gate_up, down, weights):
+        return reference.fused_moe(x, gate_up, down, expert_ids, weights)
+    chosen = dispatch.pick("fused_moe", x.device, obstacle)
+    if chosen == "cpu" and cpu.takes(x, gate_up, down, weights):
+        return cpu.fused_moe(*dispatch.autocast(x, gate_up, down), expert_ids, weights)
+    if chosen != "triton":
         return reference.fused_moe(x, gate_up, down, expert_ids, weights)
     from . import launch
 
@@ -76,7 +81,7 @@ def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
         raise ValueError(f"expected ends {list(gate_up.shape[:1])}, got {list(ends.shape)}")
     needs_gradient = _needs_gradient(x, gate_up)
     obstacle = "its fused SwiGLU has no gradient" if needs_gradient else _obstacle(dtype)
-    if dispatch.pick("fused_moe", x.device, obstacle) == "reference":
+    if dispatch.pick("fused_moe", x.device, obstacle) != "triton":
         return reference.grouped_gemm_swiglu(x, gate_up, ends)
     from . import launch
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...common import cpu
 from . import reference
 from .reference import group_scores, limit_to_groups, weigh
 
 __all__ = ["group_scores", "limit_to_groups", "topk_gate", "weigh"]
 
-dispatch.register("topk_gate", "triton")
+dispatch.register("topk_gate", "triton", "cpu")
 _MOST_EXPERTS = 1024  # a token's scores stay in the registers of one warp
 _MOST_GROUPS = 32  # each is compared with each
 
@@ -60,7 +61,10 @@ def topk_gate(
     _check_operands(scores, bias)
     _check_numbers(scores.shape[1], top_k, n_group, topk_group, group_best)
     arguments = (scores, bias, top_k, (n_group, topk_group, group_best), normalize, factor)
-    if dispatch.pick("topk_gate", scores.device, _obstacle(scores, n_group)) == "reference":
+    chosen = dispatch.pick("topk_gate", scores.device, _obstacle(scores, n_group))
+    if chosen == "cpu" and scores.dtype == torch.float32 and not cpu.needs_gradient(scores):
+        return torch.ops.deepseek_kernels_cpu.topk_gate(*arguments)
+    if chosen != "triton":
         return reference.topk_gate(*arguments)
     from . import launch
 

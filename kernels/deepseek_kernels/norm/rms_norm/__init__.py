@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...common import cpu
 from . import reference
 from .reference import rms_norm as rms_norm_reference
 
 __all__ = ["add_rms_norm", "add_rms_norm_quantize", "rms_norm", "rms_norm_quantize", "rms_norm_reference"]
 
-dispatch.register("rms_norm", "triton")
+dispatch.register("rms_norm", "triton", "cpu")
 dispatch.register("rms_norm_quantize", "triton", capability=(8, 9))  # as fp8_quantize
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,7 +41,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: the shapes or dtypes do not fit.
     """
     _check(x, None, weight)
-    if dispatch.pick("rms_norm", x.device, _obstacle(x, weight)) == "reference":
+    chosen = dispatch.pick("rms_norm", x.device, _obstacle(x, weight))
+    if chosen == "cpu" and not cpu.needs_gradient(x, weight):
+        return torch.ops.deepseek_kernels_cpu.rms_norm(x, None, weight, eps)[0]
+    if chosen != "triton":
         return reference.rms_norm(x, weight, eps)
     from . import launch
 
@@ -63,7 +67,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         ValueError: the shapes or dtypes do not fit.
     """
     _check(x, residual, weight)
-    if dispatch.pick("rms_norm", x.device, _obstacle(x, residual, weight)) == "reference":
+    chosen = dispatch.pick("rms_norm", x.device, _obstacle(x, residual, weight))
+    if chosen == "cpu" and not cpu.needs_gradient(x, residual, weight):
+        return torch.ops.deepseek_kernels_cpu.rms_norm(x, residual, weight, eps)
+    if chosen != "triton":
         return reference.add_rms_norm(x, residual, weight, eps)
     from . import launch
 

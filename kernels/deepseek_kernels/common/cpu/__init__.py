@@ -1,0 +1,108 @@
+"""Operators for CPUs in C++: built on the user's machine, kept in a cache, never required.
+
+The library is built when it is asked for: by the first operator inside `use_backend("cpu")` (or with
+DEEPSEEK_KERNELS_BACKEND=cpu), or ahead by `deepseek-arch build-kernels`. `auto` uses a library that is in the cache and
+never builds one, because a compiler takes ten to sixty seconds and the first forward pass of a program is a bad place
+for an unannounced stall of that length.
+
+Two environment variables, read once: with DEEPSEEK_KERNELS_CPU=0, `auto` leaves the library alone, and
+DEEPSEEK_KERNELS_CACHE names the folder of the cache (by default `deepseek_kernels` in XDG_CACHE_HOME or in ~/.cache).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .building import BuildError, build, find
+
+__all__ = ["FEW_ROWS", "BuildError", "build_library", "cache_folder", "library_obstacle", "needs_gradient"]
+
+FEW_ROWS = 8  # of activations: what a product reads its weight once for
+
+_OFF, _CACHE = "DEEPSEEK_KERNELS_CPU", "DEEPSEEK_KERNELS_CACHE"
+_NOT_BUILT = "its library is not built, which `deepseek-arch build-kernels` does once for all"
+
+_loaded = False
+_obstacles: dict[bool, str | None] = {}  # under `auto` and by name: neither is tried twice
+
+
+def cache_folder() -> Path:
+    """Returns the folder that holds built libraries, which need not exist."""
+    if chosen := os.environ.get(_CACHE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "deepseek_kernels"
+
+
+def library_obstacle(auto: bool) -> str | None:
+    """Loads the library, and returns why it cannot run here, or None if it can.
+
+    Args:
+        auto: it was not asked for by name: only a library that is built is loaded, and only if it is not turned off.
+    """
+    if auto and _turned_off():
+        return f"{_OFF} is 0"
+    if _loaded:
+        return None
+    if auto not in _obstacles:
+        _obstacles[auto] = _load(may_build=not auto)
+    return _obstacles[auto] if not _loaded else None
+
+
+@functools.cache
+def _turned_off() -> bool:
+    return os.environ.get(_OFF) == "0"
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Returns True if autograd would record an operator on these, of which the library has none."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def build_library() -> Path:
+    """Builds the library unless the cache holds it, and returns its path.
+
+    Raises:
+        BuildError: this platform has none, there is no compiler, or it failed.
+    """
+    if reason := _platform_obstacle():
+        raise BuildError(reason)
+    return find(cache_folder()) or build(cache_folder())
+
+
+def _load(may_build: bool) -> str | None:
+    global _loaded
+    if reason := _platform_obstacle():
+        return reason
+    try:
+        library = find(cache_folder()) or (build(cache_folder()) if may_build else None)
+    except BuildError as error:
+        return str(error)
+    if library is None:
+        return _NOT_BUILT
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"its library {library} cannot be loaded: {error}"
+    from . import fakes
+
+    fakes.register()
+    _loaded = True
+    return None
+
+
+def _platform_obstacle() -> str | None:
+    if platform.system() != "Linux":
+        return f"its library is for Linux, got {platform.system()}"
+    machine, capability = platform.machine().lower(), torch.backends.cpu.get_cpu_capability()
+    if machine in ("x86_64", "amd64") and capability in ("AVX2", "AVX512"):
+        return None
+    if machine in ("aarch64", "arm64"):
+        return None
+    return f"its library needs a CPU with AVX2, AVX-512 or NEON, got {machine} with {capability}"
