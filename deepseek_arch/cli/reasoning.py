@@ -196,6 +196,73 @@ def report(
     typer.echo(write_report(folder, None if recipe is None else load_recipe(recipe)))
 
 
+@r1.command()
+def chat(
+    checkpoint: Checkpoint,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a response.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the best tokens that sum to this.")] = 0.95,
+    mtp_depth: Annotated[int, typer.Option(min=0, help="Draft so many tokens a step.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Talk to a checkpoint, line by line: thoughts are shown dimmed, and are forgotten in the next turn."""
+    import sys
+
+    reasoner = _reasoner(checkpoint, max_new_tokens, temperature, top_p, mtp_depth, device)
+    messages: list[dict[str, str]] = []
+
+    def emit(kind: str, text: str) -> None:
+        typer.secho(text, nl=False, dim=kind == "reasoning_content")
+
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        reply = reasoner.respond(messages, emit, seed=seed)
+        typer.echo("" if reply.finish_reason == "stop" else " ...")
+        messages.append({"role": "assistant", "content": reply.content})
+
+
+@r1.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="Of the model, as clients ask for it.")] = "deepseek-reasoner",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a response.")] = 512,
+    mtp_depth: Annotated[int, typer.Option(min=0, help="Draft so many tokens a step.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Serve a checkpoint to clients of OpenAI's protocol, with reasoning_content apart, streamed or not."""
+    from ..r1.serving import make_server
+
+    reasoner = _reasoner(checkpoint, max_new_tokens, 0.6, 0.95, mtp_depth, device)
+    server = make_server(reasoner, host, port, name)
+    typer.echo(f"http://{server.server_address[0]!s}:{server.server_address[1]}/v1 serves {name}; Ctrl-C ends it")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+def _reasoner(
+    checkpoint: Path, max_new_tokens: int, temperature: float, top_p: float, mtp_depth: int, device: str
+) -> Any:
+    from ..r1.serving import Reasoner
+    from ..r1.stages import Policy
+    from ..r1.stages.training import bars
+
+    with bars(False):
+        policy = Policy.load(checkpoint, device=device)
+    return Reasoner(policy, max_new_tokens, temperature, top_p, mtp_depth)
+
+
 def _options(pairs: list[str] | None) -> dict[str, Any]:
     from ..r1.pipeline.recipe import parse_value
 

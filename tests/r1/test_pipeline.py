@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -244,3 +246,23 @@ def test_every_shipped_recipe_is_whole(name):
     check_recipe(recipe)
     files = {path.stem for path in (RECIPES / name).glob("*.yaml")} - {"pipeline"}
     assert files == set(recipe.stages) and recipe.about
+
+
+def test_a_stage_runs_on_two_processes(smoke, tmp_path):
+    pytest.importorskip("accelerate")
+    fields = dict(load_recipe("smoke").stages["zero"]) | {"start_from": str(smoke["out"] / "base"), "gate": None}
+    (tmp_path / "zero.yaml").write_text(json.dumps(fields))  # JSON is YAML
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "deepseek_arch.r1",
+        "zero", "--config", str(tmp_path / "zero.yaml"), "--out", str(tmp_path / "zero"),
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(tmp_path, "zero")["steps_trained"] == 2
+    log = [json.loads(line) for line in (tmp_path / "zero" / "log.jsonl").read_text().split("\n") if line]
+    tokens = [entry["num_tokens"] for entry in log if "num_tokens" in entry]
+    alone = [json.loads(line) for line in (smoke["out"] / "zero" / "log.jsonl").read_text().split("\n") if line]
+    assert len(tokens) == 2 and tokens[0] > 1.5 * next(entry["num_tokens"] for entry in alone if "num_tokens" in entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ... import hf
+from ...generation.entry import generate
 from ...hf.mtp_generation import core_of
 from ..checks import check_lengths
 from ..rollouts import Rollout, Sampling, _cut, _left_padded, sample_natively
@@ -126,6 +127,32 @@ class Policy:
             parts.append(self._sample_natively(rows, seeded, record_routing) if self.native else
                          self._sample_with_transformers(rows, seeded))  # fmt: skip
         return _in_order(parts, order)
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, take: Callable[[Sequence[int]], object]) -> bool:
+        """Samples one completion and gives its tokens as they come; those of other libraries' models all at once.
+
+        Returns:
+            True if the completion ended by itself.
+        """
+        if not self.native:
+            rollout = self._sample_with_transformers([list(prompt)], sampling)
+            take(rollout.completions[0])
+            return rollout.ended[0]
+        if self._core is None:
+            self._core = core_of(self.model)
+        last = self.pad_token
+
+        def step(tokens: Any) -> None:
+            nonlocal last
+            last = int(tokens[-1])
+            take([int(tokens[-1])])
+
+        generate(
+            self._core, torch.tensor([list(prompt)], device=self.model.device), None, sampling.max_new_tokens,
+            sampling.mtp_depth, sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+            eos_token_id=sampling.end_tokens, pad_token_id=sampling.pad_token, seed=sampling.seed, callback=step,
+        )  # fmt: skip
+        return last in sampling.end_tokens
 
     def _sample_natively(self, rows: list[list[int]], sampling: Sampling, record_routing: bool) -> Rollout:
         if self._core is None:
