@@ -1,7 +1,7 @@
-"""Who may attend to whom: padding, packed documents, and rows of different length in a cache.
+"""Attention masks for padding and packed documents, and the positions that go with them.
 
-Masks are what `deepseek_kernels.spans` describes: None for plain causal attention, or spans of keys. B batch, T
-queries, S keys.
+Masks are those of `deepseek_kernels.common.masks`: None for plain causal attention, or spans of keys.
+Notation: B batch, T queries, S keys.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["attention_mask_for_documents", "document_numbers", "positions_from_m
 
 
 def positions_from_mask(valid: Tensor | None, batch: int, tokens: int, device=None) -> Tensor:
-    """Positions that count each row's real tokens from 0; padding repeats its neighbour's (TRAPS B9).
+    """Counts each row's real tokens from 0; padding gets its neighbour's position (TRAPS B9).
 
     Args:
-        valid: bool [B, T], or None where nothing is padding.
+        valid: bool [B, T], or None where there is no padding.
 
     Returns:
         int64 [B, T].
@@ -29,7 +29,7 @@ def positions_from_mask(valid: Tensor | None, batch: int, tokens: int, device=No
 
 
 def document_numbers(position_ids: Tensor | None, valid: Tensor | None = None) -> Tensor | None:
-    """Numbers the documents that `position_ids` packs into each row: a document starts where positions do not go on.
+    """Numbers the documents packed into each row: one starts wherever positions do not continue.
 
     Args:
         position_ids: [B, T], or None.
@@ -49,24 +49,24 @@ def document_numbers(position_ids: Tensor | None, valid: Tensor | None = None) -
 
 
 def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None, batch: int) -> Tensor | None:
-    """Causal attention within documents and among real tokens, without a cache; None where plain causal will do.
+    """Returns the mask of causal attention within documents and among real tokens, without a cache.
 
-    Padding on the right needs no mask: no real token comes after it. A query that may see nothing sees itself, so that
+    Padding on the right needs no mask: no real token comes after it. A query without any key attends to itself, so that
     no row of the softmax is empty.
 
     Args:
         documents, valid: [B or 1, T].
 
     Returns:
-        Spans [B, T, 2], or bool [B, 1, T, T] where padding interrupts a document (or could, for all that the compiler
-        knows).
+        None if plain causal attention does. Spans [B, T, 2], or bool [B, 1, T, T] where padding interrupts a document
+        (or could, as far as the compiler knows).
     """
     if valid is not None and not torch.compiler.is_compiling() and bool((valid[:, :-1] >= valid[:, 1:]).all()):
         valid = None
-    some = documents if documents is not None else valid
-    if some is None:
+    given = documents if documents is not None else valid
+    if given is None:
         return None
-    tokens, device = some.shape[1], some.device
+    tokens, device = given.shape[1], given.device
     index = torch.arange(tokens, device=device)
     starts = index.expand(batch, -1) == 0 if documents is None else _changes(documents).expand(batch, -1)
     if valid is not None:
@@ -81,18 +81,19 @@ def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None,
 
 
 def _changes(x: Tensor) -> Tensor:
-    """bool [B, T], where a value differs from the one before it, and at 0."""
+    """Marks where a value of [B, T] differs from the one before it, and the first; bool."""
     return torch.nn.functional.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
 
 
 def _one_run_each(begins: Tensor, starts: Tensor) -> bool:
-    """Whether no document has two runs of real tokens; from where such runs begin, and where documents start."""
+    """Returns True if no document has two runs of real tokens, given the beginnings of runs and of documents."""
     runs = begins.long().cumsum(-1)
     before = torch.where(starts, runs - begins.long(), 0).cummax(-1).values  # runs of the documents before
     return bool((runs - before <= 1).all())
 
 
 def _dense(documents: Tensor | None, valid: Tensor) -> Tensor:
+    """Returns the mask as bool [B, 1, T, T]."""
     tokens = valid.shape[1]
     allowed = causal_mask(tokens, tokens, valid.device) & valid[:, None, :]  # [B, T, T]
     if documents is not None:

@@ -117,8 +117,9 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q = self.queries(x, rope)
         states = self.append_to_cache(x, rope, cache)
-        if self.prefers_absorbed(x.shape[1], (states[0] if type(states) is tuple else states).shape[1]):
-            out = self.attend_absorbed(q, torch.cat(states, dim=-1) if type(states) is tuple else states, mask)
+        if self.prefers_absorbed(x.shape[1], (states[0] if isinstance(states, tuple) else states).shape[1]):
+            joined = torch.cat(states, dim=-1) if isinstance(states, tuple) else states
+            out = self.attend_absorbed(q, joined, mask)
         else:
             latents, keys = _latents_and_keys(states, cache)
             out = self.attend_expanded(q, latents, keys, mask)
@@ -154,13 +155,12 @@ class MultiHeadLatentAttention(nn.Module):
             Otherwise, and without a cache, latents [B, S, C] and keys [B, S, R].
         """
         kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
-        ours = isinstance(cache, LatentCache)
-        if ours and is_plain_module(norm, RMSNorm) and not _differentiated(kv, norm.weight):
+        if isinstance(cache, LatentCache) and is_plain_module(norm, RMSNorm) and not _differentiated(kv, norm.weight):
             return cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
         latent, key = norm(kv[..., : self.kv_lora_rank]), rotate(kv[..., self.kv_lora_rank :], *rope)
         if cache is None:
             return latent, key
-        if ours:
+        if isinstance(cache, LatentCache):
             return cache.update_states(torch.cat((latent, key), dim=-1), self.layer_idx)
         latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
         return latents[:, 0], keys[:, 0]

@@ -1,1 +1,1 @@
-"""Latent caches."""
+"""Caches of latent attention, growing and static."""

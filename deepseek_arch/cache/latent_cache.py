@@ -1,8 +1,8 @@
-"""The latent cache: per token and layer, the normed key-value latent and the rotated shared key, nothing per head.
+"""Latent cache: per token and layer, the normed key-value latent and the rotated shared key, nothing per head.
 
-With `format="fp8"` the latent is stored as e4m3 codes with a float32 scale for each 128 of them, the rotated key as
-bfloat16 (TRAPS E10): 656 bytes a token and layer for V3 instead of 1152. Attention then reads what is stored, the new
-tokens included, so that it does not matter in which chunks they came.
+With `format="fp8"` the latent is stored as e4m3 values with a float32 scale for each 128 of them, the rotated key as
+bfloat16 (TRAPS E10): 656 bytes a token and layer for V3 instead of 1152. Attention then reads the stored bytes, also of
+the new tokens, so that the result does not depend on how a prompt was cut into chunks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _STEP = 64  # capacities are multiples of this
 class LatentCache:
     """Cache of latent attention for a batch whose rows may have different lengths.
 
-    Token i of a row is always in slot i: padding is never stored, so a slot is a position and rows that are padded,
-    rewound or accepted differently stay comparable. Each layer has one buffer [B, capacity, kv_lora_rank +
+    Token i of a row is always in slot i: padding is never stored, so a slot is a position, also in rows that are padded
+    or rewound differently. Each layer has one buffer [B, capacity, kv_lora_rank +
     qk_rope_head_dim] (576 values a token for V3), or [B, capacity, bytes] uint8 with `format="fp8"`, which grows by
     half when full; slots beyond a row's length are zeros.
 
@@ -37,8 +37,8 @@ class LatentCache:
         capacity: slots to allocate at first (default: what the first tokens need).
         first_layer: the layer index that maps to the first buffer.
         format: None to store values of `dtype`, "fp8" to store bytes in the order of `deepseek_kernels.mla_decode.
-            packing`. No gradient reaches what has been stored as FP8.
-        dtype: of what `update` and `split` return.
+            packing`, through which no gradient passes.
+        dtype: of the results of `update` and `split`.
 
     Raises:
         ValueError: a size is less than 1, or the format is unknown.
@@ -75,7 +75,7 @@ class LatentCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens held, per row."""
+        """Tokens in the cache, per row."""
         return self._lengths[0]
 
     @property
@@ -145,7 +145,7 @@ class LatentCache:
             self._pending = None
 
     def update(self, latent: Tensor, rotated_key: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Appends new tokens to a layer and returns everything it holds.
+        """Appends new tokens to a layer and returns all of its tokens.
 
         Args:
             latent: [B, 1, T, C], after its norm.
@@ -159,14 +159,14 @@ class LatentCache:
         return self.split(self.update_states(states, layer_idx)[:, None])
 
     def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [..., C] and rotated keys [..., R] of what `update_states` returns: views, or new if dequantized."""
+        """Splits the result of `update_states` into latents [..., C] and keys [..., R]: views, or dequantized."""
         if self.format == "fp8":
             return unpack(states, self.kv_lora_rank, self.dtype)
         latents, keys = states.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return latents, keys
 
     def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
-        """`update` of latent and rotated key side by side: [B, T, C + R] -> [B, S, C + R], or the bytes stored.
+        """Appends latents and rotated keys side by side: [B, T, C + R] -> [B, S, C + R], or the bytes stored.
 
         Raises:
             ValueError: a shape or the layer does not fit, or FP8 would have to carry a gradient.
@@ -189,11 +189,11 @@ class LatentCache:
         if valid is not None:
             rows, slots, stored = rows[valid], slots[valid], stored[valid]
         buffer[rows, slots] = stored.detach()
-        held = buffer[:, : place.longest]
-        return held.index_put((rows, slots), stored) if stored.requires_grad else held
+        tokens = buffer[:, : place.longest]
+        return tokens.index_put((rows, slots), stored) if stored.requires_grad else tokens
 
     def write(self, kv: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor], layer_idx: int) -> Tensor:
-        """`update_states` of latents that are still to be normed and keys that are still to be rotated, in one pass.
+        """Normalizes latents, rotates keys and appends both, as `update_states`, in one pass.
 
         Args:
             kv: [B, T, C + R], latents and keys side by side, without a gradient.
@@ -215,7 +215,7 @@ class LatentCache:
         return buffer[:, : place.longest]
 
     def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor | None:
-        """Who sees what: the mask of attention for the tokens that `append` reserves slots for, inside its block."""
+        """Returns the attention mask of the tokens that `append` reserves slots for, inside its block."""
         return key_mask_for_slots(slots, self.lengths, valid)
 
     # ---------------------------------------------------------------- rewinding and reordering
@@ -224,13 +224,13 @@ class LatentCache:
         """Drops the tokens of each row beyond `lengths` (one number, or one per row)."""
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
-        wanted = (lengths,) * self.batch_size if isinstance(lengths, int) else tuple(lengths)
-        if len(wanted) != self.batch_size:
-            raise ValueError(f"expected one length or {self.batch_size}, got {len(wanted)}")
-        for length, held in zip(wanted, self.lengths, strict=True):
-            if not 0 <= length <= held:
-                raise ValueError(f"expected lengths between 0 and those held {list(self.lengths)}, got {list(wanted)}")
-        self._restore([wanted] * self.num_layers)
+        target = (lengths,) * self.batch_size if isinstance(lengths, int) else tuple(lengths)
+        if len(target) != self.batch_size:
+            raise ValueError(f"expected one length or {self.batch_size}, got {len(target)}")
+        for length, present in zip(target, self.lengths, strict=True):
+            if not 0 <= length <= present:
+                raise ValueError(f"expected lengths between 0 and those held {list(self.lengths)}, got {list(target)}")
+        self._restore([target] * self.num_layers)
 
     def reset(self) -> None:
         """Empties every row; the memory stays."""
@@ -248,7 +248,7 @@ class LatentCache:
         self.batch_size = len(order)
 
     def release(self, capacity: int) -> list[Tensor]:
-        """Hands over the layers' buffers, [B, at least `capacity` slots, ...] each; the cache is empty afterwards."""
+        """Returns the layers' buffers, [B, at least `capacity` slots, ...] each, and empties the cache."""
         buffers = [self._reserve(index, capacity) for index in range(self.num_layers)]
         self._buffers = [self._new_buffer(0) for _ in buffers]
         self._lengths = [(0,) * self.batch_size] * self.num_layers
@@ -267,8 +267,8 @@ class LatentCache:
     def _reserve(self, index: int, needed: int) -> Tensor:
         buffer = self._buffers[index]
         if needed > buffer.shape[1]:
-            wanted = max(needed, int(buffer.shape[1] * _GROWTH))
-            grown = self._new_buffer(-(-wanted // _STEP) * _STEP)
+            slots = max(needed, int(buffer.shape[1] * _GROWTH))
+            grown = self._new_buffer(-(-slots // _STEP) * _STEP)
             grown[:, : buffer.shape[1]] = buffer
             self._buffers[index] = buffer = grown
         return buffer
@@ -291,7 +291,7 @@ class LatentCache:
             )
 
     def _place(self, index: int, tokens: int) -> _Append:
-        """Where a layer's next tokens go."""
+        """Returns the slots of a layer's next tokens."""
         if self._pending is not None:
             return self._pending
         before = self._lengths[index]
@@ -300,11 +300,11 @@ class LatentCache:
         return _Append(tuple(length + tokens for length in before), slots, None)
 
     def _restore(self, lengths: list[tuple[int, ...]]) -> None:
-        """Sets the lengths of every layer, zeroing what falls out."""
+        """Sets the lengths of every layer, zeroing the slots that become free."""
         for index, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
-            for row, (held, kept) in enumerate(zip(old, new, strict=True)):
-                if kept < held:
-                    self._buffers[index][row, kept:held] = 0
+            for row, (before, after) in enumerate(zip(old, new, strict=True)):
+                if after < before:
+                    self._buffers[index][row, after:before] = 0
         self._lengths = list(lengths)
 
 
@@ -312,10 +312,11 @@ class _Append:
     """The slots that one forward pass writes to.
 
     Attributes:
-        lengths: of the rows afterwards; longest: of them, the most.
+        lengths: of the rows afterwards.
+        longest: the largest of them.
         slots: int64 [B, T], as `LatentCache.append` yields them.
         valid: bool [B, T], or None.
-        targets: `slots`, but -1 for what is not stored.
+        targets: `slots`, but -1 for tokens that are not stored.
     """
 
     def __init__(self, lengths: tuple[int, ...], slots: Tensor, valid: Tensor | None) -> None:
@@ -325,11 +326,11 @@ class _Append:
 
 
 def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], valid: Tensor | None) -> Tensor | None:
-    """Attention to a cache whose token i lies in slot i: each query sees the slots up to its own.
+    """Returns the mask of attention to a cache whose token i lies in slot i: up to each query's own slot.
 
     Args:
         slots: int64 [B, T] of this call's tokens.
-        lengths: what the rows held before this call.
+        lengths: tokens of the rows before this call.
         valid: bool [B, T]; None, or all True, where no token is padding.
 
     Returns:
@@ -341,5 +342,5 @@ def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], valid: Tensor | 
 
 
 def spans_up_to(slots: Tensor) -> Tensor:
-    """Spans [B, T, 2] of all slots up to each query's own, int64 [B, T]."""
+    """Returns spans [B, T, 2] of all slots up to each query's own, int64 [B, T]."""
     return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()

@@ -16,16 +16,16 @@ __all__ = ["StaticLatentCache"]
 
 
 class StaticLatentCache(LatentCache):
-    """What a `LatentCache` holds, with a capacity that never grows and lengths that only the device knows.
+    """A `LatentCache` of fixed capacity, whose lengths are on the device.
 
-    Every step reads and writes the same memory by numbers that are tensors, and nothing in it depends on how many
-    tokens there are: it compiles once, and replays as a graph. Attention gets all slots, and as its mask which of them
-    each query sees; the Triton kernel reads no others.
+    Every step reads and writes the same memory at indices that are tensors, and nothing in it depends on the number of
+    tokens: it compiles once, and replays as a graph. Attention gets all slots, and a mask of those that each query
+    attends to; the Triton kernel reads no others.
 
     Tokens beyond the capacity are not stored; on a CPU they raise, elsewhere only the device knows of them.
 
     Args:
-        cache: the prompt's. Its tokens and, where it is large enough, its memory move here; it is empty afterwards.
+        cache: the prompt's. Its tokens and, if it is large enough, its memory move here; it is empty afterwards.
         capacity: slots for each row.
 
     Raises:
@@ -45,25 +45,25 @@ class StaticLatentCache(LatentCache):
             device=cache.device,
             dtype=cache.dtype,
         )
-        held = cache.lengths
+        lengths = cache.lengths
         self._buffers = [buffer[:, :capacity] for buffer in cache.release(capacity)]
         with torch.inference_mode(False):
-            self._held = torch.tensor(held, dtype=torch.int64, device=self.device)
+            self._device_lengths = torch.tensor(lengths, dtype=torch.int64, device=self.device)
         self._slots: Tensor | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens held, per row; waits for the device."""
-        return tuple(self._held.tolist())
+        """Tokens in the cache, per row; waits for the device."""
+        return tuple(self._device_lengths.tolist())
 
     @property
     def device_lengths(self) -> Tensor:
-        """`lengths` where they are kept, int64 [B]; later calls change it in place."""
-        return self._held
+        """`lengths` on the device, int64 [B]; later calls change it in place."""
+        return self._device_lengths
 
     @contextmanager
     def append(self, num_tokens: int, valid: Tensor | None = None) -> Iterator[Tensor]:
-        """As `LatentCache.append`, for tokens without padding.
+        """Reserves slots as `LatentCache.append`, for tokens without padding.
 
         Raises:
             ValueError: some tokens are padding, or (on a CPU) there is no room for them.
@@ -74,32 +74,32 @@ class StaticLatentCache(LatentCache):
             longest = self.max_length
             if longest + num_tokens > self.capacity:
                 raise ValueError(f"expected at most {self.capacity} tokens a row, got {longest} and {num_tokens} more")
-        self._slots = self._held[:, None] + torch.arange(num_tokens, device=self.device)
+        self._slots = self._device_lengths[:, None] + torch.arange(num_tokens, device=self.device)
         try:
             yield self._slots
-            self._held.add_(num_tokens)
+            self._device_lengths.add_(num_tokens)
         finally:
             self._slots = None
 
     def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor:
-        """As `LatentCache.spans`, never None: the slots beyond a row's tokens are there too."""
+        """Returns `LatentCache.spans`, never None: attention gets the slots beyond a row's tokens too."""
         return spans_up_to(slots)
 
     def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Drops the tokens of each row beyond `lengths`. On a GPU a tensor is not checked: that would wait for it."""
         if isinstance(lengths, Tensor) and self.device.type != "cpu":
-            self._held.copy_(lengths)
+            self._device_lengths.copy_(lengths)
             return
         super().rewind(lengths)
 
     def reorder(self, index: Tensor) -> None:
-        """As `LatentCache.reorder`; the memory is another one then."""
+        """Reorders as `LatentCache.reorder`; the memory is another one then."""
         super().reorder(index)
         with torch.inference_mode(False):  # as in `__init__`
-            self._held = self._held.index_select(0, index.to(self.device))
+            self._device_lengths = self._device_lengths.index_select(0, index.to(self.device))
 
     def update_states(self, states: Tensor, layer_idx: int) -> Tensor:
-        """As `LatentCache.update_states`, but all slots come back; inside of `append` and without a gradient.
+        """Appends as `LatentCache.update_states` and returns all slots; inside of `append` and without a gradient.
 
         Raises:
             ValueError: a shape or the layer does not fit, or a gradient is needed.
@@ -111,14 +111,14 @@ class StaticLatentCache(LatentCache):
         slots, buffer = self._place(index, states.shape[1]).slots, self._buffers[index]
         stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
         rows = torch.arange(self.batch_size, device=self.device)[:, None]
-        # What finds no room: see the class.
+        # Tokens beyond the capacity: see the class.
         buffer[rows, slots.clamp(max=self.capacity - 1)] = stored
         return buffer
 
     def release(self, capacity: int) -> list[Tensor]:
-        """As `LatentCache.release`."""
+        """Returns the buffers as `LatentCache.release`."""
         buffers = super().release(capacity)
-        self._held.zero_()
+        self._device_lengths.zero_()
         return buffers
 
     def _place(self, index: int, tokens: int) -> _Append:
@@ -127,4 +127,4 @@ class StaticLatentCache(LatentCache):
         return _Append((self.capacity,) * self.batch_size, self._slots, None)
 
     def _restore(self, lengths: list[tuple[int, ...]]) -> None:
-        self._held.copy_(torch.tensor(lengths[0], device=self.device))
+        self._device_lengths.copy_(torch.tensor(lengths[0], device=self.device))

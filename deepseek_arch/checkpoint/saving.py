@@ -125,7 +125,7 @@ def _fp8_weights_of(model: nn.Module) -> _FP8Weights:
     blocks = {layer.block_size for layer in layers.values()}
     if len(blocks) > 1:
         raise ValueError(f"expected one block size in all FP8 layers, got {sorted(blocks)}")
-    names = frozenset(f"{path}.{name}" for path, layer in layers.items() for name in layer.held)
+    names = frozenset(f"{path}.{name}" for path, layer in layers.items() for name in layer.quantized_params)
     return _FP8Weights(names, blocks.pop() if blocks else (128, 128))
 
 

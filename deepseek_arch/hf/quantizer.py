@@ -99,7 +99,7 @@ class DeepseekFP8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for layer in fp8_layers(model).values():
-            for name in layer.held:  # transformers makes every floating-point parameter trainable
+            for name in layer.quantized_params:  # transformers makes every floating-point parameter trainable
                 for tensor in layer.pair(name):
                     tensor.requires_grad_(False)
         return model

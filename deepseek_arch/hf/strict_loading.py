@@ -189,7 +189,7 @@ def _with_quantization_argument(config: Any, kwargs: dict[str, Any]) -> Any:
 
 def _widen_adapters(model: Any) -> None:
     """Casts adapters out of FP8: PEFT makes those of expert parameters in the parameters' dtype."""
-    held = {id(t) for layer in fp8_layers(model).values() for name in layer.held for t in layer.pair(name)}
+    held = {id(t) for layer in fp8_layers(model).values() for name in layer.quantized_params for t in layer.pair(name)}
     for parameter in model.parameters():
         if parameter.dtype == torch.float8_e4m3fn and id(parameter) not in held:
             parameter.data = parameter.data.to(model.dtype)

@@ -152,4 +152,4 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """
     if not is_plain_linear(module) or type(module.weight) is not nn.Parameter or module.bias is not None:
         return None
-    return module.weight.to(dtype) if type(module) is nn.Linear else module.dense_weight(dtype)  # type: ignore
+    return module.weight.to(dtype) if type(module) is nn.Linear else module.dense_weight(dtype)

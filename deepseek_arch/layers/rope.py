@@ -1,4 +1,4 @@
-"""The angles of rotary position embeddings, with YaRN; `deepseek_kernels.rope` turns interleaved pairs by them.
+"""Angles of rotary position embeddings, with YaRN; `deepseek_kernels.rope` rotates interleaved pairs by them.
 
 DeepSeek's weights hold each rotary pair side by side: (x0, x1), (x2, x3), ... (TRAPS A1). The rotation keeps that
 order, as DeepSeek's own code does; transformers stores the rotated key de-interleaved, which gives the same scores but
@@ -19,22 +19,21 @@ __all__ = ["RotaryEmbedding", "inverse_frequencies"]
 
 
 def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None, device=None) -> Tensor:
-    """Angles per position of each rotary pair, float32 [dim / 2].
+    """Returns the angle per position of each rotary pair, float32 [dim / 2].
 
-    With YaRN (arXiv 2309.00071, section 3.2; FIGURES section 8): pairs that turn more than `beta_fast` times over the
-    original context keep their frequency, those that turn less than `beta_slow` times are slowed by `factor`, and a
-    linear ramp lies between.
+    With YaRN (arXiv 2309.00071, section 3.2): pairs with more than `beta_fast` rotations over the original context keep
+    their frequency, those with less than `beta_slow` are slowed by `factor`, and a linear ramp lies between.
     """
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     base = 1.0 / (theta ** (pairs / dim))
     if yarn is None:
         return base
 
-    def pair_turning(turns: float) -> float:
+    def pair_with(rotations: float) -> float:
         context = yarn.original_max_position_embeddings
-        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_turning(yarn.beta_fast), pair_turning(yarn.beta_slow)
+    low, high = pair_with(yarn.beta_fast), pair_with(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -48,8 +47,8 @@ def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None, device
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of positions.
 
-    Holds no buffer: the few frequencies are computed in each call, so that no `.to(bfloat16)`, meta device or partial
-    load can spoil them.
+    It has no buffer: the few frequencies are computed in each call, so that no `.to(bfloat16)`, meta device or partial
+    load can change them.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0, yarn: Yarn | None = None) -> None:
@@ -64,7 +63,7 @@ class RotaryEmbedding(nn.Module):
         return cls(config.qk_rope_head_dim, config.rope_theta, config.yarn)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids [B, T] -> cosines and sines, float32 [B, T, dim / 2] each."""
+        """Returns cosines and sines of positions [B, T], float32 [B, T, dim / 2] each."""
         angles = position_ids[..., None].float() * inverse_frequencies(
             self.dim, self.theta, self.yarn, position_ids.device
         )

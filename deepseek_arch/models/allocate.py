@@ -24,4 +24,4 @@ def allocate(module: nn.Module, device: torch.device) -> None:
                     made[id(meta)] = (
                         nn.Parameter(memory, meta.requires_grad) if isinstance(meta, nn.Parameter) else memory
                     )
-                tensors[name] = made[id(meta)]
+                setattr(part, name, made[id(meta)])

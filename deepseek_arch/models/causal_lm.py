@@ -29,21 +29,21 @@ __all__ = ["DeepseekLM"]
 
 
 class DeepseekLM(nn.Module):
-    """A DeepSeek language model: trunk, head and multi-token-prediction layers.
+    """A DeepSeek language model: main model, head and multi-token-prediction (MTP) modules.
 
     Parameters are named as in the published files, except that the experts of a layer are stacked
-    (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`) and prediction layer `num_hidden_layers + k` is `mtp.k`.
+    (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`) and layer `num_hidden_layers + k`, an MTP module, is `mtp.k`.
 
     Args:
-        config: what to build; `DeepseekConfig.from_pretrained("tiny")` for a start.
-        device, dtype: where and as what to create the parameters, as torch's own factories. Weights are random
-            (normal, `config.initializer_range`); on device "meta" nothing is allocated.
+        config: the architecture; `DeepseekConfig.from_pretrained("tiny")` for a start.
+        device, dtype: of the parameters, as for torch's own factories. Weights are random (normal,
+            `config.initializer_range`); on device "meta" nothing is allocated.
 
     Attributes:
-        balance_loss: what training adds to the loss for each layer with experts; may be replaced.
+        balance_loss: added to the loss in training for each layer with experts; may be replaced.
         capacity: V2's token dropping in training, None for none.
-        mtp_detached: whether `mtp_loss` trains the multi-token-prediction layers alone, and neither the trunk nor the
-            embedding and the head that they share with it: what reinforcement learning wants (TRAPS F12).
+        mtp_detached: True to train the MTP modules alone by `mtp_loss`, and neither the main model nor the embedding
+            and the head that they share with it, as reinforcement learning needs (TRAPS F12).
         load_report: `checkpoint.LoadReport` of a model that `load` made, else None.
         generation_config: content of the checkpoint's generation_config.json, {} without one; None if not loaded.
 
@@ -81,7 +81,7 @@ class DeepseekLM(nn.Module):
                 module.reset_parameters(std)
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
@@ -102,7 +102,7 @@ class DeepseekLM(nn.Module):
         self.model.gradient_checkpointing = enabled
 
     def new_cache(self, batch_size: int, capacity: int | None = None, format: str | None = None) -> LatentCache:
-        """An empty cache for the trunk's layers, on the model's device, in its dtype or in FP8.
+        """Returns an empty cache for the main model's layers, on the model's device, in its dtype or in FP8.
 
         Args:
             capacity: slots to allocate at first.
@@ -111,7 +111,7 @@ class DeepseekLM(nn.Module):
         return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity, format)
 
     def new_mtp_cache(self, batch_size: int, capacity: int | None = None, depth: int | None = None) -> LatentCache:
-        """An empty cache for the multi-token-prediction layers, or for the one at `depth` alone.
+        """Returns an empty cache for the MTP modules, or for the one at `depth` alone.
 
         Raises:
             ValueError: the model has none.
@@ -150,26 +150,26 @@ class DeepseekLM(nn.Module):
         replay_routing: RoutingRecord | None = None,
         return_logits: bool = True,
     ) -> CausalLMOutput:
-        """One forward pass, for training and for inference.
+        """Runs one forward pass, for training or inference.
 
         Args:
             input_ids: int [B, T].
-            attention_mask: [B, T], nonzero for real tokens; padding may stand on either side. With a cache it may also
+            attention_mask: [B, T], nonzero for real tokens; padding may be on either side. With a cache it may also
                 cover the tokens before ([B, past + T]); its last T columns count.
             position_ids: int [B, T]. Default: each row counts its real tokens from 0, or goes on from its cache.
-                Without a cache, positions that start again within a row mark packed documents, which do not see each
-                other.
+                Without a cache, positions that start again within a row mark packed documents, which do not attend to
+                each other.
             cache: a `LatentCache`, updated in place; padding is not stored. If the call raises, it is as before.
             labels: int [B, T], the tokens themselves (the shift happens here), -100 where ignored. Padding neither
                 predicts nor is predicted, and no document predicts the next one's first token.
             logits_to_keep: 0 for all positions, n for the last n, an index tensor of positions, or int64 [B, n] with
                 positions for each row.
             inputs_embeds: [B, T, H] instead of input_ids.
-            record_routing: whether to return every routing decision as `routing`.
+            record_routing: returns every routing decision as `routing`.
             replay_routing: decisions of an earlier pass over the same tokens, to be taken again: the experts are fixed,
                 their weights are this model's.
-            return_logits: False where only the losses are wanted, in training above all. With a plain head (a linear
-                layer without bias, hooks or adapters) the logits then never exist, but for a chunk of tokens at a time.
+            return_logits: False if only the losses are needed, as in training. With a plain head (a linear layer
+                without bias, hooks or adapters) logits are then made for a chunk of tokens at a time only.
 
         Raises:
             ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
@@ -182,8 +182,8 @@ class DeepseekLM(nn.Module):
             labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
-        trunk = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, routing)
-        hidden = connect(trunk.hidden_states, self.mtp) if self.training else trunk.hidden_states
+        main: TrunkOutput = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, routing)
+        hidden = connect(main.hidden_states, self.mtp) if self.training else main.hidden_states
         if not isinstance(logits_to_keep, Tensor):
             kept = hidden[:, -logits_to_keep:]
         elif logits_to_keep.ndim == 2:
@@ -194,8 +194,8 @@ class DeepseekLM(nn.Module):
         if labels is not None:
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
             labels = ignore(labels, padding)
-            targets = ignore(shift_labels(labels, 1, trunk.documents), padding)
-            if return_logits:
+            targets = ignore(shift_labels(labels, 1, main.documents), padding)
+            if out.logits is not None:
                 out.loss = cross_entropy(out.logits, targets)
             else:
                 out.loss = head_losses(self.lm_head, [hidden], [targets])[0][0]
@@ -205,7 +205,7 @@ class DeepseekLM(nn.Module):
                     self.config,
                     self.model.embed,
                     self.lm_head,
-                    trunk,
+                    main,
                     input_ids,
                     labels,
                     padding=padding,
@@ -224,20 +224,22 @@ class DeepseekLM(nn.Module):
     def _routing(
         self, tokens: Tensor | None, mask: Tensor | None, record: bool, replay: RoutingRecord | None
     ) -> Routing | None:
-        """What the routers are told, where there is anything to tell."""
+        """Returns the routers' settings for this pass, None if they have none."""
         if tokens is None or tokens.ndim < 2 or not (self.training or record or replay):
             return None
-        layers = {layer.layer_idx for layer in self.model.layers if isinstance(layer.mlp, MoE)}
-        if replay is not None and layers - replay.ids.keys():
+        if replay is not None:
+            # Looked for in all modules, since wrappers may have put them inside others.
+            layers = {module.layer_idx for module in self.model.modules() if isinstance(module, MoE)}
             missing = sorted(layers - replay.ids.keys())
-            raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")
+            if missing:
+                raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")
         shape = (tokens.shape[0], tokens.shape[1])
         valid = None if mask is None or mask.ndim != 2 else mask[:, -shape[1] :] != 0
         loss = self.balance_loss if self.balance_loss.active else None
         return Routing(shape, valid, record=record, replay=replay, loss=loss, capacity=self.capacity)
 
     def _check_labels(self, labels: Tensor, tokens: Tensor | None) -> Tensor:
-        """Labels as int64, where every one is a token id or -100."""
+        """Returns labels as int64, where every one is a token id or -100."""
         if tokens is not None and labels.shape != tokens.shape[:2]:
             raise ValueError(f"expected labels {list(tokens.shape[:2])}, got {list(labels.shape)}")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -248,9 +250,9 @@ class DeepseekLM(nn.Module):
                 )
         return labels.long()
 
-    def mtp_hidden(self, trunk: TrunkOutput) -> Tensor:
-        """The trunk's hidden state that the first prediction depth reads (TRAPS F2)."""
-        return mtp_input(trunk, self.config)
+    def mtp_hidden(self, main: TrunkOutput) -> Tensor:
+        """Returns the main model's hidden state that the first MTP module reads (TRAPS F2)."""
+        return mtp_input(main, self.config)
 
     def mtp_forward(
         self,
@@ -263,18 +265,18 @@ class DeepseekLM(nn.Module):
         cache: LatentCache | None = None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs prediction depth `depth`.
+        """Runs MTP module `depth` and the head.
 
         Args:
-            hidden: [B, T, H], `mtp_hidden` of the trunk, or the hidden state of the depth before.
+            hidden: [B, T, H], `mtp_hidden` of the main model, or the hidden state that the module before returned.
             next_ids: [B, T], the token `depth + 1` after each position.
-            rope, mask: the trunk's, for the same positions.
+            rope, mask: the main model's, for the same positions.
             cache: from `new_mtp_cache`.
-            routing: the trunk's.
+            routing: the main model's.
 
         Returns:
             logits [B, T, vocab_size] of the token `depth + 2` after each position, and the hidden state [B, T, H]
-            for the next depth (`config.mtp_chain`, TRAPS F3).
+            for the next module (`config.mtp_chain`, TRAPS F3).
         """
         hidden, normed = self.mtp_states(hidden, next_ids, depth, rope=rope, mask=mask, cache=cache, routing=routing)
         return self.lm_head(normed), hidden
@@ -290,7 +292,7 @@ class DeepseekLM(nn.Module):
         cache: LatentCache | None = None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`mtp_forward` without the head -> the hidden state [B, T, H] for the next depth, and the head's input."""
+        """Runs `mtp_forward` without the head -> the hidden state [B, T, H] for the next module, and the head's."""
         recompute = self.model.gradient_checkpointing and self.training and cache is None
         embeddings = self.model.embed(next_ids)
         return mtp_step(

@@ -18,12 +18,12 @@ IGNORE = -100
 
 
 def ignore(targets: Tensor, padding: Tensor | None) -> Tensor:
-    """Targets without those at padding, which would make the loss depend on the token that pads."""
+    """Returns targets without those at padding, which would make the loss depend on the padding token."""
     return targets if padding is None else targets.masked_fill(padding, IGNORE)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets that are not ignored, in float32; 0 where there are none.
+    """Computes the mean over the targets that are not ignored, in float32; 0 where there are none.
 
     Args:
         logits: [..., V].
@@ -36,7 +36,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def head_losses(
     head: nn.Module, states: Sequence[Tensor], targets: Sequence[Tensor], *, detached: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """For each of S inputs of the head, the mean cross-entropy and the share of right guesses.
+    """Computes the mean cross-entropy and the share of right guesses for each of S inputs of the head.
 
     A plain head's weight goes through `linear_cross_entropy`, all inputs in one call; any other is called, and makes
     the logits of one input after the other.
@@ -44,7 +44,7 @@ def head_losses(
     Args:
         states: S tensors [..., H].
         targets: S int64 tensors [...], -100 where ignored.
-        detached: whether the head's parameters are constants.
+        detached: treats the head's parameters as constants.
 
     Returns:
         losses float32 [S] and accuracies float32 [S]; 0 where every target is ignored.
@@ -53,11 +53,11 @@ def head_losses(
     if weight is None or any(weight.device != state.device for state in states):
         return _from_logits((_detached(head, state) if detached else head(state) for state in states), targets)
     rows = torch.cat([state.flatten(0, -2) for state in states])
-    wanted = torch.cat([target.flatten().to(rows.device) for target in targets])
+    labels = torch.cat([target.flatten().to(rows.device) for target in targets])
     out = linear_cross_entropy(
         rows,
         weight.detach() if detached else weight,
-        wanted,
+        labels,
         ignore_index=IGNORE,
         reduction="mean",
         segments=[target.numel() for target in targets],
@@ -66,9 +66,9 @@ def head_losses(
 
 
 def plain_weight(head: nn.Module) -> Tensor | None:
-    """The matrix [V, H] that is all of what `head` does, or None.
+    """Returns the matrix [V, H] that is all of what `head` does, or None.
 
-    None for a bias, a hook, an adapter, a quantized layer or a sharded parameter: those have to be called.
+    None for a bias, a hook, an adapter, a quantized layer or a sharded parameter: such a head has to be called.
     """
     if not is_plain_module(head, Linear, nn.Linear) or head.bias is not None or type(head.weight) is not nn.Parameter:
         return None
@@ -77,14 +77,14 @@ def plain_weight(head: nn.Module) -> Tensor | None:
 
 def _from_logits(logits: Iterable[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     losses, right = [], []
-    for one, wanted in zip(logits, targets, strict=True):
-        losses.append(cross_entropy(one, wanted))
-        guessed = (one.detach().argmax(-1) == wanted.to(one.device)).sum()
-        right.append(guessed / (wanted != IGNORE).sum().clamp(min=1))
+    for one, labels in zip(logits, targets, strict=True):
+        losses.append(cross_entropy(one, labels))
+        guessed = (one.detach().argmax(-1) == labels.to(one.device)).sum()
+        right.append(guessed / (labels != IGNORE).sum().clamp(min=1))
     return torch.stack(losses), torch.stack(right)
 
 
 def _detached(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` with its parameters as constants."""
+    """Computes `module(x)` with its parameters as constants."""
     constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return torch.func.functional_call(module, constants, (x,))

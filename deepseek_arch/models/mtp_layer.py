@@ -17,7 +17,7 @@ __all__ = ["MTPLayer"]
 
 
 class SharedHead(nn.Module):
-    """The module's own final norm; the head behind it is the trunk's (TRAPS F6)."""
+    """The module's own final norm; the head behind it is the main model's (TRAPS F6)."""
 
     def __init__(self, hidden_size: int, eps: float, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class SharedHead(nn.Module):
 
 
 class MTPLayer(DecoderLayer):
-    """Prediction depth `depth` (from 0): decoder layer `num_hidden_layers + depth` of the published files.
+    """MTP module `depth` (from 0): decoder layer `num_hidden_layers + depth` of the published files.
 
-    The embedding and the head are the trunk's and no parameters of this module.
+    The embedding and the head are the main model's and no parameters of this module.
     """
 
     def __init__(self, config: DeepseekConfig, depth: int = 0, *, device=None, dtype=None) -> None:
@@ -47,16 +47,16 @@ class MTPLayer(DecoderLayer):
         cache: Any | None = None,
         routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One step of the causal chain.
+        """Runs one step of the causal chain.
 
         Args:
-            hidden: [B, T, H], h_i of the trunk or of the depth before.
+            hidden: [B, T, H], h_i of the main model or of the module before.
             next_embeddings: [B, T, H], the embedding of the token `depth + 1` after position i.
             rope, mask, cache, routing: as for the decoder layers; positions are those of h_i (TRAPS F4).
 
         Returns:
-            The block's output [B, T, H], and the same after `shared_head.norm`, which the trunk's head turns into the
-            logits of the token `depth + 2` after position i.
+            The block's output [B, T, H], and the same after `shared_head.norm`, from which the main model's head makes
+            the logits of the token `depth + 2` after position i.
         """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
         hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing)

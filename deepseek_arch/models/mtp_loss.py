@@ -30,29 +30,32 @@ def mtp_losses(
     routing: Routing | None = None,
     detached: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """By depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses; [D] each.
+    """Computes, by depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses.
 
     Each depth averages over its own number of targets. Positions whose target lies behind the end of their row or
-    document count nothing; being last, they are seen by no position that does (TRAPS F8).
+    document do not count; being last, no position that counts attends to them (TRAPS F8).
 
     Args:
-        run: hidden [B, T, H], the ids [B, T] of the tokens `depth + 1` ahead, the depth, what its router is told -> the
+        run: hidden [B, T, H], the ids [B, T] of the tokens `depth + 1` ahead, the depth, its router's settings -> the
             hidden state for the next depth, and the head's input.
         depths: D.
-        head: the trunk's.
-        hidden: [B, T, H], what the first depth reads.
+        head: the main model's.
+        hidden: [B, T, H], input of the first depth.
         input_ids, labels: int [B, T], the tokens themselves; labels are -100 where ignored.
-        padding: bool [B, T], or None where nothing is.
+        padding: bool [B, T], or None where there is no padding.
         documents: [B, T] document numbers, or None where every row is one document.
-        detached: whether the trunk and the head are constants.
+        detached: treats the main model and the head as constants.
+
+    Returns:
+        losses and accuracies, float32 [D] each.
     """
     hidden, states, targets = hidden.detach() if detached else hidden, [], []
     real = torch.ones_like(input_ids) if padding is None else (~padding).long()
     for depth in range(depths):
         next_ids = shift_left(input_ids, depth + 1)
-        # The last positions read the embedding of no token of theirs: their routing counts nothing (TRAPS D3).
-        meant = shift_labels(real, depth + 1, documents, ignore=0) != 0
-        part = None if routing is None else routing.among(meant)
+        # The last positions have no token of their own to embed: their routing does not count (TRAPS D3).
+        counted = shift_labels(real, depth + 1, documents, ignore=0) != 0
+        part = None if routing is None else routing.restricted_to(counted)
         hidden, normed = run(hidden, next_ids, depth, part)
         states.append(normed)
         targets.append(ignore(shift_labels(labels, depth + 2, documents), padding))
@@ -60,12 +63,12 @@ def mtp_losses(
 
 
 def mtp_weight(tokens: float, first: float = 0.3, later: float = 0.1, change: float = 10e12) -> float:
-    """Lambda, the weight of `mtp_loss` after training on so many tokens: V3's is 0.3 for 10T tokens, then 0.1."""
+    """Returns lambda, the weight of `mtp_loss` after so many tokens of training: V3's is 0.3 for 10T, then 0.1."""
     return first if tokens < change else later
 
 
 def shift_left(x: Tensor, by: int, fill: int = 0) -> Tensor:
-    """Column i becomes column `i + by`: [B, T] -> [B, T], the last `by` columns filled with `fill`."""
+    """Shifts the columns of [B, T] to the left by `by`, filling the last ones with `fill`."""
     shifted = torch.full_like(x, fill)
     if by < x.shape[1]:
         shifted[:, : x.shape[1] - by] = x[:, by:]
@@ -73,7 +76,7 @@ def shift_left(x: Tensor, by: int, fill: int = 0) -> Tensor:
 
 
 def shift_labels(labels: Tensor, by: int, documents: Tensor | None = None, ignore: int = -100) -> Tensor:
-    """The label `by` tokens ahead, ignored where it lies behind the end of the row or of the token's document.
+    """Returns the label `by` tokens ahead, ignored where it lies behind the end of the row or of the token's document.
 
     Args:
         labels: [B, T].

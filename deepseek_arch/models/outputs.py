@@ -13,7 +13,7 @@ __all__ = ["CausalLMOutput", "TrunkOutput"]
 
 @dataclass
 class TrunkOutput:
-    """What the trunk gives back.
+    """Output of the main model.
 
     Attributes:
         hidden_states: [B, T, H] after the final norm.
@@ -31,21 +31,21 @@ class TrunkOutput:
 
 @dataclass
 class CausalLMOutput:
-    """What the language model gives back.
+    """Output of the language model.
 
     Attributes:
         logits: [B, kept, vocab_size], or None with `return_logits=False`.
         loss: mean cross-entropy of the next token, float32 scalar, when labels were given; in training mode plus
-            `aux_loss`. Losses are means over this call: accumulated over calls they are those of one call with all rows
-            where every call has as many targets; else weigh each by its own number (targets for `loss` and, by depth,
-            for `mtp_losses`; rows for `aux_loss`).
+            `aux_loss`. Losses are means over this call. Accumulated over calls they are those of one call with all rows
+            if every call has as many targets; else weight each by its own number (targets for `loss` and, by depth, for
+            `mtp_losses`; rows for `aux_loss`).
         aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
-            when labels and input_ids were given, no cache was, and the model has multi-token-prediction layers. Train
-            on `loss + weight * mtp_loss`; `mtp.mtp_weight` is V3's schedule of the weight.
+            when labels and input_ids were given, no cache was, and the model has MTP modules. Train on
+            `loss + weight * mtp_loss`; `mtp_loss.mtp_weight` is V3's schedule of the weight.
         mtp_losses, mtp_accuracy: float32 [D], by depth: its loss, and how often its best guess was right.
-        hidden_states: [B, T, H], the trunk's output after the final norm.
-        routing: every routing decision, when `record_routing` was asked for.
+        hidden_states: [B, T, H], the main model's output after the final norm.
+        routing: every routing decision, with `record_routing`.
     """
 
     logits: Tensor | None

@@ -24,8 +24,8 @@ class BalanceLoss:
         sequence: alpha of V3's sequence-wise loss (equations 17 to 20): sum over experts of f P, where P is the mean
             over tokens of the scores, normalized over all experts, and f the share of choices times E, without
             gradient. Perfect balance gives alpha.
-        counts: what f counts: "unbiased", the K best raw scores, as the equations are printed, or "routed", the
-            experts that were chosen, as most implementations do (TRAPS D6).
+        counts: the experts that f counts: "unbiased", the K best raw scores, as in the printed equations, or "routed",
+            the experts that were chosen, as in most implementations (TRAPS D6).
         expert, device, communication: alpha_1 to alpha_3 of V2's losses (equations 23 to 31), of the experts chosen.
         devices: D, for the last two; E must be a multiple.
     """
@@ -48,7 +48,7 @@ class BalanceLoss:
 
     @classmethod
     def from_config(cls, config: DeepseekConfig) -> BalanceLoss:
-        """What the config says, else what its family was trained with.
+        """Returns the loss of the config, else of the training of its family.
 
         `aux_loss_alpha` if the config has it. V3's published configs have none, which does not mean zero (TRAPS D8):
         then 1e-4 (V3 report, section 4.2), and 1e-3 for V2's routings (V2's published configs). V2's files count the
@@ -62,12 +62,13 @@ class BalanceLoss:
 
     @property
     def active(self) -> bool:
+        """True if any of the losses has a weight."""
         return bool(self.sequence or self.expert or self.device or self.communication)
 
     def __call__(
         self, router: Router, logits: Tensor, ids: Tensor, shape: tuple[int, int], valid: Tensor | None = None
     ) -> Tensor:
-        """The loss of one layer, a float32 scalar.
+        """Computes the loss of one layer, a float32 scalar.
 
         Args:
             logits: float32 [B T, E].
@@ -103,25 +104,25 @@ def _tokens(mask: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, X] -> [B, X], over the real tokens."""
+    """Averages [B, T, X] over the real tokens -> [B, X]."""
     return (values * mask[..., None]).sum(1) / _tokens(mask)
 
 
 @torch.no_grad()
 def _load(ids: Tensor, experts: int, mask: Tensor) -> Tensor:
-    """f [B, E]: the share of a sequence's tokens that chose each expert, times E / K."""
+    """Computes f [B, E]: the share of a sequence's tokens that chose each expert, times E / K."""
     chosen = torch.zeros(*ids.shape[:2], experts, device=ids.device).scatter_(-1, ids.clamp(max=experts - 1), 1.0)
     return _mean(chosen, mask) * experts / ids.shape[-1]
 
 
 @torch.no_grad()
 def _sent(ids: Tensor, experts: int, devices: int, most: int, mask: Tensor) -> Tensor:
-    """f'' [B, D]: the share of a sequence's tokens that were sent to each device, times D / M."""
+    """Computes f'' [B, D]: the share of a sequence's tokens that were sent to each device, times D / M."""
     to = torch.zeros(*ids.shape[:2], devices, device=ids.device).scatter_(-1, ids // (experts // devices), 1.0)
     return _mean(to, mask) * devices / most
 
 
 def _mean_over_sequences(values: Tensor, mask: Tensor) -> Tensor:
-    """[B] -> scalar, over the sequences that have a real token."""
+    """Averages [B] over the sequences that have a real token."""
     real = mask.any(-1)
     return (values * real).sum() / real.sum().clamp(min=1)

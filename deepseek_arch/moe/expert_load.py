@@ -1,4 +1,4 @@
-"""How evenly experts are used: reports of one step, histories over many, and where to put experts by them."""
+"""Loads of experts: reports of one step, and histories over many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ExpertLoad", "LoadHistory", "draw_max_violation", "read_loads"]
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How evenly the experts of each layer were used between two steps.
+    """Load of the experts of each layer between two steps.
 
     Attributes:
         loads: by router name, int64 [E], tokens that chose each expert.
@@ -65,18 +65,18 @@ class LoadHistory:
     shares: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, report: ExpertLoad) -> ExpertLoad:
-        """Takes in one step's report, and gives it back."""
+        """Adds one step's report, and returns it."""
         for name, load in report.loads.items():
             share = (load.double() * len(load) / load.sum().clamp(min=1)).float().cpu()
             self.shares.setdefault(name, []).append(share)
         return report
 
     def max_violation(self, name: str) -> list[float]:
-        """Step by step, of one router."""
+        """Returns the max violation of one router, step by step."""
         return [float(share.max() - 1) for share in self.shares[name]]
 
     def mean(self, last: int | None = None) -> dict[str, Tensor]:
-        """By router, the mean share of each expert over the last steps (default all), float32 [E]; 1 is perfect.
+        """Returns the mean share of each expert over the last steps (default all), float32 [E] by router; 1 is perfect.
 
         Raises:
             ValueError: `last` is not positive.
@@ -92,15 +92,15 @@ class LoadHistory:
 
     @classmethod
     def load(cls, path: str | Path) -> LoadHistory:
-        """Reads what `save` wrote.
+        """Reads a history that `save` wrote.
 
         Raises:
             ValueError: the file is something else.
         """
-        found = _read(path)
-        if "shares" not in found:
+        saved = _read(path)
+        if "shares" not in saved:
             raise ValueError(f"expected a saved LoadHistory in {str(path)!r}, got one step's loads")
-        return cls({name: [torch.tensor(step) for step in steps] for name, steps in found["shares"].items()})
+        return cls({name: [torch.tensor(step) for step in steps] for name, steps in saved["shares"].items()})
 
     def heat_map(self, path: str | Path, title: str = "") -> Path:
         """Draws expert use over steps, one panel for each router, white where an expert has its share -> the PNG.
@@ -157,19 +157,19 @@ def draw_max_violation(runs: Mapping[str, LoadHistory], path: str | Path, title:
 
 
 def read_loads(path: str | Path, last: int | None = None) -> dict[str, Tensor]:
-    """Loads by router name, float32 [E], from what a `ExpertLoad` or a `LoadHistory` saved.
+    """Reads loads by router name, float32 [E], from a file that `ExpertLoad` or `LoadHistory` saved.
 
     Args:
-        last: of a history, how many of the last steps to average over; default all.
+        last: of a history, the number of last steps to average over; default all.
 
     Raises:
         ValueError: the file is something else, or `last` is not positive.
         OSError: it cannot be read.
     """
-    found = _read(path)
-    if "shares" in found:
+    saved = _read(path)
+    if "shares" in saved:
         return LoadHistory.load(path).mean(last)
-    return {name: torch.tensor(load, dtype=torch.float32) for name, load in found["loads"].items()}
+    return {name: torch.tensor(load, dtype=torch.float32) for name, load in saved["loads"].items()}
 
 
 def _write(path: str | Path, value: Mapping[str, object]) -> None:
@@ -177,20 +177,20 @@ def _write(path: str | Path, value: Mapping[str, object]) -> None:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    """Saved loads, checked: {"loads": {router: [E numbers]}} or {"shares": {router: [steps of E numbers]}}."""
+    """Reads and checks saved loads: {"loads": {router: [E numbers]}} or {"shares": {router: [steps of E numbers]}}."""
     wrong = f"expected loads that ExpertLoad.save or LoadHistory.save wrote in {str(path)!r}, got "
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(wrong + "no JSON") from None
-    kinds = [kind for kind in ("loads", "shares") if isinstance(found, dict) and isinstance(found.get(kind), dict)]
-    if not kinds or not found[kinds[0]]:
+    kinds = [kind for kind in ("loads", "shares") if isinstance(saved, dict) and isinstance(saved.get(kind), dict)]
+    if not kinds or not saved[kinds[0]]:
         raise ValueError(wrong + "neither loads nor shares of any router")
-    for name, values in found[kinds[0]].items():
+    for name, values in saved[kinds[0]].items():
         steps = values if kinds[0] == "shares" else [values]
         if not isinstance(steps, list) or not steps or not all(map(_is_load, steps)) or len(set(map(len, steps))) > 1:
             raise ValueError(wrong + f"something else than numbers of at least 0 for {name!r}")
-    return found
+    return saved
 
 
 def _is_load(values: object) -> bool:
@@ -201,7 +201,7 @@ def _is_load(values: object) -> bool:
 
 
 def _matplotlib():
-    """Its figure and colors modules; the figure alone, without pyplot, changes no global state and opens no window."""
+    """Imports matplotlib's figure and colors: without pyplot, no global state changes and no window opens."""
     try:
         from matplotlib import colors, figure
     except ImportError as error:

@@ -1,11 +1,8 @@
-"""Balanced experts: the bias updates of V3 and Moonlight, the balance losses of V2 and V3, and V2's token dropping.
-
-Notation: T tokens of a sequence, E routed experts, K chosen per token, D devices of E / D experts each, M devices
-that a token may be sent to (`topk_group`).
-"""
+"""Auxiliary-loss-free load balancing: the bias updates of V3 and Moonlight. Notation: E routed experts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,12 +16,12 @@ __all__ = ["LoadBalancer", "expert_loads", "routers"]
 
 
 def routers(model: nn.Module) -> dict[str, Router]:
-    """The routers of a model by module name, prediction layers' included (TRAPS F9)."""
+    """Returns the routers of a model by module name, those of MTP modules included (TRAPS F9)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
 def expert_loads(model: nn.Module) -> dict[str, Tensor]:
-    """What each router has counted since the last step, int64 [E] each; routers that saw no token are left out."""
+    """Returns the counts of each router since the last step, int64 [E]; routers that saw no token are left out."""
     return {name: router.load for name, router in routers(model).items() if router.load is not None}
 
 
@@ -34,7 +31,7 @@ class LoadBalancer:
     Routers count, in training mode, the tokens that they really route; `step`, called after the optimizer's, moves each
     `e_score_correction_bias` against the load and empties the counts. Calling it once per optimizer step makes the
     update independent of gradient accumulation and recomputation (TRAPS D1, D3). Where torch.distributed runs, counts
-    are summed over `group` first (TRAPS D2).
+    are summed over `group` first (TRAPS D2). Routers are looked up in each step, so that they may be wrapped meanwhile.
 
     Args:
         model: any module tree with `Router`s; those without a bias (V2's routings) are counted and reported only.
@@ -43,6 +40,9 @@ class LoadBalancer:
         form: "sign", b += gamma sign(mean load - load), V3's; or "centred", which subtracts the mean of the signs from
             each, Moonlight's. Neither recentres what was loaded (TRAPS D4).
         group: the process group of all ranks that see different tokens; None for the default one.
+
+    Raises:
+        ValueError: an unknown form, a rate that is not finite, or a model without routers.
     """
 
     def __init__(
@@ -54,16 +54,27 @@ class LoadBalancer:
     ) -> None:
         if form not in ("sign", "centred"):
             raise ValueError(f"expected form 'sign' or 'centred', got {form!r}")
-        self.routers = routers(model)
+        self._model = model
         if not self.routers:
             raise ValueError(f"expected a model with routers, got {type(model).__name__} without any")
         self.rate, self.form, self.group = rate, form, group
         self.steps = 0
+        if not callable(rate):
+            _check_rate(rate)
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        """The model's routers by name, as they are now."""
+        return routers(self._model)
 
     @torch.no_grad()
     def step(self) -> ExpertLoad:
-        """One update of all biases; what was counted for it."""
-        rate = self.rate(self.steps) if callable(self.rate) else self.rate
+        """Updates all biases once and returns the counts that it was made from.
+
+        Raises:
+            ValueError: the schedule gives a rate that is not finite; nothing is changed.
+        """
+        rate = _check_rate(self.rate(self.steps) if callable(self.rate) else self.rate)
         loads = {}
         for name, router in self.routers.items():
             load = router.load
@@ -87,11 +98,17 @@ class LoadBalancer:
         return sign - sign.mean() if self.form == "centred" else sign
 
     def state_dict(self) -> dict[str, int]:
-        """The biases are in the model's own state dict; this is the step that a rate schedule needs."""
+        """Returns the step, for a rate schedule; the biases are in the model's own state dict."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.steps = int(state["steps"])
+
+
+def _check_rate(rate: float) -> float:
+    if not math.isfinite(rate):
+        raise ValueError(f"expected a finite rate, got {rate}")
+    return rate
 
 
 def _distributed() -> bool:

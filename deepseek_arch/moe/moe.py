@@ -16,7 +16,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import MLP
 from .routing import Routing
 
-__all__ = ["Experts", "MoE", "Router"]
+__all__ = ["Experts", "MoE", "Router", "active_router"]
 
 
 class Router(nn.Module):
@@ -31,7 +31,7 @@ class Router(nn.Module):
     All of it in float32; the bias is a float32 buffer whatever dtype the module is cast to (TRAPS C1, C2).
 
     Attributes:
-        load: int64 [E], tokens counted in training mode since `balance.LoadBalancer` last asked, or None. No buffer:
+        load: int64 [E], tokens counted in training mode since `LoadBalancer` last read it, or None. No buffer:
             distributed wrappers would overwrite it with one rank's.
     """
 
@@ -102,7 +102,7 @@ class Router(nn.Module):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
-        if moved is not None and moved.dtype != torch.float32:
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
@@ -112,18 +112,17 @@ class Router(nn.Module):
             self.e_score_correction_bias = self.e_score_correction_bias.float()
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., H] -> logits float32 [T, E], weights float32 [T, K], expert ids int64 [T, K].
+        """Routes x [..., H] -> logits float32 [T, E], weights float32 [T, K], expert ids int64 [T, K].
 
         Experts come in order of falling preference; equal scores go to the smaller id.
 
         Args:
             ids: int64 [T, K], a choice to weigh instead of making one.
         """
-        rows, weight, kind = x.reshape(-1, self.hidden_size), self.weight, x.device.type
-        if rows.dtype != torch.float32:
-            rows = rows.float()
-        if weight.dtype != torch.float32:
-            weight = weight.float()
+        rows, kind = x.reshape(-1, self.hidden_size), x.device.type
+        rows = rows if rows.dtype == torch.float32 else rows.float()
+        weight: Tensor = self.weight
+        weight = weight if weight.dtype == torch.float32 else weight.float()
         if kind != "meta" and torch.is_autocast_enabled(kind):  # it would take the product down to 16 bits
             with torch.autocast(kind, enabled=False):
                 logits = F.linear(rows, weight)
@@ -133,11 +132,11 @@ class Router(nn.Module):
         return logits, weights, ids
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Affinities [T, E] of tokens and experts, which weigh the outputs: sigmoid, or softmax in V2's routings."""
+        """Returns affinities [T, E] of tokens and experts, which weigh the outputs: sigmoid, or softmax in V2."""
         return logits.sigmoid() if self.topk_method == "noaux_tc" else logits.softmax(-1)
 
     def route(self, logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [T, E] -> weights [T, K], expert ids [T, K]; `ids` as in `forward`."""
+        """Chooses and weighs experts by logits [T, E] -> weights [T, K], expert ids [T, K]; `ids` as in `forward`."""
         scores, biased = self.scores(logits), self.topk_method == "noaux_tc"
         normalize = self.norm_topk_prob and (biased or self.top_k > 1)
         # V2's code scales only what it did not normalize (TRAPS C8).
@@ -157,12 +156,12 @@ class Router(nn.Module):
 
     @property
     def _group_best(self) -> int:
-        """How many of its experts a group is chosen by."""
+        """Number of its best experts that decide whether a group is chosen."""
         return 2 if self.topk_method == "noaux_tc" else 1
 
     @torch.no_grad()
     def margins(self, logits: Tensor) -> Tensor:
-        """logits [T, E] -> float32 [T]: the gap to another choice, see `routing.RoutingRecord`."""
+        """Returns the gap to another choice for logits [T, E], float32 [T]; see `RoutingRecord`."""
         bias = self.e_score_correction_bias
         choice = self.scores(logits) if bias is None else self.scores(logits) + bias
         if self.n_group == 1:
@@ -179,7 +178,7 @@ class Router(nn.Module):
 
 
 def _gap(values: Tensor, count: int) -> Tensor:
-    """[T, N] -> [T]: the `count`-th largest value minus the next one; infinite where there is no next one."""
+    """Returns the `count`-th largest value of [T, N] minus the next one, [T]; infinite where there is no next one."""
     if count == values.shape[-1]:
         return values.new_full(values.shape[:-1], float("inf"))
     best = values.topk(count + 1, dim=-1).values
@@ -209,7 +208,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=std)
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
+        """Computes the weighted sum of each token's experts.
 
         Args:
             x: [T, H].
@@ -255,10 +254,31 @@ class MoE(nn.Module):
         )
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """[..., H] -> the same; `routing` may fix, and hears of, the router's decisions."""
-        given = None if routing is None else routing.replayed(self.layer_idx, self.gate.top_k, self.gate.num_experts)
-        logits, weights, expert_ids = self.gate(x) if given is None else self.gate(x, given)
-        if routing is not None:
-            expert_ids = routing.observe(self.layer_idx, self.gate, logits, weights, expert_ids)
+        """Maps [..., H] to the same shape; `routing` may fix the router's decisions, and records them."""
+        if routing is None:
+            _, weights, expert_ids = self.gate(x)
+        else:
+            router = active_router(self.gate)
+            given = routing.replayed(self.layer_idx, router.top_k, router.num_experts)
+            logits, weights, expert_ids = self.gate(x) if given is None else self.gate(x, given)
+            expert_ids = routing.record_layer(self.layer_idx, router, logits, weights, expert_ids)
         out = self.experts(x.reshape(-1, x.shape[-1]), expert_ids, weights).view(x.shape)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        shared = self.shared_experts
+        return out if shared is None else out + shared(x)
+
+
+def active_router(gate: nn.Module) -> Router:
+    """Returns the router of a block, which adapters and other wrappers may have put inside other modules.
+
+    Of several, as PEFT's `modules_to_save` makes them, the one that is trained.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(gate, Router):
+        return gate
+    routers = [module for module in gate.modules() if isinstance(module, Router)]
+    trained = [router for router in routers if any(parameter.requires_grad for parameter in router.parameters())]
+    if not routers:
+        raise ValueError(f"expected a Router, or a module around one, got {type(gate).__name__}")
+    return (trained or routers)[-1]

@@ -13,11 +13,11 @@ __all__ = ["ExpertPlacement", "plan_placement"]
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Which experts each device holds, some of them more than once.
+    """Placement of experts on devices, some of them more than once.
 
     Attributes:
         devices: expert ids of each device.
-        loads: of each device, its experts' loads; an expert's load is shared evenly by its copies.
+        loads: of each device, the sum of its experts' loads; an expert's load is shared evenly by its copies.
         contiguous: loads without the plan: E / D consecutive experts for each device.
     """
 
@@ -27,12 +27,12 @@ class ExpertPlacement:
 
     @property
     def imbalance(self) -> float:
-        """The largest load over the mean: the time of the slowest device, where 1 is perfect."""
+        """Largest load over the mean: the time of the slowest device, where 1 is perfect."""
         return _imbalance(self.loads)
 
     @property
     def imbalance_before(self) -> float:
-        """The same without the plan."""
+        """Imbalance without the plan."""
         return _imbalance(self.contiguous)
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ def plan_placement(
     The greedy rule is within 4/3 of the best placement where places do not bind (Graham's bound).
 
     Args:
-        loads: [E] of one layer, from a `LoadReport` or a `LoadHistory`.
+        loads: [E] of one layer, from an `ExpertLoad` or a `LoadHistory`.
         devices: D.
         redundant: copies beyond one of each; E + redundant must be a multiple of D.
         nodes: devices come in so many nodes, and E / nodes consecutive experts stay on each, as V3 has it: a token that
@@ -83,32 +83,32 @@ def plan_placement(
             raise ValueError(f"expected at most {len(work) * (devices - 1)} copies, got {redundant}")
         copies[max(fewer, key=lambda expert: work[expert] / copies[expert])] += 1
     pieces = sorted(((work[e] / copies[e], e) for e in range(len(work)) for _ in range(copies[e])), reverse=True)
-    held: list[list[int]] = [[] for _ in range(devices)]
+    assigned: list[list[int]] = [[] for _ in range(devices)]
     filled = [0.0] * devices
     heap = [(0.0, device) for device in range(devices)]
     for load, expert in pieces:
         passed = []
         while True:
             device = heapq.heappop(heap)[1]
-            if expert not in held[device]:
+            if expert not in assigned[device]:
                 break
             passed.append((filled[device], device))
             if not heap:  # the last places left are on devices that have a copy already: a second one does no harm
                 device = passed.pop()[1]
                 break
-        held[device].append(expert)
+        assigned[device].append(expert)
         filled[device] += load
-        if len(held[device]) < total // devices:
+        if len(assigned[device]) < total // devices:
             heapq.heappush(heap, (filled[device], device))
         for entry in passed:
             heapq.heappush(heap, entry)
     size = -(-len(work) // devices)
     contiguous = tuple(sum(work[start : start + size]) for start in range(0, size * devices, size))
-    return ExpertPlacement(tuple(tuple(sorted(experts)) for experts in held), tuple(filled), contiguous)
+    return ExpertPlacement(tuple(tuple(sorted(experts)) for experts in assigned), tuple(filled), contiguous)
 
 
 def _by_node(work: list[float], devices: int, redundant: int, nodes: int) -> ExpertPlacement:
-    """A placement of consecutive experts on each node, all of them together."""
+    """Places consecutive experts on each node, and joins the nodes' placements."""
     if nodes < 1 or len(work) % nodes or devices % nodes or redundant % nodes:
         raise ValueError(
             f"expected nodes that divide {len(work)} experts, {devices} devices and {redundant} copies, got {nodes}"
@@ -118,7 +118,7 @@ def _by_node(work: list[float], devices: int, redundant: int, nodes: int) -> Exp
         plan_placement(work[start : start + size], devices // nodes, redundant // nodes)
         for start in range(0, len(work), size)
     ]
-    held = (tuple(e + node * size for e in experts) for node, part in enumerate(parts) for experts in part.devices)
+    assigned = (tuple(e + node * size for e in experts) for node, part in enumerate(parts) for experts in part.devices)
     return ExpertPlacement(
-        tuple(held), sum((part.loads for part in parts), ()), sum((part.contiguous for part in parts), ())
+        tuple(assigned), sum((part.loads for part in parts), ()), sum((part.contiguous for part in parts), ())
     )

@@ -1,4 +1,4 @@
-"""Routing as data: what one forward pass tells its routers and hears from them, recorded, replayed and compared.
+"""Routing as data: decisions of the routers in one forward pass, recorded, replayed and counted.
 
 Notation: B rows, T tokens a row, E experts, K chosen per token.
 """
@@ -18,7 +18,7 @@ __all__ = ["Routing"]
 
 
 class Routing:
-    """What one forward pass tells its routers, and hears from them.
+    """Settings and results of routing in one forward pass.
 
     Passed down through the layers as an argument, so that a layer that is recomputed in the backward pass gets the same
     object again: everything here is assigned, never added up, and recomputing changes nothing (TRAPS D3).
@@ -26,12 +26,12 @@ class Routing:
     Args:
         shape: (B, T) of the tokens.
         valid: bool [B, T], False for padding, which is neither counted nor part of any loss.
-        record: whether to keep the decisions.
+        record: keeps the decisions.
         replay: decisions to take instead of the routers' own. Weights are still the routers', and differentiable.
             Layers that the record does not have decide for themselves.
-        loss: computes the balance loss of a layer (`balance.BalanceLoss`).
+        loss: computes the balance loss of a layer (`BalanceLoss`).
         keep_logits: keeps the routers' logits.
-        capacity: drops choices (`balance.Capacity`).
+        capacity: drops choices (`TokenDropping`).
 
     Attributes:
         losses, logits, counts: by layer index, the balance loss, the router's logits float32 [B T, E], and the tokens
@@ -59,8 +59,8 @@ class Routing:
         self.counts: dict[int, Tensor] = {}
         self._routers: dict[int, Any] = {}
 
-    def among(self, valid: Tensor) -> Routing:
-        """The same for a layer that only some of the tokens mean anything to; what it hears goes to the same place.
+    def restricted_to(self, valid: Tensor) -> Routing:
+        """Returns the same for a layer in which only some of the tokens count; its results go to the same place.
 
         Args:
             valid: bool [B, T].
@@ -70,10 +70,10 @@ class Routing:
         return part
 
     def replayed(self, layer: int, top_k: int, num_experts: int) -> Tensor | None:
-        """The decisions that layer `layer` has to take, int64 [B T, K], or None.
+        """Returns the decisions that layer `layer` has to take, int64 [B T, K], or None.
 
         Raises:
-            ValueError: the record has another K, or experts that the layer has not.
+            ValueError: the record has another K, or experts that the layer does not have.
         """
         ids = None if self.replay is None else self.replay.ids.get(layer)
         if ids is None:
@@ -91,11 +91,11 @@ class Routing:
                 )
         return ids.flatten(0, 1).long()
 
-    def observe(self, layer: int, router: Any, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """Hears of one layer's decisions -> the ids to use, int64 [B T, K].
+    def record_layer(self, layer: int, router: Any, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """Records and counts one layer's decisions -> the ids to use, int64 [B T, K].
 
         Args:
-            router: the `moe.Router`.
+            router: the `Router`.
             logits: [B T, E]; weights, ids: [B T, K].
         """
         if self.loss is not None and router.training:
@@ -129,7 +129,7 @@ class Routing:
     def commit(self) -> None:
         """Adds the counts of this pass to the routers in training mode; once, after the pass.
 
-        Not without gradients: texts that a model in training mode generates are no training (TRAPS D3).
+        Not without gradients: text that a model in training mode generates is not trained on (TRAPS D3).
         """
         if not torch.is_grad_enabled():
             return
@@ -139,7 +139,7 @@ class Routing:
                 router.load = counts if router.load is None else router.load.to(counts.device) + counts
 
     def total_loss(self) -> Tensor | None:
-        """The sum of the layers' balance losses, or None where none was computed."""
+        """Returns the sum of the layers' balance losses, or None where none was computed."""
         if not self.losses:
             return None
         losses = list(self.losses.values())
@@ -148,7 +148,7 @@ class Routing:
 
 @torch.no_grad()
 def count_choices(ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """How many tokens chose each expert, int64 [E], padding excluded (TRAPS D2, D3).
+    """Counts the tokens that chose each expert, int64 [E], padding excluded (TRAPS D2, D3).
 
     Args:
         ids: [N, K]; the value `num_experts` (dropped, or served elsewhere) is not counted.

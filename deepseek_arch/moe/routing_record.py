@@ -1,4 +1,4 @@
-"""Recorded routing decisions, and their agreement."""
+"""Recorded routing decisions, and the agreement of two records."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Agreement", "RoutingRecord", "routing_agreement"]
 
 @dataclass
 class RoutingRecord:
-    """Every routing decision of a forward pass, to be looked at, kept, or replayed in another one.
+    """Every routing decision of a forward pass, to be inspected, kept, or replayed in another one.
 
     Attributes:
         ids: by layer index, int16 or int32 [B, T, K], the chosen experts in order of falling preference.
-        margins: by layer index, float32 [B, T]: how far the choice was from being another one. The least of two gaps:
-            between the last expert chosen and the best one not chosen within the kept groups, and between the last
-            group kept and the best one not kept. Infinite where there was nothing else to choose.
-        valid: bool [B, T], False for padding; None where nothing is.
+        margins: by layer index, float32 [B, T], the distance to another choice: the smaller of the gap between the
+            last expert chosen and the best one not chosen within the kept groups, and the gap between the last group
+            kept and the best one not kept. Infinite where there was nothing else to choose.
+        valid: bool [B, T], False for padding; None where there is no padding.
     """
 
     ids: dict[int, Tensor]
@@ -40,15 +40,15 @@ class RoutingRecord:
         return batch, tokens
 
     def to(self, device: torch.device | str) -> RoutingRecord:
-        """A copy on another device."""
+        """Returns a copy on another device."""
 
         def move(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
             return {layer: tensor.to(device) for layer, tensor in tensors.items()}
 
         return RoutingRecord(move(self.ids), move(self.margins), None if self.valid is None else self.valid.to(device))
 
-    def then(self, later: RoutingRecord) -> RoutingRecord:
-        """This record with `later` behind it in each row: a prompt's with those of the tokens decoded after it.
+    def concat(self, later: RoutingRecord) -> RoutingRecord:
+        """Returns this record with `later` behind it in each row: a prompt's and that of the tokens decoded after it.
 
         Raises:
             ValueError: the layers or the rows differ.
@@ -74,13 +74,13 @@ class RoutingRecord:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two passes over the same tokens routed, by layer index.
+    """Agreement of the routing of two passes over the same tokens, by layer index.
 
     Attributes:
         same: share of the tokens with the same set of experts.
         overlap: mean share of a token's experts that both chose.
-        margin: median margin (of the first pass) of the tokens whose sets differ, None where none does: small ones are
-            ties that rounding decided, large ones are another model.
+        margin: median margin (of the first pass) of the tokens whose sets differ, None where none does: small margins
+            are ties that rounding decided, large ones mean another model.
     """
 
     same: dict[int, float]

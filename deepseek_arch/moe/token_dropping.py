@@ -15,8 +15,8 @@ class TokenDropping:
     """V2's token dropping (V2 report, section 2.2.4): no device takes more choices than its share times `factor`.
 
     On each device the choices with the smallest weights are dropped until the rest fits; the dropped ones contribute
-    nothing. Sequences drawn with probability `spared` are never dropped from, so that the model stays used to
-    evaluation, where nothing is. In training mode only, and off unless asked for.
+    nothing. From sequences drawn with probability `spared` nothing is dropped, so that the model stays used to
+    evaluation, where nothing is dropped either. In training mode only, and off by default.
 
     Attributes:
         factor: capacity over the mean load; V2: 1.0.
@@ -36,7 +36,7 @@ class TokenDropping:
     def drop(
         self, ids: Tensor, weights: Tensor, num_experts: int, shape: tuple[int, int], valid: Tensor | None = None
     ) -> Tensor:
-        """The ids with the dropped choices replaced by `num_experts`, [B T, K]."""
+        """Returns the ids [B T, K] with dropped choices replaced by `num_experts`."""
         if num_experts % self.devices:
             raise ValueError(f"expected devices that divide {num_experts} experts, got {self.devices}")
         spared = torch.rand(shape[0], device=ids.device) < self.spared

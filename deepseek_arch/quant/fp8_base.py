@@ -1,12 +1,12 @@
-"""What a layer with FP8 weights is made of: codes and scales that no cast may touch, and the product with them.
+"""Base class of layers with FP8 weights, FP8 values beside their scales, and the product with such weights.
 
-The weights are not trained: they have no gradient, and neither a cast nor a copy may reach them alone, since codes
-without their scales mean nothing (TRAPS E11).
+The weights are not trained: they have no gradient, and neither a cast nor a copy may reach the values alone, which mean
+nothing without their scales (TRAPS E11).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ def scale_name(name: str) -> str:
 
 
 class FP8Layer(nn.Module):
-    """What both kinds of layer share: parameters in pairs of codes and scales, and what may not happen to them.
+    """Base class of FP8 layers, whose parameters are pairs of FP8 values and scales that only move together.
 
     Attributes:
         block_size: rows and columns that share a scale.
@@ -40,24 +40,33 @@ class FP8Layer(nn.Module):
             dtype.
     """
 
-    held: ClassVar[dict[str, int]]
-    """Parameters with codes, and how many stacked matrices each is, with a grid of scales of its own."""
+    quantized_params: ClassVar[dict[str, int]]
+    """Names of the FP8 parameters, and the number of stacked matrices in each, which have a grid of scales each."""
 
-    def _hold(
+    block_size: tuple[int, int]
+    scale_format: str | None
+    compute_dtype: torch.dtype
+
+    def register_quantized(
         self,
-        shapes: dict[str, tuple[int, ...]],
+        shapes: Mapping[str, tuple[int, ...]],
         block_size: tuple[int, int],
         scale_format: str | None,
         device: Any,
         dtype: torch.dtype | None,
     ) -> None:
+        """Registers FP8 parameters of these shapes, zeros, beside their scales, ones.
+
+        Raises:
+            ValueError: an unknown scale format.
+        """
         if scale_format not in (None, "ue8m0"):
             raise ValueError(f"expected scale_format None or 'ue8m0', got {scale_format!r}")
         self.block_size, self.scale_format = (int(block_size[0]), int(block_size[1])), scale_format
         self.activations = "auto"
         self.compute_dtype = dtype or torch.get_default_dtype()
         for name, (*stack, rows, columns) in shapes.items():
-            parts = self.held[name]
+            parts = self.quantized_params[name]
             down, across = block_grid((rows // parts, columns), self.block_size)
             codes = torch.zeros(*stack, rows, columns, dtype=torch.float8_e4m3fn, device=device)
             scale = torch.ones(*stack, parts * down, across, dtype=torch.float32, device=device)
@@ -66,7 +75,7 @@ class FP8Layer(nn.Module):
 
     @property
     def activations(self) -> str:
-        """How the product treats activations: "auto", "fp8" (W8A8 on any device, emulated where need be) or "high"."""
+        """Treatment of activations: "auto", "fp8" (W8A8 on any device, emulated if need be) or "high"."""
         return self._activations
 
     @activations.setter
@@ -78,7 +87,7 @@ class FP8Layer(nn.Module):
         self._activations = value
 
     def _quantizes(self, op: str, device: torch.device) -> bool:
-        """Whether the activations become FP8."""
+        """Returns True if the activations become FP8."""
         if self.activations != "auto":
             return self.activations == "fp8"
         if self.block_size != GROUP:
@@ -86,40 +95,44 @@ class FP8Layer(nn.Module):
         return dispatch.pick(op, device, unsupported_by_triton()) == "triton"
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """The codes and scales of a parameter, whatever parametrizations it has."""
-        outer = getattr(self, "parametrizations", {})
-        codes = outer[name].original if name in outer else self._parameters[name]
+        """Returns the FP8 values and the scales of a parameter, whatever parametrizations it has."""
+        outer = self._parametrizations()
+        codes = outer[name].original if name in outer else getattr(self, name)
         return codes, getattr(self, scale_name(name))
 
-    def values(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What a parameter means, in `dtype`: the whole of it, dequantized.
+    def dequantized(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns the whole of a parameter, dequantized, in `dtype`.
 
-        A parametrization, such as PEFT's adapters of expert parameters, acts on these values, not on the codes.
+        A parametrization, such as PEFT's adapters of expert parameters, acts on the result, not on the FP8 values.
         """
-        weight = dequantize_blocks(*self.pair(name), self.block_size, dtype, self.held[name])
-        if name in getattr(self, "parametrizations", {}):
-            for parametrization in self.parametrizations[name]:
+        weight = dequantize_blocks(*self.pair(name), self.block_size, dtype, self.quantized_params[name])
+        outer = self._parametrizations()
+        if name in outer:
+            for parametrization in outer[name]:
                 weight = parametrization(weight)
         return weight.to(dtype)
 
+    def _parametrizations(self) -> Mapping[str, Any]:
+        return getattr(self, "parametrizations", {})
+
     def quantize_(self, **weights: Tensor) -> None:
-        """Takes the codes and scales of these weights; on the meta device, where there are none, nothing."""
+        """Takes the FP8 values and scales of these weights; on the meta device, where there are none, does nothing."""
         for name, weight in weights.items():
             if not weight.is_meta:
-                made = quantize_blocks(weight.detach(), self.block_size, self.scale_format, self.held[name])
+                made = quantize_blocks(weight.detach(), self.block_size, self.scale_format, self.quantized_params[name])
                 for key, value in zip((name, scale_name(name)), made, strict=True):
                     setattr(self, key, nn.Parameter(value, requires_grad=False))
 
     def reset_parameters(self, *args: Any) -> None:
-        """Nothing: codes are loaded, or made from weights, never drawn."""
+        """Does nothing: FP8 values are loaded, or made from weights, never drawn."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        held = {id(self._parameters.get(key)) for name in self.held for key in (name, scale_name(name))}
+        own = {id(self._parameters.get(key)) for name in self.quantized_params for key in (name, scale_name(name))}
 
         def move(tensor: Tensor) -> Tensor:
-            if id(tensor) not in held:
+            if id(tensor) not in own:
                 return fn(tensor)
-            # As integers, which casts leave alone; what changes them nevertheless may still choose the device.
+            # As integers, which casts leave alone; a function that changes them all the same may choose the device.
             bits = tensor.detach().view({1: torch.uint8, 4: torch.int32}[tensor.element_size()])
             moved = fn(bits)
             return moved.view(tensor.dtype) if moved.dtype == bits.dtype else tensor.detach().to(moved.device)
@@ -129,25 +142,25 @@ class FP8Layer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         wrong = []
-        for name in self.held:
+        for name in self.quantized_params:
             for key, tensor in zip((name, scale_name(name)), self.pair(name), strict=True):
                 given = state_dict.get(prefix + key)
                 if given is not None and given.dtype != tensor.dtype:
                     wrong.append(f"{prefix}{key}: expected {tensor.dtype}, got {given.dtype}")
-        if wrong:  # a copy would cast: values to codes without scales, or codes to values (TRAPS E11)
+        if wrong:  # a copy would cast to FP8 without a scale, or from FP8 without its scale (TRAPS E11)
             errors.extend(wrong)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-    # Plain pickle cannot read float8 tensors back (torch 2.13): processes exchange the codes as bytes.
+    # Plain pickle cannot read float8 tensors back (torch 2.13): processes exchange them as bytes.
     def __getstate__(self) -> dict[str, Any]:
-        bits = {name: self._parameters[name].detach().view(torch.uint8) for name in self.held}
+        bits = {name: self.pair(name)[0].detach().view(torch.uint8) for name in self.quantized_params}
         return {**self.__dict__, "_parameters": {**self._parameters, **bits}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name in self.held:
-            codes = self._parameters[name].view(torch.float8_e4m3fn)
+        for name in self.quantized_params:
+            codes = state["_parameters"][name].view(torch.float8_e4m3fn)
             self._parameters[name] = nn.Parameter(codes, requires_grad=False)
 
     def _describe(self) -> str:
@@ -156,14 +169,14 @@ class FP8Layer(nn.Module):
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """The W8A8 product of high-precision rows, dense or grouped by expert.
+    """W8A8 GEMM of high-precision rows, dense or grouped by expert.
 
-    Its gradient is that of the product with the dequantized weight; rounding the rows counts as the identity.
+    Its gradient is that of the GEMM with the dequantized weight; rounding the rows counts as the identity.
     """
 
     @staticmethod
     def forward(ctx, rows, codes, scale, ends, parts, scale_format, dtype):
-        """rows [P, K], codes [N, K] or, with ends [E], [E, N, K] -> [P, N] in `dtype`."""
+        """Multiplies rows [P, K] by codes [N, K] or, with ends [E], [E, N, K] -> [P, N] in `dtype`."""
         ctx.save_for_backward(codes, scale, ends)
         ctx.parts, ctx.dtype = parts, rows.dtype
         quantized = quantize_rows(rows, scale_format)
@@ -177,5 +190,5 @@ class QuantizedProduct(torch.autograd.Function):
         codes, scale, ends = ctx.saved_tensors
         if ends is None:
             codes, scale = codes[None], scale[None]
-        grad_rows = weight_product(grad, codes, scale, ends, *GROUP, ctx.parts, True)  # the weights' other way round
+        grad_rows = weight_product(grad, codes, scale, ends, *GROUP, ctx.parts, True)
         return grad_rows.to(ctx.dtype), None, None, None, None, None, None

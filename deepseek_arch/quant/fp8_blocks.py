@@ -30,29 +30,29 @@ __all__ = [
     "scale_format_of",
 ]
 
-# What the published FP8 checkpoints say in `quantization_config`.
+# `quantization_config` of the published FP8 checkpoints.
 FP8_QUANTIZATION: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
     "quant_method": "fp8",
     "weight_block_size": [128, 128],
 }
-_WIDE = (torch.float32, torch.bfloat16, torch.float16)  # what the operators compute with
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the operators compute with
 
 
 def block_grid(shape: tuple[int, ...] | torch.Size, block_size: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks cover a matrix of `shape`, down and across; edge blocks may be partial."""
+    """Returns the number of blocks that cover a matrix of `shape`, down and across; edge blocks may be partial."""
     (rows, columns), (block_rows, block_columns) = shape, block_size
     return -(-rows // block_rows), -(-columns // block_columns)
 
 
 def scale_format_of(quantization: Mapping[str, Any] | None) -> str | None:
-    """The format of new scales beside those of a `quantization_config`: "ue8m0" if it says so, else None (float32)."""
+    """Returns the format of new scales beside those of a `quantization_config`: "ue8m0", or None for float32."""
     return "ue8m0" if (quantization or {}).get("scale_fmt") == "ue8m0" else None
 
 
 def decode_scale(scale: Tensor) -> Tensor:
-    """Scales as float32: exponent bytes (float8_e8m0fnu or uint8) become 2^(b - 127), floats are widened.
+    """Returns scales as float32: exponent bytes (float8_e8m0fnu or uint8) become 2^(b - 127), floats are widened.
 
     Raises:
         ValueError: a scale is NaN or infinite, or the dtype holds no scales.
@@ -81,7 +81,7 @@ def dequantize_blocks(
     out: Tensor | None = None,
     parts: int = 1,
 ) -> Tensor:
-    """The matrix that FP8 codes mean: `float32(code) * scale` of its block, rounded once to `dtype`.
+    """Returns the matrix `float32(code) * scale` of its block, rounded once to `dtype`.
 
     Args:
         codes: [R, C] or [E, R, C] float8_e4m3fn.

@@ -1,14 +1,14 @@
-"""Layers whose weights stay what a published checkpoint holds: e4m3 codes beside the scales of their blocks.
+"""Conversion of a model's layers to FP8 weights, e4m3 values beside the scales of their blocks, and back.
 
-No product of a layer expands its weight as a whole (absorbed attention, which multiplies with a part of kv_b_proj for
-each head, does). There are two, chosen by a layer's `activations`:
+No GEMM of a layer expands its weight as a whole (absorbed attention, which multiplies by a part of kv_b_proj for each
+head, does). There are two, chosen by a layer's `activations`:
 
-- W8A8: the activations become FP8 too, in groups of 1 x 128, and the product is one of FP8 with FP8, as DeepSeek's own
-  inference has it (`fp8_gemm`). "auto" takes it where the device multiplies FP8.
-- W8A16: the activations stay what they are and the weight is expanded tile by tile inside the product
+- W8A8: the activations become FP8 too, in groups of 1 x 128, and FP8 is multiplied by FP8, as in DeepSeek's own
+  inference (`fp8_gemm`). "auto" takes it where the device multiplies FP8.
+- W8A16: the activations stay as they are and the weight is expanded tile by tile inside the GEMM
   (`fp8_weight_gemm`): exact against the dequantized weight, on every device. "auto" takes it everywhere else.
 
-Gradients of the activations, which adapters need, see the dequantized weight in both products.
+Gradients of the activations, which adapters need, use the dequantized weight in both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["dequantize", "fp8_layers", "keep_fp8"]
 
 
 def fp8_layers(model: nn.Module) -> dict[str, FP8Layer]:
-    """The layers of a model that hold FP8 weights, by their names."""
+    """Returns the layers of a model that keep FP8 weights, by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FP8Layer)}
 
 
@@ -63,22 +63,25 @@ def keep_fp8(
             raise ValueError(f"expected a DeepseekLM or the names of parameters, got {type(model).__name__}")
         parameters = [slot.parameter for slot in layout(config) if slot.fp8]
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
-    todo = [path for path in paths if _to_quantize(model, path, block_size)]
-    for path in todo:
+    remaining = [path for path in paths if _needs_quantizing(model, path, block_size)]
+    for path in remaining:
         layer = model.get_submodule(path)
-        kind = FP8Experts if isinstance(layer, Experts) else FP8Linear
-        _replace(model, path, kind.quantize(layer, block_size, scale_format))
+        if isinstance(layer, Experts):
+            _replace(model, path, FP8Experts.quantize(layer, block_size, scale_format))
+        else:
+            assert isinstance(layer, nn.Linear)
+            _replace(model, path, FP8Linear.quantize(layer, block_size, scale_format))
     if not isinstance(config, DeepseekConfig):
         return model
-    said = scale_format_of(config.quantization_config)
-    if config.weight_block_size != tuple(block_size) or (todo and said != scale_format):
+    configured = scale_format_of(config.quantization_config)
+    if config.weight_block_size != tuple(block_size) or (remaining and configured != scale_format):
         formats = {"scale_fmt": scale_format} if scale_format else {}
         _describe_as(model, {**FP8_QUANTIZATION, "weight_block_size": list(block_size), **formats})
     return model
 
 
-def _to_quantize(model: nn.Module, path: str, block_size: tuple[int, int]) -> bool:
-    """Whether a layer is yet to become FP8; raises ValueError where it cannot, before any other one has."""
+def _needs_quantizing(model: nn.Module, path: str, block_size: tuple[int, int]) -> bool:
+    """Returns True if a layer is not FP8 yet; raises ValueError where it cannot be, before another has changed."""
     layer = model.get_submodule(path)
     if isinstance(layer, FP8Layer):
         if tuple(layer.block_size) != tuple(block_size):
@@ -95,7 +98,7 @@ def _to_quantize(model: nn.Module, path: str, block_size: tuple[int, int]) -> bo
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces FP8 layers by ordinary ones with the values that they mean, in place and one at a time.
+    """Replaces FP8 layers by ordinary ones with the same values, in place and one at a time.
 
     Args:
         dtype: of the weights; default each layer's `compute_dtype`.
@@ -103,8 +106,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Returns:
         `model`, trainable, with nothing in its config that says FP8 (TRAPS E12).
     """
-    for path in list(fp8_layers(model)):
-        layer = model.get_submodule(path)
+    for path, layer in fp8_layers(model).items():
         _replace(model, path, _ordinary(layer, dtype or layer.compute_dtype))
     _describe_as(model, None)
     return model
@@ -116,21 +118,25 @@ def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _ordinary(layer: FP8Layer, dtype: torch.dtype) -> nn.Module:
-    """On the meta device first, so that no weights are drawn only to be replaced."""
+    """Returns the layer without FP8, built on the meta device so that no weights are drawn only to be replaced."""
+    ordinary: Experts | Linear
     if isinstance(layer, FP8Experts):
         sizes = layer.num_experts, layer.hidden_dim, layer.intermediate_dim
-        plain: nn.Module = Experts(*sizes, device="meta", dtype=dtype)
+        ordinary = Experts(*sizes, device="meta", dtype=dtype)
     else:
-        plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype)
-        plain.bias = layer.bias
-    for name in layer.held:
+        assert isinstance(layer, FP8Linear)
+        ordinary = Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype)
+        ordinary.bias = layer.bias
+    for name in layer.quantized_params:
         codes, _ = layer.pair(name)
-        values = torch.empty(codes.shape, dtype=dtype, device="meta") if codes.is_meta else layer.values(name, dtype)
-        setattr(plain, name, nn.Parameter(values))
-    return plain.train(layer.training)
+        meta = codes.is_meta
+        values = torch.empty(codes.shape, dtype=dtype, device="meta") if meta else layer.dequantized(name, dtype)
+        setattr(ordinary, name, nn.Parameter(values))
+    return ordinary.train(layer.training)
 
 
 def _describe_as(model: nn.Module, quantization: dict | None) -> None:
     for part in model.modules():
-        if isinstance(getattr(part, "config", None), DeepseekConfig):
-            part.config = part.config.replace(quantization_config=quantization)
+        config = getattr(part, "config", None)
+        if isinstance(config, DeepseekConfig):
+            setattr(part, "config", config.replace(quantization_config=quantization))  # noqa: B010  (a Tensor, to mypy)

@@ -38,7 +38,7 @@ class FP8Experts(FP8Layer, Experts):
         down_proj_scale_inv: [E, ceil(H / block_rows), ceil(I / block_columns)] float32.
     """
 
-    held: ClassVar = {"gate_up_proj": 2, "down_proj": 1}
+    quantized_params: ClassVar = {"gate_up_proj": 2, "down_proj": 1}
 
     def __init__(
         self,
@@ -57,13 +57,13 @@ class FP8Experts(FP8Layer, Experts):
             "gate_up_proj": (num_experts, 2 * intermediate_size, hidden_size),
             "down_proj": (num_experts, hidden_size, intermediate_size),
         }
-        self._hold(shapes, block_size, scale_format, device, dtype)
+        self.register_quantized(shapes, block_size, scale_format, device, dtype)
 
     @classmethod
     def quantize(
         cls, experts: Experts, block_size: tuple[int, int] = GROUP, scale_format: str | None = None
     ) -> FP8Experts:
-        """The same experts with their weights in FP8; on the meta device only the shapes.
+        """Returns the same experts with their weights in FP8; on the meta device only the shapes.
 
         Raises:
             ValueError: a weight is not finite.
@@ -74,12 +74,12 @@ class FP8Experts(FP8Layer, Experts):
         return made.train(experts.training)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """gate_up_proj [E, 2 I, H] and down_proj [E, H, I] in `dtype` (default `compute_dtype`)."""
+        """Returns gate_up_proj [E, 2 I, H] and down_proj [E, H, I] dequantized, in `dtype` or `compute_dtype`."""
         dtype = dtype or self.compute_dtype
-        return self.values("gate_up_proj", dtype), self.values("down_proj", dtype)
+        return self.dequantized("gate_up_proj", dtype), self.dequantized("down_proj", dtype)
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """Computes `Experts.forward`."""
         (x,) = dispatch.autocast(x)
         adapted = hasattr(self, "parametrizations")
         quantizes = not adapted and self._quantizes("fp8_grouped_gemm", x.device)
@@ -91,17 +91,17 @@ class FP8Experts(FP8Layer, Experts):
             out = self._quantized(x, order, inverse, ends)
         else:
             rows = permute(x, order, inverse)  # [T K, H]
-            gate, up = self._product(rows, "gate_up_proj", ends).chunk(2, dim=-1)  # [T K, I] each
-            out = self._product(swiglu(gate, up), "down_proj", ends)  # [T K, H]
+            gate, up = self._grouped_gemm(rows, "gate_up_proj", ends).chunk(2, dim=-1)  # [T K, I] each
+            out = self._grouped_gemm(swiglu(gate, up), "down_proj", ends)  # [T K, H]
         return unpermute(out, weights, order, inverse)
 
-    def _product(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
+    def _grouped_gemm(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
         if name in getattr(self, "parametrizations", ()):
-            return grouped_gemm(rows, self.values(name, rows.dtype), ends)
-        return fp8_weight_grouped_gemm(rows, *self.pair(name), ends, self.block_size, self.held[name])
+            return grouped_gemm(rows, self.dequantized(name, rows.dtype), ends)
+        return fp8_weight_grouped_gemm(rows, *self.pair(name), ends, self.block_size, self.quantized_params[name])
 
     def _quantized(self, x: Tensor, order: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
-        """The W8A8 products. With gradients they are two functions of high-precision rows, with the same numbers."""
+        """Runs the W8A8 GEMMs. With gradients they are two functions of high-precision rows, with the same numbers."""
         up, down, form = self.pair("gate_up_proj"), self.pair("down_proj"), self.scale_format
         if torch.is_grad_enabled() and x.requires_grad:
             rows = permute(x, order, inverse)

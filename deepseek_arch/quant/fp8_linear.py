@@ -7,12 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deepseek_kernels import (
-    dense_gemm,
-    dispatch,
-    fp8_gemm,
-    fp8_weight_gemm,
-)
+from deepseek_kernels import dense_gemm, dispatch, fp8_gemm, fp8_weight_gemm
 
 from ..layers.linear import Linear, QuantizedRows
 from .fp8_base import GROUP, FP8Layer, QuantizedProduct
@@ -26,11 +21,12 @@ class FP8Linear(FP8Layer, Linear):
     Parameters:
         weight: [out_features, in_features] float8_e4m3fn.
         weight_scale_inv: [ceil(out_features / block_rows), ceil(in_features / block_columns)] float32; despite its name
-            what the codes are multiplied by (TRAPS E1).
+            the FP8 values are multiplied by it (TRAPS E1).
         bias: [out_features] in `dtype`, if there is one.
     """
 
-    held: ClassVar = {"weight": 1}
+    quantized_params: ClassVar = {"weight": 1}
+    weight_scale_inv: nn.Parameter
 
     def __init__(
         self,
@@ -45,7 +41,7 @@ class FP8Linear(FP8Layer, Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._hold({"weight": (out_features, in_features)}, block_size, scale_format, device, dtype)
+        self.register_quantized({"weight": (out_features, in_features)}, block_size, scale_format, device, dtype)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
@@ -54,7 +50,7 @@ class FP8Linear(FP8Layer, Linear):
     def quantize(
         cls, linear: nn.Linear, block_size: tuple[int, int] = GROUP, scale_format: str | None = None
     ) -> FP8Linear:
-        """The same layer with its weight in FP8, and the same bias; on the meta device only the shapes.
+        """Returns the same layer with its weight in FP8, and the same bias; on the meta device only the shapes.
 
         Raises:
             ValueError: a weight is not finite.
@@ -66,8 +62,8 @@ class FP8Linear(FP8Layer, Linear):
         return made.train(linear.training)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix that the layer multiplies by, [out_features, in_features] in `dtype` (default `compute_dtype`)."""
-        return self.values("weight", dtype or self.compute_dtype)
+        """Returns the dequantized weight, [out_features, in_features] in `dtype` (default `compute_dtype`)."""
+        return self.dequantized("weight", dtype or self.compute_dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Returns the dequantized matrix, as `Linear.dense_weight`."""
@@ -82,7 +78,7 @@ class FP8Linear(FP8Layer, Linear):
         return not hasattr(self, "parametrizations") and self._quantizes("fp8_gemm", device)
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
+        """Multiplies [..., in_features] by the weight -> [..., out_features]."""
         if isinstance(x, QuantizedRows):
             out = fp8_gemm(x.codes, x.scale, self.weight, self.weight_scale_inv, x.dtype)
             out = out.reshape(*x.shape[:-1], self.out_features)

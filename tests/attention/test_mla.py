@@ -311,7 +311,7 @@ class _Doubled(torch.nn.Module):
 
 @pytest.mark.parametrize("how", ["module", "subclass", "hook"])
 def test_absorbed_form_uses_what_kv_b_proj_computes(how, monkeypatch):
-    """Reading `kv_b_proj.weight` would skip adapters, quantization and hooks (HF.md, section 3)."""
+    """Reading `kv_b_proj.weight` would skip adapters, quantization and hooks."""
     cfg = config("v3")
     attention, weights = _attention(cfg)
     if how == "module":
@@ -374,7 +374,7 @@ def test_a_mask_per_head_is_refused_by_the_absorbed_form(monkeypatch):
 
 @torch.no_grad()
 def test_forward_derivatives_pass_through_a_cache():
-    """What is written in place has none: then everything is computed as if a gradient were wanted."""
+    """A write in place has none, so everything is computed as if a gradient were needed."""
     cfg = config("v3")
     attention, _ = _attention(cfg, torch.float64)
     x, tangent, rope = _inputs(cfg).double(), _inputs(cfg, seed=2).double(), _rope(cfg)

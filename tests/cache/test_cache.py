@@ -26,7 +26,7 @@ def _fill(cache, count, seed=0):
 
 
 def _held(cache, layer):
-    """What a layer holds: an update with no tokens returns it."""
+    """Returns the tokens of a layer, by an update without tokens."""
     empty = torch.empty(cache.batch_size, 1, 0, RANK + ROPE)
     return torch.cat(cache.update(empty[..., :RANK], empty[..., RANK:], layer), -1)[:, 0]
 
@@ -36,7 +36,7 @@ def _held(cache, layer):
     [("deepseek-v3", 70_272), ("deepseek-v2", 2 * 34_560), ("deepseek-v2-lite", 2 * 15_552), ("glm-4.7-flash", 54_144)],
 )
 def test_published_bytes_per_token(name, nbytes):
-    """TRAPS B7: 576 values once, neither twice nor per head; the draft layer is not counted (FIGURES, section 2)."""
+    """TRAPS B7: 576 values once, neither twice nor per head; the draft layer is not counted."""
     cfg = DeepseekConfig.from_pretrained(name)
     cache = LatentCache(
         cfg.num_hidden_layers, 1, cfg.kv_lora_rank, cfg.qk_rope_head_dim, capacity=3, dtype=torch.bfloat16
@@ -241,7 +241,7 @@ def test_left_padded_chunks_even_if_a_chunk_is_padding_only():
 
 @torch.no_grad()
 def test_a_mask_that_covers_the_past_too():
-    """What a caller of transformers passes while decoding: columns for every token so far."""
+    """As transformers passes it while decoding: columns for every token so far."""
     cfg = config("v3")
     lm, ids = model(cfg), tokens(cfg, 2, 8)
     mask = torch.ones(2, 8, dtype=torch.long)

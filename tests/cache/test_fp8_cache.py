@@ -38,12 +38,12 @@ def states_of(cache: LatentCache, count: int, seed: int = 0) -> Tensor:
 
 
 def stored(states: Tensor) -> Tensor:
-    """What is left of states after FP8."""
+    """Returns states after a round trip through FP8."""
     return torch.cat(unpack(pack(states, RANK), RANK, torch.float32), -1)
 
 
 def held(cache: LatentCache, layer: int) -> Tensor:
-    """What a layer holds: an update with no tokens returns it."""
+    """Returns the tokens of a layer, by an update without tokens."""
     nothing = torch.empty(cache.batch_size, 1, 0, RANK + ROPE)
     return torch.cat(cache.update(nothing[..., :RANK], nothing[..., RANK:], layer), -1)[:, 0]
 

@@ -228,7 +228,7 @@ def test_published_names_are_taken_by_load_state_dict(fp8_folder, tmp_path):
     )
     before = fp8_and_scales(model)
     for layer in fp8_layers(model).values():
-        for name in layer.held:
+        for name in layer.quantized_params:
             codes, scale = layer.pair(name)
             codes.data, scale.data = torch.zeros_like(codes), torch.zeros_like(scale)
     model.load_state_dict(stored(fp8_folder))  # strict: nothing missing, nothing unexpected

@@ -38,7 +38,7 @@ def test_published_frequencies(name):
     ("name", "low", "high"), [("deepseek-v3", 10, 23), ("kimi-k2-instruct", 19, 20), ("deepseek-v2-lite", 10, 23)]
 )
 def test_yarn_ramp_keeps_fast_pairs_and_slows_slow_ones(name, low, high):
-    """TRAPS A8: FIGURES section 8 gives both ends of the ramp; the opposite sign would slow the fast pairs."""
+    """TRAPS A8: both ends of V3's ramp; the opposite sign would slow the fast pairs."""
     cfg = DeepseekConfig.from_pretrained(name)
     plain = inverse_frequencies(cfg.qk_rope_head_dim, cfg.rope_theta)
     slowed = plain / _frequencies(cfg)
@@ -50,7 +50,7 @@ def test_yarn_ramp_keeps_fast_pairs_and_slows_slow_ones(name, low, high):
 
 
 def test_yarn_ramp_of_no_width_is_a_step():
-    """TRAPS A8, FIGURES section 8: low == high must not divide by zero."""
+    """TRAPS A8: low == high must not divide by zero."""
     cfg = config("v3", rope_scaling=YARN | {"beta_fast": 4.0, "beta_slow": 4.0, "original_max_position_embeddings": 12})
     frequencies = _frequencies(cfg)
     assert torch.isfinite(frequencies).all()
@@ -70,7 +70,7 @@ def test_yarn_ramp_of_no_width_is_a_step():
     ],
 )
 def test_published_softmax_scales(name, scale):
-    """TRAPS A5, A7 and A13: FIGURES section 8, with m squared and `mscale_all_dim`, of 192 and never of 576 values."""
+    """TRAPS A5, A7 and A13: with m squared and `mscale_all_dim`, of 192 and never of 576 values."""
     cfg = DeepseekConfig.from_pretrained(name)
     assert cfg.softmax_scale == pytest.approx(scale, rel=1e-14)
     assert oracle_scale(cfg) == pytest.approx(scale, rel=1e-14)

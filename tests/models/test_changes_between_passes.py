@@ -1,4 +1,4 @@
-"""Whatever a pass has decided about a model is forgotten when the model changes: hooks, patches, wrappers, casts.
+"""Decisions about a model do not outlive its changes: hooks, patches, wrappers, casts.
 
 A model that has run is changed and compared, bit by bit, with a copy that is changed before its first pass.
 """
@@ -191,7 +191,7 @@ def test_autocast_and_gradients_come_and_go(kind):
 
 
 def test_a_backend_asked_for_by_name_after_the_first_pass(monkeypatch):
-    """What runs is looked up once for each backend, and not once for all."""
+    """The implementation is looked up once for each backend, not once for all."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     dispatch.forget()
     lm = model(config("v3"))

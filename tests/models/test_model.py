@@ -49,7 +49,7 @@ def test_bfloat16_is_as_good_as_its_roundings():
 @pytest.mark.parametrize(
     ("name", "count", "elements"),
     [
-        ("deepseek-v3", 91_991 - 45_808, 684_489_845_504),  # TENSORS.md, section 1, without the FP8 scales
+        ("deepseek-v3", 91_991 - 45_808, 684_489_845_504),  # of the published index, without the FP8 scales
         ("deepseek-v2", 29_102, 235_741_434_880),
         ("deepseek-v2-lite", 5_291, 15_706_484_224),
         ("glm-4.7-flash", 9_703, 31_221_488_576),
@@ -57,7 +57,7 @@ def test_bfloat16_is_as_good_as_its_roundings():
     ],
 )
 def test_the_expected_shapes_add_up_to_the_published_totals(name, count, elements):
-    """What the tests below compare with is itself right."""
+    """The comparison of the tests below is itself right."""
     shapes = published.shapes(DeepseekConfig.from_pretrained(name))
     assert sum(math.prod(shape) for shape in shapes.values()) == elements
     assert count is None or len(shapes) == count
@@ -81,7 +81,7 @@ def test_every_preset_builds_on_the_meta_device_with_its_published_shapes(name):
 
 
 def test_v3_has_the_published_number_of_parameters():
-    """FIGURES 1.3, to the last element, the correction biases counted."""
+    """The published counts to the last element, the correction biases counted."""
     lm = DeepseekLM(DeepseekConfig.from_pretrained("deepseek-v3"), device="meta")
     count = lambda module: sum(t.numel() for t in module.state_dict().values())  # noqa: E731
     assert count(lm.model) + count(lm.lm_head) == 671_026_419_200

@@ -18,7 +18,7 @@ from support.small_models import KINDS, YARN, config, error, model, tokens
 
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-4  # the contract of DESIGN.md section 4; measured differences are near 1e-6
+TOLERANCE = 1e-4  # of float32 logits; measured differences are near 1e-6
 _NATIVE = {
     "deepseek_v2": ("DeepseekV2Config", "DeepseekV2ForCausalLM"),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
@@ -83,8 +83,10 @@ def _left_padding(draw, batch, length):
 
 
 def _routing_is_clear(cfg, weights, ids, mask, seed):
-    """Whether a change of every weight by a few units in the last place leaves all experts as they are: float32 and
-    float64 may rightly disagree on a tie."""
+    """Returns True if a change of every weight by a few units in the last place leaves all experts as they are.
+
+    Float32 and float64 may rightly disagree on a tie.
+    """
     generator = torch.Generator().manual_seed(seed)
     nudged = {k: v * (1 + 1e-5 * torch.randn(v.shape, generator=generator)) for k, v in weights.items()}
 

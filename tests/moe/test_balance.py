@@ -188,7 +188,7 @@ def _biases(lm):
 
 @pytest.mark.parametrize("form", ["sign", "centred"])
 def test_the_update_is_the_papers(form):
-    """TRAPS D1; V3 report section 2.1.2, Moonlight's form beside it (FIGURES 5.4)."""
+    """TRAPS D1; V3 report section 2.1.2, Moonlight's form beside it."""
     router = _router(experts=4, top_k=1, groups=1, kept=1)
     router.load = torch.tensor([9, 3, 0, 0])  # the mean is 3: the second expert has exactly its share
     before = router.e_score_correction_bias.clone()

@@ -42,7 +42,7 @@ def test_experts_collapse_without_balancing_and_even_out_with_it(runs):
 
 
 def test_both_runs_learn_and_balancing_costs_no_loss(runs):
-    """What is left is the next token's entropy and more; a step's loss deviates by some 0.05, ten of them by 0.02."""
+    """The rest is the next token's entropy and more; a step's loss deviates by some 0.05, ten of them by 0.02."""
     ends = {rate: sum(losses[-10:]) / 10 for rate, (_, losses) in runs.items()}
     assert all(ends[rate] < losses[0] - 1 for rate, (_, losses) in runs.items())
     assert ends[1e-2] < ends[0.0] + 0.1

@@ -65,7 +65,7 @@ def test_a_rollout_is_replayed_in_training():
     cache = lm.new_cache(2)
     record = lm(ids[:, :5], cache=cache, record_routing=True).routing
     for step in range(5, 9):
-        record = record.then(lm(ids[:, step : step + 1], cache=cache, record_routing=True).routing)
+        record = record.concat(lm(ids[:, step : step + 1], cache=cache, record_routing=True).routing)
     whole = lm(ids, record_routing=True).routing
     assert record.shape == (2, 9) and all(torch.equal(record.ids[i], whole.ids[i]) for i in (1, 2))
     assert set(routing_agreement(record, whole).same.values()) == {1.0}
@@ -115,7 +115,7 @@ def test_records_that_do_not_fit():
     with pytest.raises(ValueError, match="3 experts for layer 1, got 6"):
         lm(ids, replay_routing=wide)
     with pytest.raises(ValueError, match=r"layers \[1, 2\] and 2 rows, got layers \[1\] and 2 rows"):
-        record.then(missing)
+        record.concat(missing)
     with pytest.raises(ValueError, match="records of the same layers"):
         routing_agreement(record, missing)
 

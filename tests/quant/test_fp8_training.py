@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import io
 import math
 
@@ -25,6 +27,7 @@ from deepseek_arch.quant.fp8_training import (
     remove_fp8_training,
 )
 from deepseek_arch.quant.fp8_training import layers as fp8_layers
+from deepseek_arch.quant.fp8_training import operands as fp8_operands
 from deepseek_arch.quant.fp8_training import products as fp8_products
 from deepseek_arch.quant.fp8_training.products import product, swiglu_product
 from deepseek_kernels import (
@@ -74,7 +77,7 @@ def sqnr(exact: Tensor, got: Tensor) -> float:
 
 
 def least_sqnr(operands: int) -> float:
-    """What e4m3 leaves at least when so many operands are rounded in a chain of products.
+    """Returns the least signal-to-noise ratio after so many operands were rounded to e4m3 in a chain of GEMMs.
 
     Three mantissa bits: between 2^n and 2^(n + 1) codes are 2^(n - 3) apart, so the mean square error is
     2^(2 n - 6) / 12 of squares of at least 2^(2 n): 28.9 dB if all were as small as that (31.5 dB for evenly spread
@@ -94,6 +97,13 @@ def run(module: nn.Module, x: Tensor, grad: Tensor, *others: Tensor) -> list[Ten
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def intercept(monkeypatch, name: str, wrapped) -> None:
+    """Puts `wrapped(operator, ...)` in the place of an operator, wherever FP8 training calls it."""
+    for module in (fp8_operands, fp8_products):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, functools.partial(wrapped, getattr(module, name)))
 
 
 def linear(inputs: int, outputs: int, policy: FP8Policy = ALL, bias: bool = False, dtype=torch.float32) -> Linear:
@@ -254,7 +264,7 @@ def test_products_in_high_precision_are_exact_and_the_others_are_not(kind):
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outs = [
         product(inputs[0], stacked[0], quantize_blocks(weight), one_high, ends),
-        product(inputs[1], stacked[1], (None, None), HIGH, ends),
+        product(inputs[1], stacked[1], None, HIGH, ends),
     ]
     for out in outs:
         out.backward(grad)
@@ -267,14 +277,12 @@ def test_scales_are_powers_of_two_exactly_where_the_paper_says_so(monkeypatch):
     seen = []
 
     def spy(name):
-        operator = getattr(fp8_products, name)
-
-        def wrapped(x, *arguments):
+        def wrapped(operator, x, *arguments):
             out = operator(x, *arguments)
             seen.extend((x.shape[-1], bool((s.frexp().mantissa == 0.5).all())) for s in out[1::2])
             return out
 
-        monkeypatch.setattr(fp8_products, name, wrapped)
+        intercept(monkeypatch, name, wrapped)
 
     for name in ("quantize_rows", "quantize_transposed", "quantize_both", "quantize_grouped_transposed"):
         spy(name)
@@ -326,9 +334,7 @@ def test_experts_of_no_tokens_and_of_all_tokens_in_one():
 def test_only_the_gradients_that_are_needed_are_made(monkeypatch):
     calls = []
     for name in ("fp8_gemm", "quantize_transposed", "quantize_both"):
-        operator = getattr(fp8_products, name)
-        spy = lambda *args, name=name, operator=operator: calls.append(name) or operator(*args)  # noqa: E731
-        monkeypatch.setattr(fp8_products, name, spy)
+        intercept(monkeypatch, name, lambda operator, *args, name=name: calls.append(name) or operator(*args))
     x, grad = torch.randn(9, 20), torch.randn(9, 10)
     frozen = linear(20, 10).requires_grad_(False)
     frozen(x.clone().requires_grad_()).backward(grad)
@@ -340,6 +346,39 @@ def test_only_the_gradients_that_are_needed_are_made(monkeypatch):
     with torch.no_grad():
         linear(20, 10)(x)
     assert calls == ["fp8_gemm"]
+
+
+def test_an_input_that_two_layers_share_is_quantized_once(monkeypatch):
+    calls = []
+
+    def counted(operator, x, *arguments):
+        calls.extend([1] if x.shape[-1] == 20 else [])  # gradients have 10 columns
+        return operator(x, *arguments)
+
+    intercept(monkeypatch, "quantize_both", counted)
+    first, second = linear(20, 10), linear(20, 10)
+    grad = torch.randn(3, 4, 10)
+    x = torch.randn(3, 4, 20)
+    apart = [run(layer, x, grad) for layer in (first, second)]
+    assert len(calls) == 2
+    shared = x.clone().requires_grad_()
+    outs = [first(shared), second(shared)]
+    assert len(calls) == 3
+    for layer, out, expected in zip((first, second), outs, apart, strict=True):
+        shared.grad = None
+        layer.zero_grad()
+        out.backward(grad)
+        assert same([out.detach(), shared.grad, layer.weight.grad], expected)
+    power_of_two = linear(20, 10, FP8Policy((FP8Rule("*", FP8Precision(input_scale="ue8m0")),)))
+    power_of_two(shared)
+    assert len(calls) == 4
+    with torch.no_grad():
+        shared.mul_(2)  # in place: another version of the same tensor
+    assert torch.equal(first(shared), run(first, 2 * x, grad)[0])
+    assert len(calls) == 6
+    del outs, out, shared
+    gc.collect()
+    assert fp8_operands._last is None  # nothing is kept for an input that is gone
 
 
 def test_backward_keeps_one_byte_an_element():
@@ -517,7 +556,7 @@ def test_evaluation_neither_uses_nor_keeps_codes(quantizations):
     layer, x = linear(20, 10), torch.randn(4, 20)
     with torch.no_grad():
         layer(x)
-    assert layer.fp8_codes["weight"]._quantized == (None, None)
+    assert layer.fp8_codes["weight"]._quantized is None
     layer(x).sum().backward()
     quantizations.clear()
     own = layer.weight.data.clone()

@@ -1,13 +1,13 @@
 """FP8 training as DeepSeek-V3 did it (V3 report, section 3.3), as a change to an existing model.
 
-    report = da.fp8_training(model)            # in place; print(report) says what got what
+    report = da.fp8_training(model)            # in place; print(report) shows the precision of each weight
     ...                                        # any training loop
-    found = da.fp8_sensitivity(model, batches)
-    da.fp8_training(model, found.keeping_high(worst=4))
+    measured = da.fp8_sensitivity(model, batches)
+    da.fp8_training(model, measured.keeping_high(worst=4))
     da.remove_fp8_training(model)
 
-policy: which product of which layer, as data. products: the three products and their derivatives. layers: the modules.
-training: putting both on a model. sensitivity: which layers pay.
+policy: the precision of each GEMM of each layer, as data. operands: values in FP8 or not. products: the three GEMMs and
+their derivatives. layers: the modules. convert: a policy on a model. sensitivity: the cost of FP8 by layer.
 """
 
 from .convert import FP8Report, fp8_training, remove_fp8_training

@@ -1,4 +1,4 @@
-"""`fp8_training`: a model's linear layers and experts to FP8 products and back, and the report of what got what."""
+"""`fp8_training`: conversion of a model's linear layers and experts to FP8 GEMMs and back, and its report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = ("weight", "shape", "fprop", "dgrad", "wgrad", "input scale", "grad s
 
 @dataclass(frozen=True)
 class ReportRow:
-    """What one weight got: `rule` is the pattern that decided, None where none matched."""
+    """Precision of one weight, and the pattern of the rule that decided; None where none matched."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class FP8Report:
 
     @property
     def fp8(self) -> tuple[str, ...]:
-        """The names of the weights that some product reads, or whose gradient it makes, in FP8."""
+        """Names of the weights with a GEMM in FP8."""
         return tuple(row.name for row in self.rows if not row.precision.is_high)
 
     def __str__(self) -> str:
@@ -72,6 +72,7 @@ class _Weight:
 
     @property
     def tensor(self) -> Tensor:
+        """The parameter itself, or the result of its parametrization."""
         return getattr(self.module, self.parameter)
 
 
@@ -88,10 +89,10 @@ def fp8_training(model: nn.Module, policy: FP8Policy | None = None) -> FP8Report
         policy: default `V3_RECIPE`.
 
     Returns:
-        What each weight got; printable.
+        The precision of each weight; printable.
 
     Raises:
-        ValueError: a rule that matches nothing, or one that asks for FP8 where it cannot be had; nothing is changed.
+        ValueError: a rule matches nothing, or asks for FP8 where it is impossible; nothing is changed.
     """
     policy = V3_RECIPE if policy is None else policy
     weights = weights_of(model)
@@ -118,24 +119,24 @@ def remove_fp8_training(model: nn.Module) -> None:
 
 
 def install(model: nn.Module, precisions: Mapping[str, FP8Precision]) -> None:
-    """Makes the model's weights have these precisions, those that are not named high precision.
+    """Gives the model's weights these precisions, and high precision to those that are not named.
 
     Raises:
-        ValueError: a weight cannot have what is asked for; nothing is changed.
+        ValueError: a weight cannot have the precision asked for; nothing is changed.
     """
-    wanted: dict[nn.Module, dict[str, FP8Precision]] = {}
+    requested: dict[nn.Module, dict[str, FP8Precision]] = {}
     for name, weight in weights_of(model).items():
         precision = precisions.get(name, HIGH)
         if not precision.is_high:
             _check(weight, precision)
-            wanted.setdefault(weight.module, {})[weight.parameter] = precision
+            requested.setdefault(weight.module, {})[weight.parameter] = precision
     remove_fp8_training(model)
-    for module, own in wanted.items():
+    for module, own in requested.items():
         convert(module, own)
 
 
 def assign(model: nn.Module) -> dict[str, FP8Precision]:
-    """What `install` would have to be given to bring the model to the state it is in."""
+    """Returns the precisions with which `install` would bring the model to its present state."""
     current = {}
     for name, weight in weights_of(model).items():
         if isinstance(weight.module, FP8TrainingLinear | FP8TrainingExperts):
@@ -144,7 +145,7 @@ def assign(model: nn.Module) -> dict[str, FP8Precision]:
 
 
 def weights_of(model: nn.Module) -> dict[str, _Weight]:
-    """The weights that a policy can name, in the model's order."""
+    """Returns the weights that a policy can name, in the model's order."""
     return {weight.name: weight for weight in _weights(model)}
 
 

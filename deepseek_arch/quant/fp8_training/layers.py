@@ -1,4 +1,4 @@
-"""Linear layers and experts that multiply in FP8 and keep their master weights: the same parameters, another forward.
+"""Linear layers and experts that multiply in FP8 and keep their master weights: same parameters, different forward.
 
 A module becomes one of these by a change of its class, so that it stays the same object with the same parameters,
 hooks and state_dict, and becomes what it was by changing it back.
@@ -17,18 +17,19 @@ from deepseek_kernels import grouped_gemm, permute, quantize_blocks, sort_by_exp
 
 from ...layers.linear import Linear, swiglu
 from ...moe.moe import Experts
+from .operands import Quantized
 from .policy import FP8Precision
-from .products import NONE, Quantized, product, swiglu_product
+from .products import product, swiglu_product
 
 __all__ = ["FP8TrainingExperts", "FP8TrainingLinear", "WeightCodes", "check_restorable", "convert", "restore"]
 
 
 class WeightCodes:
-    """The FP8 codes of one weight, made once for the micro-batches of an optimizer step.
+    """FP8 values of one weight, quantized once for the micro-batches of an optimizer step.
 
-    Codes are reused while the weight is the same object at the same address with the same version, and holds a
+    They are reused while the weight is the same object at the same address with the same version, and holds a
     gradient. The version counts in-place changes (an optimizer's step, `load_state_dict`); the address changes when
-    `.data` is replaced. What neither sees is a write through `.data` in place, and FSDP's gathering of shards: both
+    `.data` is replaced. Neither shows a write through `.data` in place, nor FSDP's gathering of shards: both
     happen between steps, when a gradient is about to be zeroed. Without a gradient (after `zero_grad`, in
     evaluation, for frozen weights, which adapters merge into through `.data`) the weight is quantized each time.
     So one thing goes unnoticed: a write through `.data` in place between the micro-batches of one step, or after
@@ -38,18 +39,18 @@ class WeightCodes:
     def __init__(self) -> None:
         self._weight: weakref.ref[Tensor] | None = None
         self._address = self._version = 0
-        self._quantized: Quantized = NONE
+        self._quantized: Quantized | None = None
 
-    def of(self, weight: Tensor, precision: FP8Precision, parts: int = 1) -> Quantized:
-        """Codes and scales of `weight` in blocks of 128 x 128; nothing if no product needs them."""
+    def of(self, weight: Tensor, precision: FP8Precision, parts: int = 1) -> Quantized | None:
+        """Returns FP8 values and scales of `weight` in blocks of 128 x 128; None if no GEMM needs them."""
         if not precision.needs_weight_codes:
-            return NONE
+            return None
         # Compiled code quantizes every time: it cannot look at an address.
         compiling = torch.compiler.is_compiling()
         if not compiling and self._made_of(weight):
             return self._quantized
-        quantized = quantize_blocks(weight, scale_format=precision.weight_scale, parts=parts)
-        # Not what an adapter computes: only a parameter is the same tensor the next time.
+        quantized = Quantized(*quantize_blocks(weight, scale_format=precision.weight_scale, parts=parts))
+        # Only a parameter is the same tensor the next time; the result of an adapter is not.
         if not compiling and weight.is_leaf and weight.requires_grad and torch.is_grad_enabled():
             self._quantized, self._weight = quantized, weakref.ref(weight)
             self._address, self._version = weight.data_ptr(), weight._version
@@ -70,12 +71,12 @@ class WeightCodes:
 
 
 class _FP8Training(nn.Module):
-    """What both kinds share.
+    """Attributes of both kinds of module.
 
     Attributes:
         fp8_precision: by parameter name; a parameter that is not there is multiplied in high precision.
-        fp8_codes: for the same names.
-        fp8_origin: the class to go back to.
+        fp8_codes: FP8 values for the same names.
+        fp8_origin: the class before conversion.
     """
 
     fp8_precision: Mapping[str, FP8Precision]
@@ -91,22 +92,21 @@ class _FP8Training(nn.Module):
 
 
 class FP8TrainingLinear(_FP8Training, Linear):
-    """`Linear` whose products are in FP8, as `fp8_precision["weight"]` says."""
+    """`Linear` whose GEMMs are in FP8, as `fp8_precision["weight"]` says."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] float32, bfloat16 or float16 -> [..., out_features]."""
+        """Multiplies [..., in_features] in float32, bfloat16 or float16 -> [..., out_features]."""
         precision, weight = self.fp8_precision["weight"], self.weight
         codes = self.fp8_codes["weight"].of(weight, precision)
-        out = product(x.reshape(-1, self.in_features), weight, codes, precision)
-        out = out if self.bias is None else out + self.bias.to(out.dtype)
-        return out.view(*x.shape[:-1], self.out_features)
+        out = product(x, weight, codes, precision)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class FP8TrainingExperts(_FP8Training, Experts):
-    """`Experts` whose products are in FP8, as `fp8_precision` says for `gate_up_proj` and `down_proj`."""
+    """`Experts` whose GEMMs are in FP8, as `fp8_precision` says for `gate_up_proj` and `down_proj`."""
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """Computes `Experts.forward`."""
         order, inverse, ends = sort_by_expert(expert_ids, self.gate_up_proj.shape[0])
         rows = permute(x, order, inverse)  # [T K, H]
         gate_up = self._gate_up(rows, ends)  # [T K, 2 I]
@@ -128,26 +128,28 @@ class FP8TrainingExperts(_FP8Training, Experts):
 
 
 def convert(module: nn.Module, precisions: Mapping[str, FP8Precision]) -> None:
-    """Makes `module` multiply the named parameters in FP8; converting again replaces what was said before."""
+    """Makes `module` multiply the named parameters in FP8; a second conversion replaces the first."""
     restore(module)
-    module.fp8_origin = type(module)
+    origin = type(module)
+    module.__class__ = FP8TrainingExperts if isinstance(module, Experts) else FP8TrainingLinear
+    assert isinstance(module, _FP8Training)
+    module.fp8_origin = origin
     module.fp8_precision = dict(precisions)
     module.fp8_codes = {name: WeightCodes() for name in precisions}
-    module.__class__ = FP8TrainingExperts if isinstance(module, Experts) else FP8TrainingLinear
 
 
 def restore(module: nn.Module) -> None:
     """Undoes `convert`; other modules stay as they are."""
     if isinstance(module, _FP8Training):
-        module.__class__ = module.fp8_origin
+        module.__class__ = module.fp8_origin  # type: ignore[assignment]
         del module.fp8_origin, module.fp8_precision, module.fp8_codes
 
 
 def check_restorable(module: nn.Module) -> None:
-    """Nothing that relies on the class may have been put over it since `convert`.
+    """Checks that nothing which relies on the module's class has been put over it since `convert`.
 
     Raises:
-        ValueError: a parametrization, a device hook or the like was.
+        ValueError: a parametrization, a device hook or the like has.
     """
     if isinstance(module, _FP8Training) and (
         type(module) not in (FP8TrainingLinear, FP8TrainingExperts) or "forward" in vars(module)

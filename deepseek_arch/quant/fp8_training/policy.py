@@ -1,8 +1,8 @@
-"""Which product of which layer runs in FP8, as data: an ordered list of rules over names.
+"""Policy for FP8 training, as data: an ordered list of rules over names, each with a precision for the three GEMMs.
 
-What a rule names is a weight that is multiplied with: the module's name for a linear layer
-("model.layers.0.self_attn.o_proj"), the parameter's for stacked experts ("model.layers.1.mlp.experts.down_proj"). The
-first rule that matches decides; what no rule matches stays in high precision.
+A rule names weights: the module's name for a linear layer ("model.layers.0.self_attn.o_proj"), the parameter's for
+stacked experts ("model.layers.1.mlp.experts.down_proj"). The first rule that matches decides; a weight that no rule
+matches stays in high precision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["FP8", "HIGH", "V3_RECIPE", "FP8Policy", "FP8Precision", "FP8Rule"]
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Precision:
-    """How one weight takes part in training.
+    """Precision of the three GEMMs of one weight.
 
     Attributes:
         fprop, dgrad, wgrad: "fp8" or "high", for the output, the input's gradient and the weight's gradient.
@@ -48,12 +48,12 @@ class FP8Precision:
 
     @property
     def is_high(self) -> bool:
-        """Whether no product is in FP8."""
+        """True if no GEMM is in FP8."""
         return "fp8" not in (self.fprop, self.dgrad, self.wgrad)
 
     @property
     def needs_weight_codes(self) -> bool:
-        """Whether a product reads the weight in FP8: the weight's own gradient does not."""
+        """True if a GEMM reads the weight in FP8: the one of the weight's own gradient does not."""
         return "fp8" in (self.fprop, self.dgrad)
 
 
@@ -108,16 +108,16 @@ class FP8Policy:
         return {name: next((rule for rule in self.rules if name in matched[rule]), None) for name in names}
 
     def keeping_high(self, names: Iterable[str]) -> FP8Policy:
-        """The same policy, but the weights of these very names stay in high precision."""
+        """Returns the same policy, but weights of these exact names stay in high precision."""
         return FP8Policy((*(FP8Rule(name, HIGH, exact=True) for name in names), *self.rules))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Returns the rules as plain values, fit for JSON."""
         return {"rules": [asdict(rule) for rule in self.rules]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FP8Policy:
-        """What `to_dict` gave. A precision may leave out what is as in `FP8`.
+        """Reads the result of `to_dict`. A precision may leave out values that are as in `FP8`.
 
         Raises:
             ValueError: unknown or missing keys, or unknown values.

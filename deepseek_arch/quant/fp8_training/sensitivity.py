@@ -1,4 +1,4 @@
-"""Which layers pay for FP8: the error that each weight's FP8 products alone add to the loss."""
+"""Sensitivity of the loss to FP8, by layer: the error that each weight's FP8 GEMMs alone add to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MTP_WEIGHT = 0.3  # V3's for most of its training
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """What happens to the loss when these weights alone are in FP8.
+    """Change of the loss when these weights alone are in FP8.
 
     Attributes:
         name: the weight, or the layer that the weights belong to.
@@ -43,11 +43,11 @@ class SensitivityRow:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The rows, worst first, and what they were measured from.
+    """The rows, worst first.
 
     Attributes:
         base: mean loss in high precision.
-        policy: where the rows' precisions come from.
+        policy: source of the rows' precisions.
     """
 
     rows: tuple[SensitivityRow, ...]
@@ -55,16 +55,16 @@ class Sensitivity:
     policy: FP8Policy
 
     def keeping_high(self, worst: int | None = None, *, above: float | None = None) -> FP8Policy:
-        """The policy with some rows in high precision.
+        """Returns the policy with some rows in high precision.
 
         Args:
-            worst: so many of the first rows, or
-            above: those whose error is more than this fraction of the loss.
+            worst: number of first rows, or
+            above: fraction of the loss, for rows whose error is more.
 
         Raises:
             ValueError: both or neither, or a negative number.
         """
-        if (worst is None) == (above is None) or (worst if above is None else above) < 0:
+        if (worst is None) == (above is None) or (worst or 0) < 0 or (above or 0) < 0:
             raise ValueError(f"expected either worst or above, and not negative, got {worst} and {above}")
         if above is None:
             chosen: Sequence[SensitivityRow] = self.rows[:worst]
@@ -74,7 +74,7 @@ class Sensitivity:
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
-        lines = [f"loss in high precision {self.base:.6g}; what FP8 in one place alone changes:"]
+        lines = [f"loss in high precision {self.base:.6g}; changes by FP8 in one place alone:"]
         for row in self.rows:
             line = f"{row.name:<{width}}  error {row.error:.3g} ({_percent(row.error, self.base)})"
             line += f"  change {row.change:+.3g}"
@@ -116,7 +116,7 @@ def fp8_sensitivity(
     changes: dict[str, list[float]] = {group: [] for group in groups}
     ratios: dict[str, list[float]] = {group: [] for group in groups}
     with _as_it_was(model):
-        install(model, precisions)  # all at once first: what does not fit is found before the work
+        install(model, precisions)  # all at once first: a misfit is an error before the work
         for batch in batches:
             install(model, {})
             base, slopes = _measure(model, batch, loss, gradients)
@@ -125,9 +125,9 @@ def fp8_sensitivity(
             bases.append(base)
             for group, names in groups.items():
                 install(model, {name: precisions[name] for name in names})
-                value, found = _measure(model, batch, loss, gradients)
+                value, in_fp8 = _measure(model, batch, loss, gradients)
                 changes[group].append(value - base)
-                ratios[group] += [_relative(slopes, found)] if gradients else []
+                ratios[group] += [_relative(slopes, in_fp8)] if gradients else []
     if not bases:
         raise ValueError("expected at least one batch, got none")
     rows = [_row(group, names, changes[group], ratios[group]) for group, names in groups.items()]
@@ -136,7 +136,7 @@ def fp8_sensitivity(
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's loss on token ids or on a mapping of arguments, multi-token prediction included."""
+    """Returns the model's loss on token ids or on a mapping of arguments, multi-token prediction included."""
     out = model(**batch) if isinstance(batch, Mapping) else model(input_ids=batch, labels=batch)
     if getattr(out, "loss", None) is None:
         raise ValueError("expected a model that returns a loss and batches with labels, or a loss function of your own")
@@ -145,7 +145,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _measure(model: nn.Module, batch: Any, loss: Loss, gradients: bool) -> tuple[float, list[Tensor | None]]:
-    """The loss, and the gradients of all parameters that have one, without touching `.grad`."""
+    """Returns the loss, and the gradients of all parameters that have one, without touching `.grad`."""
     parameters = [p for p in model.parameters() if p.requires_grad] if gradients else []
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     # The same random numbers each time, should the loss draw any.
@@ -171,7 +171,7 @@ def _relative(old: list[Tensor | None], new: list[Tensor | None]) -> float:
 
 
 def _groups(names: Iterable[str], by: str) -> dict[str, tuple[str, ...]]:
-    """Weights by name, or by their name up to the last number in it that a dot follows."""
+    """Groups weights by name, or by their name up to the last number in it that a dot follows."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = re.match(r"(.*\.)?\d+(?=\.)", name) if by == "layer" else None
