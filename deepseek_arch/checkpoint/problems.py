@@ -10,6 +10,7 @@ from typing import NamedTuple
 __all__ = ["CheckpointError", "Problem", "ProblemKind", "by_kind"]
 
 _SHOWN = 10  # details of each kind in an error message
+_LONGEST = 500  # characters of a detail: a file may name a tensor as it likes
 
 
 class ProblemKind(StrEnum):
@@ -65,5 +66,6 @@ class CheckpointError(ValueError):
         lines = [f"cannot use the checkpoint {str(folder)!r}:"]
         for kind, details in self.problems.items():
             more = f"; and {len(details) - _SHOWN:,} more" if len(details) > _SHOWN else ""
-            lines.append(f"  {kind} ({len(details):,}): {'; '.join(details[:_SHOWN])}{more}")
+            shown = (detail if len(detail) <= _LONGEST else f"{detail[:_LONGEST]}..." for detail in details[:_SHOWN])
+            lines.append(f"  {kind} ({len(details):,}): {'; '.join(shown)}{more}")
         super().__init__("\n".join(lines))

@@ -44,7 +44,7 @@ def generate(
 
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("expected either --prompt or --ids", param_hint="--prompt / --ids")
-    tokenizer = Tokenizer.of(checkpoint)
+    tokenizer = Tokenizer.of(checkpoint, needed=ids is None)
     tokens = list(parse_numbers(ids, "--ids")) if ids is not None else _encode(tokenizer, prompt or "", checkpoint)
 
     import torch

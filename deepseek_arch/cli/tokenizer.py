@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.json_format import parse_json, read_text
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,8 +22,12 @@ class Tokenizer:
         self.decode = decode
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Tokenizer | None:
+    def of(cls, checkpoint: Path, needed: bool = True) -> Tokenizer | None:
         """Reads the tokenizer in a checkpoint folder; None if there is none.
+
+        Args:
+            needed: False for token ids, which a tokenizer only shows as text: None then also for one that cannot be
+                read, or not without running code of the checkpoint, which is not tried.
 
         Raises:
             ImportError: there is one, and neither transformers nor tokenizers is installed.
@@ -30,10 +36,26 @@ class Tokenizer:
         file = checkpoint / "tokenizer.json"
         if not file.is_file() and not (checkpoint / "tokenizer_config.json").is_file():
             return None
+        if not needed and (not file.is_file() or _has_code(checkpoint)):
+            return None
+        try:
+            return cls._read(checkpoint)
+        except Exception:  # of three libraries, one of which raises nothing more special
+            if needed:
+                raise
+            return None
+
+    @classmethod
+    def _read(cls, checkpoint: Path) -> Tokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError:
-            return cls._from_file(file)
+            return cls._from_file(checkpoint / "tokenizer.json")
+        if _has_code(checkpoint):
+            raise ValueError(
+                f"expected a tokenizer without code of its own in {str(checkpoint)!r}, got tokenizer_config.json with "
+                "auto_map, and code from a checkpoint is never run; give token ids with --ids"
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         return cls(tokenizer.encode, tokenizer.decode)
 
@@ -49,6 +71,15 @@ class Tokenizer:
             raise ValueError(f"expected {str(file)!r}; without transformers no other tokenizer file can be read")
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
         return cls(lambda text: tokenizer.encode(text).ids, tokenizer.decode)
+
+
+def _has_code(checkpoint: Path) -> bool:
+    """Returns True if the tokenizer is a class in a file of the checkpoint."""
+    try:
+        text = read_text(checkpoint / "tokenizer_config.json")
+    except FileNotFoundError:
+        return False
+    return "AutoTokenizer" in (parse_json(text).get("auto_map") or ())
 
 
 class TokenPrinter:

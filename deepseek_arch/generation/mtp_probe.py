@@ -61,10 +61,15 @@ def probe_mtp(
         seed: of sampling.
 
     Raises:
-        ValueError: as `generate`, and for `mtp_depth` 0, which drafts nothing.
+        ValueError: as `generate`, and for `mtp_depth` 0, which drafts nothing, or a model without MTP modules.
     """
     if isinstance(mtp_depth, int) and mtp_depth < 1:
         raise ValueError(f"expected mtp_depth >= 1, got {mtp_depth}")
+    if not len(model.mtp):
+        raise ValueError(
+            "expected a model with MTP modules to probe, got one without (num_nextn_predict_layers is 0, the files "
+            "hold none, or it was loaded with mtp=False)"
+        )
     configured, probes = model.config, []
     try:
         for mtp_input, mtp_chain in product(("post_norm", "pre_norm"), ("block", "head_norm")):

@@ -7,6 +7,7 @@ layer, attention weights under `attn_implementation="eager"`, and a load that fa
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
+from ..checkpoint.files.staging import replacing_files
 from ..config.deepseek_config import DeepseekConfig
 from ..moe.moe import Experts, Router
 from ..quant.fp8_base import FP8Layer
@@ -71,13 +73,26 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`: a folder in the published layout."""
+        """As `PreTrainedModel.save_pretrained`: a folder in the published layout, replaced all at once as by `save`.
+
+        With several processes in a group, or `push_to_hub`, files are written where they belong one by one, as
+        transformers does.
+
+        Raises:
+            ValueError: another process is writing to the folder.
+        """
         quantized = fp8_layers(self) or getattr(self, "hf_quantizer", None) is not None
         if getattr(self.config, "quantization_config", None) is not None and not quantized:
             # From the config of a quantized checkpoint, of which this model has only the shape (TRAPS E12).
             del self.config.quantization_config
         self.set_saving_conversions()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        is_main = kwargs.get("is_main_process", args[0] if args else True)
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if grouped or not is_main or kwargs.get("push_to_hub") or Path(save_directory).is_file():
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        with replacing_files(Path(save_directory)) as staging:
+            super().save_pretrained(staging, *args, **kwargs)
 
     # transformers refuses both for any quantized model; our FP8 layers are left as they are while the rest is cast.
     def half(self, *args: Any) -> Any:

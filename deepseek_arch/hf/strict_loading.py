@@ -17,6 +17,7 @@ from ..quant.fp8_convert import fp8_layers
 from .configuration import as_arch_config, load_config
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 from .key_mapping import mtp_key_mapping
+from .local_folder import settle_files
 
 __all__ = ["StrictLoading"]
 
@@ -61,6 +62,7 @@ class StrictLoading:
         if config is None or isinstance(config, str | PathLike):
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)
         config = as_arch_config(config)
+        config = settle_files(config, pretrained_model_name_or_path, kwargs)
         config = _with_quantization_argument(config, kwargs)
         if cls.reads_mtp_modules:
             key_mapping = {**mtp_key_mapping(config.to_core()), **(key_mapping or {})}
@@ -84,6 +86,7 @@ class StrictLoading:
                 f"expected a checkpoint that defines every weight, got {pretrained_model_name_or_path} with "
                 + "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items())
             )
+        model.config.__dict__.pop("transformers_weights", None)  # about the files, not the model
         _keep_router_biases_wide(model)
         model.set_saving_conversions()
         return (model, info) if output_loading_info else model

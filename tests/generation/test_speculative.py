@@ -377,5 +377,5 @@ def test_the_probe_finds_how_the_layers_were_made_to_be_fed(mtp_input, mtp_chain
     assert (best.mtp_input, best.mtp_chain) == (mtp_input, mtp_chain)
     assert best.acceptance == (1.0, 1.0)
     assert all(min(share for share in probe.acceptance if share is not None) < 0.5 for probe in probes[1:])
-    assert ("as configured" in str(best)) == ((mtp_input, mtp_chain) == ("post_norm", "block"))
-    assert lm.config.mtp_input == "post_norm" and lm.config.mtp_chain == "block"
+    assert ("as configured" in str(best)) == ((mtp_input, mtp_chain) == ("post_norm", "head_norm"))
+    assert lm.config.mtp_input == "post_norm" and lm.config.mtp_chain == "head_norm"

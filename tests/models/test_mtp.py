@@ -12,6 +12,9 @@ from support.small_models import KINDS, YARN, config, error, model, tokens
 TOLERANCE = 512 * torch.finfo(torch.float32).eps
 
 
+CHAINS = {"head_norm": "post_norm", "block": "pre_norm"}  # the oracle's words
+
+
 def _drafts(lm, ids):
     """Logits of every depth, [B, T - k, V] for depth k, and the trunk's output."""
     trunk = lm.model(ids)
@@ -24,16 +27,17 @@ def _drafts(lm, ids):
 
 
 def _expected(cfg, weights, ids):
-    rows = [oracle.run(cfg, weights, row.tolist(), mtp_chain="pre_norm").mtp for row in ids]
+    rows = [oracle.run(cfg, weights, row.tolist(), mtp_chain=CHAINS[cfg.mtp_chain]).mtp for row in ids]
     return [torch.stack(depth) for depth in zip(*rows, strict=True)]
 
 
+@pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("which", ["post_norm", "pre_norm"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_logits_equal_the_equations(kind, which):
-    """TRAPS F1 and F2: embedding first, the hidden state the config names; two depths, the second on the first."""
-    cfg = config(kind, num_nextn_predict_layers=2, mtp_input=which, rope_scaling=YARN)
+def test_logits_equal_the_equations(kind, which, chain):
+    """TRAPS F1 to F3: embedding first, the hidden state the config names; two depths, the second on the first."""
+    cfg = config(kind, num_nextn_predict_layers=2, mtp_input=which, mtp_chain=chain, rope_scaling=YARN)
     ids = tokens(cfg, 2, 14)
     got, _ = _drafts(model(cfg), ids)
     expected = _expected(cfg, published.random_weights(cfg), ids)
@@ -43,6 +47,14 @@ def test_logits_equal_the_equations(kind, which):
 def test_the_default_input_is_after_the_final_norm():
     """TRAPS F2: the released weights' reading by every serving engine."""
     assert DeepseekConfig.from_pretrained("deepseek-v3").mtp_input == "post_norm"
+
+
+def test_the_default_chain_is_after_the_head_norm():
+    """TRAPS F3: transformers, torchtitan, Megatron, SGLang, TensorRT-LLM and vLLM; the file need not say so."""
+    default = DeepseekConfig.from_pretrained("deepseek-v3")
+    assert default.mtp_chain == "head_norm" and "mtp_chain" not in default.to_dict()
+    block = default.replace(mtp_chain="block")
+    assert DeepseekConfig.from_dict(block.to_dict()).mtp_chain == "block"
 
 
 @torch.no_grad()
@@ -108,7 +120,7 @@ def _oracle_loss(cfg, weights, ids, labels, mask=None, documents=None):
         start = 0
         for size in documents or [len(kept)]:
             where = kept[start : start + size]
-            out = oracle.run(cfg, weights, ids[row, where].tolist(), mtp_chain="pre_norm")
+            out = oracle.run(cfg, weights, ids[row, where].tolist())
             for k, logits in enumerate(out.mtp, 1):
                 for i in range(size - k - 1):
                     target = labels[row, where[i + k + 1]]

@@ -89,7 +89,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise ShardError(f"unreadable header: expected JSON, got {error}") from None
     if not isinstance(header, dict):
         raise ShardError(f"unreadable header: expected a JSON object, got {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ShardError(f"unreadable header: expected __metadata__ to map names to strings, got {metadata!r:.200}")
     start = 8 + length
     infos = {name: _tensor_info(name, entry, file, start, identity) for name, entry in header.items()}
     _check_extent(infos, start, size)

@@ -28,7 +28,7 @@ def _model_files(files: Sequence[str]) -> list[str]:
 
 def _is_file_name(name: object) -> bool:
     """Returns True for the name of a file of the folder itself that a file system can hold."""
-    if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+    if not isinstance(name, str) or not name or name == ".." or "\0" in name or Path(name).name != name:
         return False
     try:
         return len(name.encode("utf-8")) < 256

@@ -1,0 +1,71 @@
+"""A local checkpoint folder, read by the rules of `checkpoint.load`: the files of the model, and what is in FP8."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers import FineGrainedFP8Config
+
+from ..checkpoint.files.shards import INDEX_NAME, Shards
+from ..checkpoint.problems import Problem
+from ..config.regular_file import PinnedFiles
+from .fp8_config import FP8_METHOD, DeepseekFP8Config
+
+__all__ = ["settle_files"]
+
+_LOCATED_OTHERWISE = ("gguf_file", "state_dict", "subfolder", "variant")
+
+
+def settle_files(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
+    """Returns a config by which transformers reads the files that `checkpoint.load` would.
+
+    transformers takes a model.safetensors before an index that names other files; and where config.json says FP8, it
+    says so for files without any FP8 tensor too, which load, train and save as what they are.
+
+    Args:
+        source: the first argument of `from_pretrained`; nothing is done unless it is a folder.
+        kwargs: its others; a quantization argument about FP8 that is not there is removed.
+
+    Warns:
+        UserWarning: other safetensors files of the folder are not read.
+    """
+    if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
+        return config
+    if any(kwargs.get(name) for name in _LOCATED_OTHERWISE):
+        return config
+    problems: list[Problem] = []  # of files that cannot be read: transformers finds them again
+    shards = Shards(PinnedFiles(Path(source)), problems)
+    if not shards.shards or problems:
+        return config
+    adapter = (Path(source) / "adapter_config.json").is_file()  # transformers applies it
+    others = [name for name in shards.others if not (adapter and name.startswith("adapter"))]
+    if others:
+        warnings.warn(f"{source}: not read, since {shards.chosen_by}: {', '.join(others)}", stacklevel=3)
+    config = copy.deepcopy(config)
+    if shards.index:
+        config.transformers_weights = INDEX_NAME
+    elif len(shards.shards) == 1:
+        config.transformers_weights = shards.shards[0]
+    if _says_fp8(config) and not _has_fp8(shards):
+        del config.quantization_config
+        if isinstance(kwargs.get("quantization_config"), FineGrainedFP8Config | DeepseekFP8Config):
+            del kwargs["quantization_config"]
+    return config
+
+
+def _says_fp8(config: Any) -> bool:
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict):
+        return quantization.get("quant_method") == FP8_METHOD
+    return isinstance(quantization, DeepseekFP8Config)
+
+
+def _has_fp8(shards: Shards) -> bool:
+    """Returns True if a tensor is FP8, is a scale, or cannot be known."""
+    shards.open_all()
+    tensors = shards.tensors.items()
+    return bool(shards.problems) or any(t.dtype == "F8_E4M3" or n.endswith("_scale_inv") for n, t in tensors)

@@ -1,0 +1,144 @@
+"""Folders as the core reads and writes them: the same files, the same FP8, replaced all at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import deepseek_arch as da
+import deepseek_arch.hf as dhf
+from deepseek_arch.checkpoint.files import staging
+from deepseek_arch.config.deepseek_config import ConfigError
+from support import checkpoint_files as files
+from support import layouts, small_models
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [16, 12]}
+
+
+@pytest.fixture
+def config():
+    return small_models.config("v3")
+
+
+@pytest.fixture
+def weights(config):
+    return files.tensors(config)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", ["consolidated", "adapter_model", "model", "model-fp32"])
+def test_the_same_files_are_read_as_by_the_core(tmp_path, config, weights, name, shards):
+    """An index, or model.safetensors alone, and beside it what is none of the model."""
+    if name == "model" and shards == 1:
+        pytest.skip("it is the model")
+    index, pattern = shards > 1, "model.safetensors" if shards == 1 else "model-{}-of-{}.safetensors"
+    folder = files.write(tmp_path / "model", weights, config, shards=shards, index=index, pattern=pattern)
+    expected = logits(da.load(folder))
+    save_file({key: tensor + 1 for key, tensor in weights.items()}, folder / f"{name}.safetensors")
+    for read in (da.load, dhf.DeepseekForCausalLM.from_pretrained):
+        with pytest.warns(UserWarning, match=rf"not read, since .*: {name}\.safetensors$"):
+            model = read(folder)
+        torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert "transformers_weights" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("argument", [None, dhf.DeepseekFP8Config(dequantize=True)])
+def test_files_without_fp8_load_cast_and_save_without_it(tmp_path, argument):
+    config = layouts.small()
+    content = config.to_dict() | {"quantization_config": QUANTIZATION}
+    folder = files.write(tmp_path / "model", layouts.bfloat16(config), content)
+    model = dhf.DeepseekForCausalLM.from_pretrained(folder, quantization_config=argument)
+    assert not any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), logits(da.load(folder)))
+    model.float().train()(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].mlp.down_proj.weight.grad is not None
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    files.assert_same_tensors(da.load(tmp_path / "saved").state_dict(), da.load(folder, dtype="float32").state_dict())
+
+
+def test_files_with_fp8_stay_fp8(tmp_path):
+    folder = layouts.write(tmp_path / "model", layouts.small(), "fp8")
+    model = dhf.DeepseekForCausalLM.from_pretrained(folder)
+    assert any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("renames", [None, 0, 2, 5])
+def test_a_killed_save_leaves_the_old_model_or_none(tmp_path, config, monkeypatch, renames):
+    """Killed while files are written (None), or between the renames at the end."""
+    old, new = (dhf.DeepseekForCausalLM(config) for _ in range(2))
+    folder = tmp_path / "model"
+    old.save_pretrained(folder, max_shard_size="100KB")
+    before = da.load(folder).state_dict()
+    replace, swap, calls = os.replace, staging.swap_in, []
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(source, target):
+        if len(calls) == renames:
+            die()
+        calls.append(target)
+        replace(source, target)
+
+    def swapping(*arguments):
+        monkeypatch.setattr(staging.os, "replace", dying)
+        swap(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "swap_in", die if renames is None else swapping)
+        child = os.fork()
+        if child == 0:
+            try:
+                new.save_pretrained(folder, max_shard_size="100KB")
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    if renames:
+        with pytest.raises(ConfigError, match="The files from before are in"):
+            da.load(folder)
+    else:
+        files.assert_same_tensors(da.load(folder).state_dict(), before)
+    new.save_pretrained(folder)
+    torch.testing.assert_close(logits(da.load(folder)), logits(new))
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
+    assert len(list(folder.glob("*.safetensors"))) == 1
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path, config, monkeypatch):
+    dhf.DeepseekForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(b"the trainer's")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def failing(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(staging, "swap_in", failing)
+    with pytest.raises(OSError, match="no"):
+        dhf.DeepseekForCausalLM(config).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs locks of folders")
+def test_a_second_writer_is_refused(tmp_path, config):
+    model = dhf.DeepseekForCausalLM(config)
+    lock = staging.FolderLock(tmp_path)
+    try:
+        with pytest.raises(ValueError, match="expected no other process to write to"):
+            model.save_pretrained(tmp_path)
+    finally:
+        lock.release()
+    model.save_pretrained(tmp_path)
