@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..config.locations import explain_no_folder
 from .options import Checkpoint, Device, DType, Json, parse_numbers, print_json
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def probe(
 
 
 def _encode(tokenizer: Tokenizer | None, prompt: str, checkpoint: Path) -> list[int]:
+    if not checkpoint.is_dir():
+        raise ValueError(f"expected a checkpoint folder, got {str(checkpoint)!r}{explain_no_folder(checkpoint)}")
     if tokenizer is None:
         raise ValueError(
             f"expected a tokenizer in {str(checkpoint)!r} for --prompt, found no tokenizer.json or "

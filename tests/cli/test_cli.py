@@ -407,6 +407,54 @@ def test_generate_text(cli, checkpoint, monkeypatch, library):
     assert code == 1 and "at least one token" in err
 
 
+def with_remote_code(folder: Path) -> None:
+    """As Moonlight and Kimi-K2 come: a tokenizer that is code of the checkpoint."""
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_moonshot.TikTokenTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenization_moonshot.py").write_text("raise SystemExit('code of the checkpoint ran')")
+
+
+@pytest.mark.parametrize("tokenizer", [None, "{}", "not even JSON"])
+def test_token_ids_need_no_tokenizer(cli, checkpoint, tokenizer):
+    """One that is code of the checkpoint, or broken, is not touched; the ids come back as numbers."""
+    if tokenizer is None:
+        with_remote_code(checkpoint)
+    else:
+        (checkpoint / "tokenizer.json").write_text(tokenizer)
+    code, out, err = cli("generate", checkpoint, "--ids", "3,1,4", "-n", 3, "--json")
+    assert code == 0, err
+    assert json.loads(out)["text"] is None and len(json.loads(out)["new_ids"]) == 3
+
+
+def test_text_for_a_tokenizer_of_code_is_refused(cli, checkpoint):
+    with_remote_code(checkpoint)
+    code, out, err = cli("generate", checkpoint, "--prompt", "hello", "-n", 3)
+    assert code == 1 and out == ""
+    assert "code from a checkpoint is never run; give token ids with --ids" in err
+
+
+def test_the_end_tokens_of_generation_config_end_a_text(cli, checkpoint):
+    arguments = ("generate", checkpoint, "--ids", "3,1,4", "-n", 8, "--json")
+    free = json.loads(cli(*arguments)[1])["new_ids"]
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[2]]}))
+    assert json.loads(cli(*arguments)[1])["new_ids"] == free[: free.index(free[2]) + 1]
+
+
+@pytest.mark.parametrize("how", [("--ids", "1,2"), ("--prompt", "hello")])
+@pytest.mark.parametrize("command", ["generate", "probe-mtp", "inspect", "convert"])
+def test_names_of_the_hub_are_refused_with_what_to_do(cli, command, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rest = {"inspect": (), "convert": ("out", "--to", "bf16")}.get(command, how)
+    code, _, err = cli(command, "moonshotai/Kimi-K2-Instruct", *rest)
+    assert code == 1 and "hf download moonshotai/Kimi-K2-Instruct --local-dir Kimi-K2-Instruct" in err
+
+
+def test_probing_a_model_without_mtp_modules_says_so(cli, tmp_path):
+    write_checkpoint(tmp_path, DeepseekConfig.from_pretrained("tiny").replace(num_nextn_predict_layers=0))
+    code, _, err = cli("probe-mtp", tmp_path, "--ids", "1,2,3")
+    assert code == 1 and "expected a model with MTP modules to probe, got one without" in err
+
+
 def test_text_without_any_tokenizer_library(cli, checkpoint, monkeypatch):
     (checkpoint / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -49,6 +49,18 @@ def test_yarn_ramp_keeps_fast_pairs_and_slows_slow_ones(name, low, high):
     assert (inside[1:] > inside[:-1]).all()
 
 
+def test_yarn_ramp_has_the_bits_of_the_official_code():
+    """TRAPS A14: the sum in the order of `precompute_freqs_cis` of DeepSeek's model.py; another order is 1 ulp off."""
+    cfg = DeepseekConfig.from_pretrained("deepseek-v3")
+    dim, low, high = 64, 10, 23
+    freqs = 1.0 / (cfg.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    smooth = 1 - torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    official = freqs / cfg.yarn.factor * (1 - smooth) + freqs * smooth
+    assert torch.equal(inverse_frequencies(dim, cfg.rope_theta, cfg.yarn), official)
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    assert not torch.equal(freqs / cfg.yarn.factor * ramp + freqs * (1 - ramp), official)
+
+
 def test_yarn_ramp_of_no_width_is_a_step():
     """TRAPS A8: low == high must not divide by zero."""
     cfg = config("v3", rope_scaling=YARN | {"beta_fast": 4.0, "beta_slow": 4.0, "original_max_position_embeddings": 12})
