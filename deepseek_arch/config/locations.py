@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os import PathLike
 from pathlib import Path
 
 __all__ = ["explain_missing_config", "explain_no_folder"]
@@ -10,7 +11,7 @@ __all__ = ["explain_missing_config", "explain_no_folder"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def explain_no_folder(source: str | Path) -> str:
+def explain_no_folder(source: str | PathLike[str]) -> str:
     """Returns what to do about a path that is no folder: a single file, or the name of a model on the Hub."""
     path = Path(source)
     if path.is_file():

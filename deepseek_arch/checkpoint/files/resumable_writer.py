@@ -61,7 +61,6 @@ class ResumableWriter(CheckpointWriter):
         self._resume = resume
         self._specs = dict(zip(self.names, shards, strict=True))
         self._staging = self.folder / CONVERTING
-        self._lock: FolderLock | None = None
         self._is_ours = self._committed = False
         self._disk = ThreadPoolExecutor(1)  # waits for the disk while others convert
         self._syncs: list[Future[None]] = []

@@ -85,6 +85,7 @@ class CheckpointWriter:
             raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
         self.names = list(names or shard_names(len(shards)))
         self._staging = self.folder / SAVING
+        self._lock: FolderLock | None = None
         self._shards = shards
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}  # tensor -> shard, offset in it
         self._unwritten = {spec.name for shard in shards for spec in shard}
@@ -111,7 +112,8 @@ class CheckpointWriter:
         if self._stream is not None:
             self._stream.close()
         shutil.rmtree(self._staging, ignore_errors=True)
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _start_shard(self, name: str, specs: Sequence[TensorSpec]) -> None:
         """Writes the header. Wide dtypes come first: their readers need them aligned."""
