@@ -84,8 +84,8 @@ class FP8Experts(FP8Layer, Experts):
         adapted = hasattr(self, "parametrizations")
         quantizes = not adapted and self._quantizes("fp8_grouped_gemm", x.device)
         if not adapted and not quantizes:
-            up, down = self.pair("gate_up_proj"), self.pair("down_proj")
-            return fp8_weight_fused_moe(x, *up, *down, expert_ids, weights, self.block_size)
+            codes_and_scales = *self.pair("gate_up_proj"), *self.pair("down_proj")
+            return fp8_weight_fused_moe(x, *codes_and_scales, expert_ids, weights, self.block_size)
         order, inverse, ends = sort_by_expert(expert_ids, self.pair("gate_up_proj")[0].shape[0])
         if quantizes:
             out = self._quantized(x, order, inverse, ends)
