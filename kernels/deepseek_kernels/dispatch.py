@@ -62,8 +62,9 @@ class Choice:
 class _Operator:
     implementations: tuple[str, ...]
     capability: tuple[int, int]
-    settled: dict[tuple[torch.device | None, str], str] = field(default_factory=dict)
-    """By device and backend in force, what this machine runs, operands permitting: looked up once, see `forget`."""
+    settled: dict[tuple[str, int | None, str], str] = field(default_factory=dict)
+    """By kind and number of a device and backend in force, the implementation that this machine runs, operands
+    permitting: looked up once, see `forget`."""
 
 
 # Plain module globals: Dynamo traces and guards them, which it cannot do with a ContextVar or a look at the processor.
@@ -112,18 +113,21 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
     Raises:
         BackendError: an implementation was asked for by name and cannot run.
     """
-    if torch.compiler.is_compiling():  # which would guard what is settled, and compile again once it is
-        return _choose(op, device, unsupported)
-    settled, key = _operators[op].settled, (device, _backend)
-    if key not in settled:
-        settled[key] = _choose(op, device, None)
-    chosen = settled[key]
-    return chosen if unsupported is None or chosen == "reference" else _choose(op, device, unsupported)
-
-
-def _choose(op: str, device: torch.device | None, unsupported: str | None) -> str:
-    name = requested()
     kind, index = ("cpu", None) if device is None else (device.type, device.index)
+    chosen = _settled(op, kind, index, _backend)
+    return chosen if unsupported is None or chosen == "reference" else _choose(op, kind, index, unsupported)
+
+
+def _settled(op: str, kind: str, index: int | None, backend: str) -> str:
+    """Returns the implementation of `op` that this machine runs, operands permitting."""
+    settled, key = _operators[op].settled, (kind, index, backend)
+    if key not in settled:
+        settled[key] = _choose(op, kind, index, None)
+    return settled[key]
+
+
+def _choose(op: str, kind: str, index: int | None, unsupported: str | None) -> str:
+    name = requested()
     chosen = _candidate(_operators[op], name, kind)
     if chosen == "reference":
         return chosen
@@ -157,9 +161,11 @@ def _obstacle(op: str, chosen: str, kind: str, index: int | None, unsupported: s
     return f"operator {op} cannot run on {chosen}: {reason}"
 
 
-# Dynamo calls it while tracing and keeps the answer: it looks at the machine, which cannot be traced. This is what
-# `torch.compiler.assume_constant_result` sets; calling that would import the compiler, and Triton, with this module.
+# Dynamo calls these while tracing and keeps the answers: they look at the machine, which cannot be traced, and at what
+# was settled before, which is not to be guarded. This is what `torch.compiler.assume_constant_result` sets; calling
+# that would import the compiler, and Triton, with this module.
 _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cpu_obstacle(kind: str, auto: bool) -> str | None:

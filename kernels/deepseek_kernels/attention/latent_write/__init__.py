@@ -49,7 +49,7 @@ def latent_write(
     _check(kv, weight, cos, sin, buffer, slots)
     if buffer.shape[0] != kv.shape[0]:
         raise ValueError(f"expected a buffer for {kv.shape[0]} rows, as kv has, got {list(buffer.shape)}")
-    _implementation(kv, weight, buffer).write(kv.detach(), weight.detach(), eps, cos, sin, buffer, slots, False)
+    _implementation(kv, weight, buffer).write(kv, weight, eps, cos, sin, buffer, slots, False)
 
 
 def latent_write_paged(
@@ -66,11 +66,11 @@ def latent_write_paged(
         ValueError: the shapes or dtypes do not fit, or kv or weight require a gradient.
     """
     _check(kv, weight, cos, sin, pages, slots)
-    _implementation(kv, weight, pages).write(kv.detach(), weight.detach(), eps, cos, sin, pages, slots, True)
+    _implementation(kv, weight, pages).write(kv, weight, eps, cos, sin, pages, slots, True)
 
 
 def _check(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, buffer: Tensor, slots: Tensor) -> None:
-    if kv.ndim != 3 or weight.ndim != 1 or not 0 < weight.shape[0] <= kv.shape[2] or (kv.shape[2] - len(weight)) % 2:
+    if kv.ndim != 3 or weight.ndim != 1 or not 0 < weight.shape[0] <= kv.shape[2] or (kv.shape[2] - weight.shape[0]) % 2:
         raise ValueError(
             f"expected kv [B, T, C + R] and weight [C], R even, got {list(kv.shape)}, {list(weight.shape)}"
         )

@@ -16,12 +16,15 @@ def write(
     kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, buffer: Tensor, slots: Tensor, paged: bool
 ) -> None:
     """See `latent_write` and `latent_write_paged`."""
-    if kv.numel() == 0 or buffer.numel() == 0:
+    if 0 in kv.shape or 0 in buffer.shape:
         return
     (batch, tokens, _), rank = kv.shape, weight.shape[0]
     latent, key = rms_norm_reference(kv[..., :rank], weight, eps), rope_reference(kv[..., rank:], cos, sin)
-    states = torch.cat((latent.to(kv.dtype), key), dim=-1)
-    stored = pack(states, rank) if buffer.dtype == torch.uint8 else states.to(buffer.dtype)
+    states = torch.cat((latent if latent.dtype == kv.dtype else latent.to(kv.dtype), key), dim=-1)
+    if buffer.dtype == torch.uint8:
+        stored = pack(states, rank)
+    else:
+        stored = states if states.dtype == buffer.dtype else states.to(buffer.dtype)
     slots = slots.expand(batch, tokens)
     limit = buffer.shape[1] * (buffer.shape[0] if paged else 1)
     valid = (slots >= 0) & (slots < limit)

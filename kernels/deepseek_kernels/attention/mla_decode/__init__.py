@@ -52,7 +52,8 @@ def mla_decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask:
     _check(q, states, kv_lora_rank, "states [B, S, ")
     if q.shape[0] != states.shape[0]:
         raise ValueError(f"expected a batch of {q.shape[0]} in states, as in q, got states {list(states.shape)}")
-    _check_mask(mask, q, states.shape[1])
+    if mask is not None:
+        _check_mask(mask, q, states.shape[1])
     q, states = _autocast(q, states)
     chosen = _pick(q, states, kv_lora_rank, mask)
     if chosen == "cpu" and cpu.takes(q, states, mask):
@@ -115,9 +116,7 @@ def _check(q: Tensor, states: Tensor, kv_lora_rank: int, what: str) -> None:
         )
 
 
-def _check_mask(mask: Tensor | None, q: Tensor, keys: int) -> None:
-    if mask is None:
-        return
+def _check_mask(mask: Tensor, q: Tensor, keys: int) -> None:
     batch, queries = q.shape[:2]
     if is_spans(mask):
         if mask.shape != (batch, queries, 2):
@@ -136,9 +135,13 @@ def _check_mask(mask: Tensor | None, q: Tensor, keys: int) -> None:
 
 
 def _autocast(q: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    kind = q.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        if states.dtype == torch.uint8:
+            return dispatch.autocast(q)[0], states
+        q, states = dispatch.autocast(q, states)
     if states.dtype == torch.uint8:
-        return dispatch.autocast(q)[0], states
-    q, states = dispatch.autocast(q, states)
+        return q, states
     if q.dtype != states.dtype:
         raise ValueError(f"expected q and states of one dtype, got {q.dtype} and {states.dtype}")
     return q, states

@@ -27,11 +27,12 @@ _LEAST = 64  # ... and keys of a row, however many rows there are
 def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
     """See `mla_decode`."""
     queries, keys = q.shape[1], states.shape[1]
-    if not q.numel() or not keys:
+    if 0 in q.shape or not keys:
         return q.new_zeros(*q.shape[:3], kv_lora_rank)
     if mask is None and queries > 1:
         mask = causal_mask(queries, keys, q.device)
-    mask = as_dense(mask, keys)
+    if mask is not None:
+        mask = as_dense(mask, keys)
     if states.dtype != torch.uint8:
         # The last R columns are the rotated keys' weighted sum, which is no part of the result.
         return attend(q, states, scale, mask)[..., :kv_lora_rank]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ... import dispatch
-from ...common.half_products import MIN_ROWS, expands
+from ...common.half_products import HALF, MIN_ROWS, expands
 from . import cpu
 from .reference import dense_gemm_expanded
 
@@ -29,9 +30,11 @@ def dense_gemm(x: Tensor, weight: Tensor) -> Tensor:
     to float32. One to eight rows that need no gradient are bound by reading the weight, which the C++ operator does at
     the memory's speed, in bfloat16 and float32.
     """
-    x, weight = dispatch.autocast(x, weight)
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        x, weight = dispatch.autocast(x, weight)
     if dispatch.pick("dense_gemm", x.device) == "cpu" and cpu.takes(x, weight):
         return cpu.dense_gemm(x, weight)
-    if weight.dtype != x.dtype or x.numel() < MIN_ROWS * x.shape[-1] or not expands(x):
+    if x.dtype not in HALF or weight.dtype != x.dtype or x.numel() < MIN_ROWS * x.shape[-1] or not expands(x):
         return F.linear(x, weight)
     return dense_gemm_expanded(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])

@@ -53,6 +53,8 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weig
     if chosen == "cpu" and cpu.takes(x, gate_up, down, weights):
         return cpu.fused_moe(*dispatch.autocast(x, gate_up, down), expert_ids, weights)
     if chosen != "triton":
+        if dtype == x.dtype and reference.takes_few(x, expert_ids):
+            return reference.few_tokens(x, gate_up, down, expert_ids, weights)
         return reference.fused_moe(x, gate_up, down, expert_ids, weights)
     from . import launch
 

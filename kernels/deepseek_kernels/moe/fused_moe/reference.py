@@ -14,12 +14,10 @@ from ...common.half_products import MIN_ROWS
 from ..grouped_gemm import grouped_gemm
 from ..moe_permute import permute, sort_by_expert, unpermute
 
-__all__ = ["fused_moe", "grouped_gemm_swiglu"]
+__all__ = ["few_tokens", "fused_moe", "grouped_gemm_swiglu", "takes_few"]
 
 
 def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-    if _runs_in_python(x, gate_up, down, expert_ids, weights):
-        return _few_tokens(x, gate_up, down, expert_ids, weights)
     order, inverse, ends = sort_by_expert(expert_ids, gate_up.shape[0])
     hidden = grouped_gemm_swiglu(permute(x, order, inverse), gate_up, ends)  # [P, I]
     return unpermute(grouped_gemm(hidden, down, ends), weights, order, inverse)
@@ -30,32 +28,34 @@ def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _runs_in_python(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
-    """Returns True for few tokens on a CPU whose ids may be looked at: no gradient, no tracing, no tensor subclass."""
-    # With fewer rows for an expert than MIN_ROWS, `grouped_gemm` takes the built-in product too.
+def takes_few(x: Tensor, expert_ids: Tensor) -> bool:
+    """Returns True for few tokens on a CPU whose ids may be looked at: no tracing and no tensor subclass.
+
+    With fewer rows for an expert than MIN_ROWS, `grouped_gemm` takes the built-in product too.
+    """
     few = 0 < x.shape[0] < MIN_ROWS and expert_ids.shape[1] > 0
-    if x.device.type != "cpu" or not few or not type(x) is type(expert_ids) is Tensor:
-        return False
-    if x.dtype != gate_up.dtype or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.is_grad_enabled() and any(one.requires_grad for one in (x, gate_up, down, weights)):
+    if not few or x.device.type != "cpu" or not type(x) is type(expert_ids) is Tensor:
         return False
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def _few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-    """The same rows in the same products, and their sum in the same order, without the operators around them."""
+def few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    """Computes `fused_moe` without gradients and without autocast, to the same bits.
+
+    The same rows in the same products, and their sum in the same order.
+    """
     tokens, choices = expert_ids.shape
     chosen = expert_ids.flatten().tolist()
-    order = sorted(range(len(chosen)), key=chosen.__getitem__)  # pairs by expert, ties in token order
+    pairs = tokens * choices
+    order = sorted(range(pairs), key=chosen.__getitem__)  # by expert, ties in token order
     if tokens == 1:
         rows = x.expand(choices, -1)
     else:
         rows = x.index_select(0, torch.tensor([pair // choices for pair in order], device=x.device))
     spans, start = [], 0
-    for end in range(1, len(order) + 1):  # of the rows of each expert; those served elsewhere come last
+    for end in range(1, pairs + 1):  # of the rows of each expert; those served elsewhere come last
         expert = chosen[order[start]]
-        if end == len(order) or chosen[order[end]] != expert:
+        if end == pairs or chosen[order[end]] != expert:
             spans += [(expert, slice(start, end))] if expert < gate_up.shape[0] else []
             start = end
     if not spans:
@@ -63,9 +63,9 @@ def _few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, we
     gate, up = torch.cat([F.linear(rows[own], gate_up[expert]) for expert, own in spans]).chunk(2, dim=-1)
     hidden = F.silu(gate) * up
     outputs = [F.linear(hidden[own], down[expert]) for expert, own in spans]
-    if (missing := len(order) - hidden.shape[0]) > 0:
+    if (missing := pairs - hidden.shape[0]) > 0:
         outputs.append(x.new_zeros(missing, x.shape[1]))
-    inverse = sorted(range(len(order)), key=order.__getitem__)
+    inverse = sorted(range(pairs), key=order.__getitem__)
     wide = torch.cat(outputs).index_select(0, torch.tensor(inverse, device=x.device)).view(tokens, choices, -1)
     wide = wide if wide.dtype == torch.float32 else wide.to(torch.promote_types(wide.dtype, torch.float32))
     weighted = wide * weights[..., None]  # [T, K, H]

@@ -40,8 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    _check(x, None, weight)
-    chosen = dispatch.pick("rms_norm", x.device, _obstacle(x, weight))
+    chosen = dispatch.pick("rms_norm", x.device, _check(x, None, weight))
     if chosen == "cpu" and not cpu.needs_gradient(x, weight):
         return torch.ops.deepseek_kernels_cpu.rms_norm(x, None, weight, eps)[0]
     if chosen != "triton":
@@ -66,8 +65,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    _check(x, residual, weight)
-    chosen = dispatch.pick("rms_norm", x.device, _obstacle(x, residual, weight))
+    chosen = dispatch.pick("rms_norm", x.device, _check(x, residual, weight))
     if chosen == "cpu" and not cpu.needs_gradient(x, residual, weight):
         return torch.ops.deepseek_kernels_cpu.rms_norm(x, residual, weight, eps)
     if chosen != "triton":
@@ -94,7 +92,7 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str |
     """
     power_of_two = _check_quantized(x, None, weight, scale_format)
     x, weight = x.detach(), weight.detach()
-    if dispatch.pick("rms_norm_quantize", x.device, _obstacle(x, weight)) == "reference":
+    if dispatch.pick("rms_norm_quantize", x.device, _check(x, None, weight)) == "reference":
         return reference.rms_norm_quantize(x, weight, eps, power_of_two)
     from . import launch
 
@@ -125,14 +123,15 @@ def add_rms_norm_quantize(
             "use torch.no_grad() or add_rms_norm"
         )
     weight = weight.detach()
-    if dispatch.pick("rms_norm_quantize", x.device, _obstacle(x, residual, weight)) == "reference":
+    if dispatch.pick("rms_norm_quantize", x.device, _check(x, residual, weight)) == "reference":
         return reference.add_rms_norm_quantize(x, residual, weight, eps, power_of_two)
     from . import launch
 
     return launch.quantize(x, residual, weight, eps, power_of_two)
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> str | None:
+    """Checks the operands, and returns the reason why the kernels cannot take them, or None."""
     if not x.ndim or weight.shape != x.shape[-1:]:
         raise ValueError(f"expected x [..., H] and weight [H], got {list(x.shape)} and {list(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
@@ -140,6 +139,12 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"expected {name} in a floating dtype, got {tensor.dtype}")
+    for tensor in (x, residual, weight):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return f"its operands are bfloat16, float16 or float32, got {tensor.dtype}"
+    if x.shape[-1] > _MOST_COLUMNS:
+        return f"its rows have {_MOST_COLUMNS} features at most, got {x.shape[-1]}"
+    return None
 
 
 def _check_quantized(x: Tensor, residual: Tensor | None, weight: Tensor, scale_format: str | None) -> bool:
@@ -151,12 +156,3 @@ def _check_quantized(x: Tensor, residual: Tensor | None, weight: Tensor, scale_f
     if scale_format not in (None, "ue8m0"):
         raise ValueError(f"expected scale_format None or 'ue8m0', got {scale_format!r}")
     return scale_format == "ue8m0"
-
-
-def _obstacle(*tensors: Tensor) -> str | None:
-    for tensor in tensors:
-        if tensor.dtype not in _DTYPES:
-            return f"its operands are bfloat16, float16 or float32, got {tensor.dtype}"
-    if tensors[0].shape[-1] > _MOST_COLUMNS:
-        return f"its rows have {_MOST_COLUMNS} features at most, got {tensors[0].shape[-1]}"
-    return None
