@@ -251,6 +251,7 @@ def test_every_shipped_recipe_is_whole(name):
 def test_a_stage_runs_on_two_processes(smoke, tmp_path):
     pytest.importorskip("accelerate")
     fields = dict(load_recipe("smoke").stages["zero"]) | {"start_from": str(smoke["out"] / "base"), "gate": None}
+    fields["mtp_loss_weight"] = 0.0
     (tmp_path / "zero.yaml").write_text(json.dumps(fields))  # JSON is YAML
     # What `accelerate launch` does on several GPUs; on processors it wants MPI.
     command = [
@@ -265,7 +266,7 @@ def test_a_stage_runs_on_two_processes(smoke, tmp_path):
         "PYTHONPATH": f"{root}:{root / 'kernels'}",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     assert metrics(tmp_path, "zero")["steps_trained"] == 2
     log = [json.loads(line) for line in (tmp_path / "zero" / "log.jsonl").read_text().split("\n") if line]
     tokens = [entry["num_tokens"] for entry in log if "num_tokens" in entry]
