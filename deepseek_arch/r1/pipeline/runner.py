@@ -220,7 +220,7 @@ def _check_room(out: Path) -> None:
     free = shutil.disk_usage(out).free
     if free < LEAST_FREE:
         raise OSError(f"expected at least {LEAST_FREE >> 20} MiB free for {out}, got {free >> 20}")
-    probe = out / ".writable"
+    probe = out / f".writable-{os.getpid()}"  # several processes may look at once
     probe.write_bytes(b"\0" * 4096)
     probe.unlink()
 

@@ -106,6 +106,9 @@ def check_extras(model: Any, args: Any) -> None:
     for name in ("keep_routing", "balance_rate", "balance_loss"):
         if getattr(args, name, 0) and not routed:
             raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
+    if args.mtp_loss_weight and args.world_size > 1:
+        # DistributedDataParallel reduces what its own forward pass used, and the layers run behind it.
+        raise ValueError(f"expected mtp_loss_weight 0 on {args.world_size} processes, got {args.mtp_loss_weight}")
     for name in ("mtp_loss_weight", "rollout_mtp_depth"):
         if getattr(args, name, 0) and not (ours and len(base.mtp)):
             raise ValueError(
