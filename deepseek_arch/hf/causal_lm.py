@@ -15,7 +15,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..models.unused_mtp import connect
 from ..moe.balance_loss import BalanceLoss
-from ..moe.moe import MoE
+from ..moe.moe import Router
 from .attention_mask import real_tokens
 from .base import DeepseekPreTrainedModel
 from .key_mapping import register_conversions
@@ -176,11 +176,14 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             shape: (B, T).
             valid: bool [B, T], or None where nothing is padding.
         """
-        loss = replace(BalanceLoss.from_config(self.config.to_core()), sequence=1.0)
-        routers = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+        core = self.config.to_core()
+        loss = replace(BalanceLoss.from_config(core), sequence=1.0)
+        # A router without a bias, which V2 has none of and V3's loss does not read: the layers' own may be wrapped.
+        router = Router.from_config(core, device="meta")
+        router.e_score_correction_bias = None
         losses = [
             loss(router, logits.float(), router.route(logits.detach().float())[1], shape, valid)
-            for router, logits in zip(routers, router_logits, strict=True)
+            for logits in router_logits
         ]
         return torch.stack([each.to(losses[0].device) for each in losses]).sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +72,8 @@ class LoadBalancer:
     def step(self) -> ExpertLoad:
         """Updates all biases once and returns the counts that it was made from.
 
+        Warns if no router has counted a token: none ran in training mode with gradients since the last step.
+
         Raises:
             ValueError: the schedule gives a rate that is not finite; nothing is changed.
         """
@@ -90,6 +93,12 @@ class LoadBalancer:
             if bias is not None and rate:
                 bias += rate * self._direction(load).to(bias.device)
         self.steps += 1
+        if not loads:
+            warnings.warn(
+                "no router has counted a token since the last step, so that no bias was moved: expected forward passes "
+                "in training mode, with gradients, through this package's routers",
+                stacklevel=3,  # past the decorator
+            )
         return ExpertLoad(loads, rate)
 
     def _direction(self, load: Tensor) -> Tensor:
