@@ -87,6 +87,10 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             # From the config of a quantized checkpoint, of which this model has only the shape (TRAPS E12).
             del self.config.quantization_config
         self.set_saving_conversions()
+        if not getattr(self, "_hf_peft_config_loaded", False):  # of adapters that were merged since
+            for module in self.modules():
+                if isinstance(module, Router):
+                    module.bias_among_biases = False
         is_main = kwargs.get("is_main_process", args[0] if args else True)
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         if grouped or not is_main or kwargs.get("push_to_hub") or Path(save_directory).is_file():

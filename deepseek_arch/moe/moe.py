@@ -18,6 +18,8 @@ from .routing import Routing
 
 __all__ = ["Experts", "MoE", "Router"]
 
+_BIAS_IN_ADAPTERS = "e_score_correction.bias"
+
 
 class Router(nn.Module):
     """Chooses K of E experts for each token and weighs them.
@@ -31,6 +33,8 @@ class Router(nn.Module):
     All of it in float32; the bias is a float32 buffer whatever dtype the module is cast to (TRAPS C1, C2).
 
     Attributes:
+        bias_among_biases: True adds the bias to state dicts as `e_score_correction.bias` as well: adapters save what
+            has such a name (`adapter_state`).
         load: int64 [E], tokens counted in training mode since `LoadBalancer` last read it, or None. No buffer:
             distributed wrappers would overwrite it with one rank's.
     """
@@ -71,6 +75,7 @@ class Router(nn.Module):
         else:
             self.e_score_correction_bias = None
         self.load: Tensor | None = None
+        self.bias_among_biases = False
         self.reset_parameters()
 
     @classmethod
@@ -106,8 +111,16 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias_among_biases and self.e_score_correction_bias is not None:
+            destination[prefix + _BIAS_IN_ADAPTERS] = self.e_score_correction_bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        saved = state_dict.pop(prefix + _BIAS_IN_ADAPTERS, None)
+        if saved is not None:
+            state_dict.setdefault(f"{prefix}e_score_correction_bias", saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.e_score_correction_bias is not None:  # `assign=True` takes the tensor as it comes
             self.e_score_correction_bias = self.e_score_correction_bias.float()
 
