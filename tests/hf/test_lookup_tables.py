@@ -144,9 +144,9 @@ def test_bitsandbytes_converts_every_linear_layer_but_the_head(wide_folder, bits
 
 def test_a_quantizer_that_converts_nothing_is_an_error(folder_of, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    from transformers.integrations import bitsandbytes as integration
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    monkeypatch.setattr(integration, "replace_with_bnb_linear", lambda model, **kwargs: model)
+    monkeypatch.setattr(Bnb4BitHfQuantizer, "_process_model_before_weight_loading", lambda self, model, **kwargs: model)
     settings = transformers.BitsAndBytesConfig(load_in_4bit=True)
     with pytest.raises(ValueError, match=r"bitsandbytes.* to convert linear layers, got a model without a converted"):
         dhf.DeepseekForCausalLM.from_pretrained(folder_of("v3"), quantization_config=settings, device_map="cpu")
