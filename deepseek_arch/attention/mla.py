@@ -117,7 +117,8 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q = self.queries(x, rope)
         states = self.append_to_cache(x, rope, cache)
-        if self.prefers_absorbed(x.shape[1], (states[0] if isinstance(states, tuple) else states).shape[1]):
+        absorbs = self.prefers_absorbed(x.shape[1], (states[0] if isinstance(states, tuple) else states).shape[1])
+        if absorbs and not _is_hooked(self.kv_b_proj):
             joined = torch.cat(states, dim=-1) if isinstance(states, tuple) else states
             out = self.attend_absorbed(q, joined, mask)
         else:
@@ -197,28 +198,39 @@ class MultiHeadLatentAttention(nn.Module):
         `states` may also be the bytes [B, S, bytes] of an FP8 cache.
         """
         split = self.qk_nope_head_dim
-        up = self.kv_b_weight(q).view(q.shape[2], split + self.v_head_dim, self.kv_lora_rank)  # [N, P + V, C]
+        weight, bias = self.kv_b_map(q)
+        up = weight.view(q.shape[2], split + self.v_head_dim, self.kv_lora_rank)  # [N, P + V, C]
         q_latent = _per_head(q[..., :split], up[:, :split])
         q = torch.cat((q_latent, q[..., split:]), dim=-1)  # [B, T, N, C + R]
         out = mla_decode(q, states, self.kv_lora_rank, self.softmax_scale, mask)
-        return _per_head(out, up[:, split:].transpose(1, 2))
+        out = _per_head(out, up[:, split:].transpose(1, 2))
+        # A bias of the keys adds the same to all scores of a query, which the softmax takes out again.
+        return out if bias is None else out + bias.view(q.shape[2], -1)[:, split:]
 
-    def kv_b_weight(self, like: Tensor) -> Tensor:
-        """Returns the matrix that `kv_b_proj` multiplies by, [N (P + V), C], whatever kind of module it is.
+    def kv_b_map(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the matrix [N (P + V), C] and the bias [N (P + V)] of `kv_b_proj`, whatever kind of module it is.
 
-        Only a plain linear layer is asked for its weight. An adapter, another quantized layer, an offload hook or a
-        sharded parameter computes something else, so the module is applied to the unit vectors.
+        Only a plain linear layer is asked for its weight; it has no bias. An adapter, another quantized layer, an
+        offloaded layer or a sharded parameter computes something else, so the module is applied to the unit vectors and
+        to zero. What a hook makes of them is not known: `forward` expands there.
 
         Args:
             like: activations, whose dtype and device the unit vectors get: parameters may be elsewhere.
         """
         weight = dense_weight(self.kv_b_proj, like.dtype)
-        if weight is None:
-            return self.kv_b_proj(torch.eye(self.kv_lora_rank, device=like.device, dtype=like.dtype)).T
-        return weight
+        if weight is not None:
+            return weight, None
+        probes = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, device=like.device, dtype=like.dtype)
+        out = self.kv_b_proj(probes)
+        return (out[:-1] - out[-1]).T, out[-1]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Returns True for a module with hooks of its own: they may tell rows apart (PEFT's mixed batches), or record."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _latents_and_keys(states: Tensor | tuple[Tensor, Tensor], cache: Any) -> tuple[Tensor, Tensor]:

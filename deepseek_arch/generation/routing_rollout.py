@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..models.causal_lm import DeepseekLM
-from ..moe.moe import MoE
 from ..moe.routing_record import RoutingRecord
 
 __all__ = ["RolloutRouting", "check_recording", "valid_tokens"]
@@ -16,7 +15,7 @@ def check_recording(model: DeepseekLM, new_tokens: int, compiled: bool) -> None:
     """Raises ValueError where a rollout's routing cannot be recorded."""
     if compiled:
         raise ValueError("expected compiled=False with record_routing, got True")
-    if not any(isinstance(layer.mlp, MoE) for layer in model.model.layers):
+    if not any(model.config.is_moe_layer(i) for i in range(model.config.num_hidden_layers)):
         raise ValueError("expected a model with experts for record_routing, got one without any")
     if not new_tokens:
         raise ValueError("expected max_new_tokens >= 1 with record_routing, got 0")

@@ -26,7 +26,8 @@ from .attention import AttentionWeights
 from .configuration import ArchConfig, ArchDeepseekV3Config, as_arch_config
 from .key_mapping import saving_conversions
 from .layers import DeepseekDecoderLayer
-from .state_dict_hooks import accept_published_names
+from .other_quantizers import has_other_quantizer, make_linears_plain
+from .state_dict_hooks import accept_published_names, report_lost_adapters
 from .strict_loading import StrictLoading
 
 __all__ = ["DeepseekPreTrainedModel"]
@@ -86,6 +87,10 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             # From the config of a quantized checkpoint, of which this model has only the shape (TRAPS E12).
             del self.config.quantization_config
         self.set_saving_conversions()
+        if not getattr(self, "_hf_peft_config_loaded", False):  # of adapters that were merged since
+            for module in self.modules():
+                if isinstance(module, Router):
+                    module.bias_among_biases = False
         is_main = kwargs.get("is_main_process", args[0] if args else True)
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         if grouped or not is_main or kwargs.get("push_to_hub") or Path(save_directory).is_file():
@@ -107,11 +112,24 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
         """Turns FP8 layers into ordinary ones, in `dtype` (default the model's), so that adapters can be merged."""
         return super().dequantize(dtype or self.dtype)
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Returns "eager"; raises ValueError for another implementation, which would never be called."""
+        if requested_experts not in (None, "eager"):
+            raise ValueError(
+                f"expected experts_implementation None or 'eager', got {requested_experts!r}: the experts of "
+                f"{type(self).__name__} run on this package's own grouped operators"
+            )
+        return "eager"
+
     def post_init(self) -> None:
         """Runs once a model's modules are there: transformers' part, and ours to read and write published names."""
         super().post_init()
+        if has_other_quantizer(self.config):
+            make_linears_plain(self)
         self.set_saving_conversions()
         accept_published_names(self)
+        if self.base_model is not self:  # once for a model: adapters' names below it are part of its own
+            self.register_load_state_dict_post_hook(report_lost_adapters)
 
     def set_saving_conversions(self) -> None:
         """Sets the conversions that `save_pretrained` undoes, however the model was made."""

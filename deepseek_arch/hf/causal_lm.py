@@ -15,14 +15,15 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..models.unused_mtp import connect
 from ..moe.balance_loss import BalanceLoss
-from ..moe.moe import MoE
-from .attention_mask import real_tokens
+from ..moe.moe import Router
+from .added_losses import added_losses, own_losses, replaces_the_head
 from .base import DeepseekPreTrainedModel
 from .key_mapping import register_conversions
 from .layers import DeepseekMTPLayer
+from .lookup_tables import add_class_name
 from .main_model import DeepseekModel
 from .mtp_generation import generate_with_drafts
-from .mtp_training import loss_weight, prediction_losses, share_of_items
+from .mtp_training import loss_weight
 from .outputs import DeepseekCausalLMOutput, DeepseekModelOutput
 
 __all__ = ["DeepseekForCausalLM"]
@@ -60,6 +61,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(core.hidden_size, core.vocab_size, bias=False)
         self.mtp = nn.ModuleList(DeepseekMTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
         self.post_init()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_conversions(cls.__name__, causal_lm=True)
+        add_class_name("ForCausalLM", cls.__name__)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and replaces_the_head(value):  # TRL's trainers set it on the instance
+            value = own_losses(value)
+        super().__setattr__(name, value)
 
     def _core_for_saving(self) -> DeepseekConfig | None:
         return self.config.to_core()
@@ -110,38 +121,26 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         assert hidden is not None
         hidden = connect(hidden, self.mtp) if self.training else hidden
-        shape = (hidden.shape[0], hidden.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        valid = real_tokens(attention_mask, shape[1])
-        loss = aux_loss = mtp_loss = mtp_losses = mtp_accuracy = None
-        if outputs.router_logits:
-            aux_loss = self.balance_loss(outputs.router_logits, shape, valid)
-        if outputs.trunk is not None and input_ids is not None and labels is not None:
-            mtp_losses, mtp_accuracy, more = prediction_losses(
-                self, outputs.trunk, input_ids, labels, valid, balanced=aux_loss is not None
-            )
-            mtp_loss = mtp_losses.mean()
-            if aux_loss is not None and more is not None:
-                aux_loss = aux_loss + more.to(aux_loss.device)
+        num_items, shift_labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+        added = added_losses(self, outputs, input_ids, attention_mask, labels, num_items, shift_labels)
+        loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            share = share_of_items(labels, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels"))
-            if aux_loss is not None:
-                loss = loss + (self.router_aux_loss_coef * share * aux_loss).to(loss.device)
-            if mtp_loss is not None and self.training:
-                loss = loss + (weight * share * mtp_loss).to(loss.device)
+            if added.total is not None:
+                loss = loss + added.total.to(loss.device)
         return DeepseekCausalLMOutput(
             loss=loss,
-            aux_loss=aux_loss,
+            aux_loss=added.aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            mtp_loss=mtp_loss,
-            mtp_losses=mtp_losses,
-            mtp_accuracy=mtp_accuracy,
+            mtp_loss=added.mtp_loss,
+            mtp_losses=added.mtp_losses,
+            mtp_accuracy=added.mtp_accuracy,
             routing=outputs.routing,
         )
 
@@ -176,13 +175,17 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             shape: (B, T).
             valid: bool [B, T], or None where nothing is padding.
         """
-        loss = replace(BalanceLoss.from_config(self.config.to_core()), sequence=1.0)
-        routers = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+        core = self.config.to_core()
+        loss = replace(BalanceLoss.from_config(core), sequence=1.0)
+        # A router without a bias, which V2 has none of and V3's loss does not read: the layers' own may be wrapped.
+        router = Router.from_config(core, device="meta")
+        router.e_score_correction_bias = None
         losses = [
             loss(router, logits.float(), router.route(logits.detach().float())[1], shape, valid)
-            for router, logits in zip(routers, router_logits, strict=True)
+            for logits in router_logits
         ]
         return torch.stack([each.to(losses[0].device) for each in losses]).sum()
 
 
 register_conversions(DeepseekForCausalLM.__name__, causal_lm=True)
+add_class_name("ForCausalLM", DeepseekForCausalLM.__name__)

@@ -12,6 +12,7 @@ from transformers.modeling_layers import (
 from ..config.deepseek_config import DeepseekConfig
 from .base import DeepseekPreTrainedModel
 from .key_mapping import register_conversions
+from .lookup_tables import add_class_name
 from .main_model import DeepseekModel
 
 __all__ = ["DeepseekForSequenceClassification", "DeepseekForTokenClassification"]
@@ -44,3 +45,4 @@ class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreT
 
 for _model in (DeepseekForSequenceClassification, DeepseekForTokenClassification):
     register_conversions(_model.__name__)
+    add_class_name(_model.__name__.removeprefix("Deepseek"), _model.__name__)

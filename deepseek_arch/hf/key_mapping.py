@@ -122,9 +122,12 @@ def loading_conversions(causal_lm: bool) -> list[WeightConverter | WeightRenamin
     Args:
         causal_lm: for a class with MTP modules, which bring copies of the embedding and the head.
     """
+    # The name of a router's bias in the files of adapters (`moe.adapter_state`).
+    biases = WeightRenaming(r"e_score_correction\.bias", "e_score_correction_bias")
     if not causal_lm:
-        return _expert_conversions()
+        return [biases, *_expert_conversions()]
     return [
+        biases,
         WeightConverter([rf"^{_EMBEDDING}", r"^mtp\.\d+\.embed_tokens\.weight"], _EMBEDDING, [KeepOne()]),
         WeightConverter([rf"^{_HEAD}", r"^mtp\.\d+\.shared_head\.head\.weight"], _HEAD, [KeepOne()]),
         *_expert_conversions(),

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.import_utils import _LazyModule
 
 from .causal_lm import DeepseekForCausalLM
 from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification
@@ -28,6 +29,27 @@ _MODEL_CLASSES = (
     (AutoModelForTokenClassification, DeepseekForTokenClassification),
 )
 _ABSENT = object()
+
+
+class _ModuleAttributes(dict[str, Any]):
+    """Attributes of `transformers`, as a table.
+
+    They are set on the module's class: transformers runs itself a second time when it is imported, and who imported it
+    earlier holds another module object than `sys.modules` does.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return vars(_LazyModule).get(key, default)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(_LazyModule, key, value)
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        if key in vars(_LazyModule):
+            delattr(_LazyModule, key)
+
+
+_ATTRIBUTES = _ModuleAttributes()
 # Entries of transformers' tables from before: (table, key) -> value or _ABSENT. Empty while not registered.
 _before: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
 
@@ -35,6 +57,7 @@ _before: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
 def register(*model_types: str) -> None:
     """Makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the classifiers' Auto classes give our classes.
 
+    The classes are attributes of `transformers` as well, for all that looks `config.architectures` up there.
     Classes imported by name, transformers' own among them, are not changed. Repeating the call changes nothing.
 
     Args:
@@ -48,6 +71,8 @@ def register(*model_types: str) -> None:
         _put(CONFIG_MAPPING._extra_content, model_type, own)
         for auto, model in _MODEL_CLASSES:
             _put(auto._model_mapping._extra_content, own, model)
+    for _, model in _MODEL_CLASSES:  # `transformers serve` and TRL look for the name of the architecture there
+        _put(_ATTRIBUTES, model.__name__, model)
 
 
 def unregister() -> None:

@@ -7,6 +7,7 @@ the published names of the experts in them, the stacked parameters would silentl
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..moe.moe import Experts
 from ..quant.fp8_base import FP8Layer
 from .key_mapping import mtp_key_mapping
 
-__all__ = ["accept_published_experts", "accept_published_names"]
+__all__ = ["accept_published_experts", "accept_published_names", "report_lost_adapters"]
 
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the main model's tensors, in an MTP module
 
@@ -104,3 +105,15 @@ def _stack(
             stacked[places[key]] = tensor.to(stacked)
     if len(error_msgs) == known:
         state_dict[prefix + name] = stacked.detach()
+
+
+def report_lost_adapters(module: nn.Module, incompatible_keys: Any) -> None:
+    """Warns of adapter tensors that no module takes; PEFT loads with `strict=False` and says nothing."""
+    lost = sorted(key for key in incompatible_keys.unexpected_keys if ".lora_" in key)
+    if lost:
+        warnings.warn(
+            f"{len(lost)} adapter tensors belong to no module of this model and are left out: "
+            + ", ".join(lost[:8])
+            + (" and others" if len(lost) > 8 else ""),
+            stacklevel=2,
+        )

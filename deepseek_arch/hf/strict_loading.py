@@ -18,6 +18,7 @@ from .configuration import as_arch_config, load_config
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 from .key_mapping import mtp_key_mapping
 from .local_folder import settle_files
+from .other_quantizers import check_conversion, has_other_quantizer, restore_linears
 
 __all__ = ["StrictLoading"]
 
@@ -87,6 +88,9 @@ class StrictLoading:
                 + "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items())
             )
         model.config.__dict__.pop("transformers_weights", None)  # about the files, not the model
+        if has_other_quantizer(model.config):
+            restore_linears(model)
+            check_conversion(model, model.quantization_method)
         _keep_router_biases_wide(model)
         model.set_saving_conversions()
         return (model, info) if output_loading_info else model

@@ -59,6 +59,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies [..., in_features] by the weight -> [..., out_features]."""
+        if type(self.weight) not in (nn.Parameter, Tensor):  # quantized (torchao) or sharded: torch knows what to do
+            return F.linear(x, self.weight, self.bias)
         out = dense_gemm(x, self.weight)
         return out if self.bias is None else out + self.bias
 

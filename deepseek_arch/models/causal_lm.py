@@ -12,7 +12,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..moe.balance_loss import BalanceLoss
-from ..moe.moe import Experts, MoE, Router
+from ..moe.moe import Experts, Router
 from ..moe.routing import Routing
 from ..moe.routing_record import RoutingRecord
 from ..moe.token_dropping import TokenDropping
@@ -91,11 +91,20 @@ class DeepseekLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        """Device that ids go to: the embedding's, or where it runs if its weights are offloaded."""
+        device = next(self.model.embed_tokens.parameters()).device
+        if device.type != "meta":
+            return device
+        for module in self.model.embed_tokens.modules():
+            runs_on = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)  # accelerate's
+            if runs_on is not None:
+                return torch.device(runs_on)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        """Dtype of the embedding."""
+        return next(self.model.embed_tokens.parameters()).dtype
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recomputes each decoder layer in the backward pass instead of keeping its activations (training only)."""
@@ -228,8 +237,7 @@ class DeepseekLM(nn.Module):
         if tokens is None or tokens.ndim < 2 or not (self.training or record or replay):
             return None
         if replay is not None:
-            # Looked for in all modules, since wrappers may have put them inside others.
-            layers = {module.layer_idx for module in self.model.modules() if isinstance(module, MoE)}
+            layers = {i for i in range(self.config.num_hidden_layers) if self.config.is_moe_layer(i)}
             missing = sorted(layers - replay.ids.keys())
             if missing:
                 raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")

@@ -36,10 +36,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DeepseekConfig, layer_idx: int, *, device=None, dtype=None) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.layer_idx = layer_idx
+        self.layer_idx, self.has_experts = layer_idx, config.is_moe_layer(layer_idx)
         self.self_attn = self.attention_class.from_config(config, layer_idx, **factory)
         self.mlp: MoE | MLP
-        if config.is_moe_layer(layer_idx):
+        if self.has_experts:
             self.mlp = MoE.from_config(config, layer_idx, **factory)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, **factory)
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         attention, mlp = self.self_attn, self.mlp
         attended = attention(normalize(self.input_layernorm, x, attention), rope, mask, cache)
         normed, x = add_and_normalize(self.post_attention_layernorm, attended, x, mlp)
-        if routing is None or not isinstance(mlp, MoE):
+        if routing is None or not self.has_experts:  # the block may be wrapped: its type says nothing
             return x + mlp(normed)
         return x + mlp(normed, routing)
 

@@ -23,6 +23,10 @@ class SharedHead(nn.Module):
         super().__init__()
         self.norm = RMSNorm(hidden_size, eps, device=device, dtype=dtype)
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalizes [B, T, H]."""
+        return self.norm(hidden)
+
 
 class MTPLayer(DecoderLayer):
     """MTP module `depth` (from 0): decoder layer `num_hidden_layers + depth` of the published files.
@@ -60,4 +64,4 @@ class MTPLayer(DecoderLayer):
         """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
         hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing)
-        return hidden, self.shared_head.norm(hidden)
+        return hidden, self.shared_head(hidden)

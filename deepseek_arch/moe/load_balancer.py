@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter_state import save_biases_with_adapters
 from .expert_load import ExpertLoad
 from .moe import Router
 
@@ -32,6 +34,9 @@ class LoadBalancer:
     `e_score_correction_bias` against the load and empties the counts. Calling it once per optimizer step makes the
     update independent of gradient accumulation and recomputation (TRAPS D1, D3). Where torch.distributed runs, counts
     are summed over `group` first (TRAPS D2). Routers are looked up in each step, so that they may be wrapped meanwhile.
+
+    Adapters of PEFT that are on the model save the moved biases with them (`adapter_state`), or a warning says that
+    they do not.
 
     Args:
         model: any module tree with `Router`s; those without a bias (V2's routings) are counted and reported only.
@@ -71,12 +76,16 @@ class LoadBalancer:
     def step(self) -> ExpertLoad:
         """Updates all biases once and returns the counts that it was made from.
 
+        Warns if no router has counted a token: none ran in training mode with gradients since the last step.
+
         Raises:
             ValueError: the schedule gives a rate that is not finite; nothing is changed.
         """
         rate = _check_rate(self.rate(self.steps) if callable(self.rate) else self.rate)
-        loads = {}
-        for name, router in self.routers.items():
+        loads, all_routers = {}, self.routers
+        if rate:
+            save_biases_with_adapters(self._model, all_routers)
+        for name, router in all_routers.items():
             load = router.load
             if _distributed():
                 if load is None:  # every rank takes part, whether it saw tokens or not
@@ -90,6 +99,12 @@ class LoadBalancer:
             if bias is not None and rate:
                 bias += rate * self._direction(load).to(bias.device)
         self.steps += 1
+        if not loads:
+            warnings.warn(
+                "no router has counted a token since the last step, so that no bias was moved: expected forward passes "
+                "in training mode, with gradients, through this package's routers",
+                stacklevel=3,  # past the decorator
+            )
         return ExpertLoad(loads, rate)
 
     def _direction(self, load: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import MLP
 from .routing import Routing
 
-__all__ = ["Experts", "MoE", "Router", "active_router"]
+__all__ = ["Experts", "MoE", "Router"]
+
+_BIAS_IN_ADAPTERS = "e_score_correction.bias"
 
 
 class Router(nn.Module):
@@ -31,6 +33,8 @@ class Router(nn.Module):
     All of it in float32; the bias is a float32 buffer whatever dtype the module is cast to (TRAPS C1, C2).
 
     Attributes:
+        bias_among_biases: True adds the bias to state dicts as `e_score_correction.bias` as well: adapters save what
+            has such a name (`adapter_state`).
         load: int64 [E], tokens counted in training mode since `LoadBalancer` last read it, or None. No buffer:
             distributed wrappers would overwrite it with one rank's.
     """
@@ -71,6 +75,7 @@ class Router(nn.Module):
         else:
             self.e_score_correction_bias = None
         self.load: Tensor | None = None
+        self.bias_among_biases = False
         self.reset_parameters()
 
     @classmethod
@@ -106,19 +111,33 @@ class Router(nn.Module):
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias_among_biases and self.e_score_correction_bias is not None:
+            destination[prefix + _BIAS_IN_ADAPTERS] = self.e_score_correction_bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        saved = state_dict.pop(prefix + _BIAS_IN_ADAPTERS, None)
+        if saved is not None:
+            state_dict.setdefault(f"{prefix}e_score_correction_bias", saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.e_score_correction_bias is not None:  # `assign=True` takes the tensor as it comes
             self.e_score_correction_bias = self.e_score_correction_bias.float()
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, ids: Tensor | None = None, routing: Routing | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Routes x [..., H] -> logits float32 [T, E], weights float32 [T, K], expert ids int64 [T, K].
 
         Experts come in order of falling preference; equal scores go to the smaller id.
 
         Args:
             ids: int64 [T, K], a choice to weigh instead of making one.
+            routing: may fix the choice of decoder layer `layer`, and records it. The router itself talks to it, not the
+                block around it: of a wrapped router (an adapter, a trained copy) it is the one that computes.
         """
+        if routing is not None and ids is None:
+            ids = routing.replayed(layer, self.top_k, self.num_experts)
         rows, kind = x.reshape(-1, self.hidden_size), x.device.type
         rows = rows if rows.dtype == torch.float32 else rows.float()
         weight: Tensor = self.weight
@@ -129,6 +148,8 @@ class Router(nn.Module):
         else:
             logits = F.linear(rows, weight)  # [T, E]
         weights, ids = self.route(logits, ids)
+        if routing is not None:
+            ids = routing.record_layer(layer, self, logits, weights, ids)
         return logits, weights, ids
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -255,30 +276,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """Maps [..., H] to the same shape; `routing` may fix the router's decisions, and records them."""
-        if routing is None:
-            _, weights, expert_ids = self.gate(x)
-        else:
-            router = active_router(self.gate)
-            given = routing.replayed(self.layer_idx, router.top_k, router.num_experts)
-            logits, weights, expert_ids = self.gate(x) if given is None else self.gate(x, given)
-            expert_ids = routing.record_layer(self.layer_idx, router, logits, weights, expert_ids)
+        _, weights, expert_ids = self.gate(x) if routing is None else self.gate(x, None, routing, self.layer_idx)
         out = self.experts(x.reshape(-1, x.shape[-1]), expert_ids, weights).view(x.shape)
         shared = self.shared_experts
         return out if shared is None else out + shared(x)
-
-
-def active_router(gate: nn.Module) -> Router:
-    """Returns the router of a block, which adapters and other wrappers may have put inside other modules.
-
-    Of several, as PEFT's `modules_to_save` makes them, the one that is trained.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if isinstance(gate, Router):
-        return gate
-    routers = [module for module in gate.modules() if isinstance(module, Router)]
-    trained = [router for router in routers if any(parameter.requires_grad for parameter in router.parameters())]
-    if not routers:
-        raise ValueError(f"expected a Router, or a module around one, got {type(gate).__name__}")
-    return (trained or routers)[-1]

@@ -14,9 +14,9 @@ from twins import native, ours, same_tensors
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
 from deepseek_arch.hf import LoadBalancingCallback
-from deepseek_arch.moe.balance_loss import BalanceLoss
 from deepseek_arch.moe.load_balancer import routers
 from support import small_models
+from support.balance_oracle import balance_loss_of
 from support.small_models import error, tokens
 
 TOLERANCE = 1e-4
@@ -45,17 +45,16 @@ def test_gradient_checkpointing_changes_memory_only(reentrant):
 
 
 def test_balance_loss_and_its_factor():
-    """The core's loss of every layer, without its factor; added with the config's, or else the family's (TRAPS D8)."""
+    """The report's loss of every layer, without a factor; added with the config's, or else the family's (TRAPS D8)."""
     model = ours(small_models.config("v3")).train()
     core = model.config.to_core()
     ids, mask = tokens(core, 2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[1, :3] = 0
     out = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
-    expected, valid = 0.0, mask.bool()
-    for layer, logits in zip(model.model.layers[1:], out.router_logits, strict=True):
-        chosen = layer.mlp.gate.route(logits)[1]
-        expected = expected + BalanceLoss(sequence=1.0)(layer.mlp.gate, logits, chosen, (2, 8), valid)
-    assert error(out.aux_loss, expected) <= TOLERANCE
+    gates = [layer.mlp.gate for layer in model.model.layers[1:]]
+    expected = balance_loss_of(gates, core.num_experts_per_tok, mask, lambda: model(ids, attention_mask=mask))
+    assert float(out.aux_loss) == pytest.approx(expected, rel=TOLERANCE)
+    assert len(out.router_logits) == len(gates)
     plain = model(ids, attention_mask=mask, labels=ids)
     assert plain.aux_loss is None and plain.router_logits is None
     assert error(out.loss, plain.loss + 1e-4 * expected) <= TOLERANCE  # V3's, where the config has none
@@ -181,12 +180,16 @@ def test_lora_trains_saves_merges_and_fits_native_models(folder_of, tmp_path, wh
     frozen = {name: p.clone() for name, p in base.state_dict().items()}
     # Random adapters, so that they show at once; LoRA's own start changes nothing.
     settings = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTERS[where])
-    model = peft.get_peft_model(base, settings).eval()
+    model = peft.get_peft_model(base, settings).train()
     ids = tokens(base.config.to_core(), 2, 9)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
     first = model(ids, labels=ids).loss
     first.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in trained.items() if ".mtp." not in name)
     optimizer.step()
+    assert model(ids, labels=ids).loss < first
+    model.eval()
     with torch.no_grad():
         assert model(ids, labels=ids).loss < first
         logits = model(ids).logits

@@ -9,6 +9,7 @@ import pytest
 from transformers import DeepseekV3ForCausalLM
 
 import deepseek_arch.hf as dhf
+from support.balance_oracle import balance_loss_of
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -39,7 +40,8 @@ def checkpoint(folder_of, tokenizer, tmp_path):
     return str(folder)
 
 
-def sft(model: str, tokenizer, folder, peft_config=None, **changes):
+def sft(model: str, tokenizer, folder, peft_config=None, batches=None, **changes):
+    """A trained trainer and its losses; `batches` gets the inputs of every loss."""
     from trl import SFTConfig, SFTTrainer
 
     texts = datasets.Dataset.from_dict({"text": [sentence(i, 6 + i % 5) for i in range(8)]})
@@ -50,6 +52,14 @@ def sft(model: str, tokenizer, folder, peft_config=None, **changes):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if batches is not None:
+        compute = trainer.compute_loss
+
+        def computing(model, inputs, *args, **kwargs):
+            batches.append({name: value.clone() for name, value in inputs.items() if hasattr(value, "clone")})
+            return compute(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = computing
     trainer.train()
     return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -83,12 +93,18 @@ def test_sft_with_adapters_on_attention_and_experts(checkpoint, tokenizer, tmp_p
 
 
 def test_sft_with_a_balance_loss(checkpoint, tokenizer, tmp_path, capsys):
-    """TRL reads `outputs.aux_loss` and `config.num_experts`, which transformers' V3 has not (TRAPS R7)."""
+    """V3's sequence-wise loss of the batch that was trained on, not Mixtral's, which TRL computes (TRAPS R7)."""
+    batches = []
     with dhf.registered():
-        trainer, losses = sft(checkpoint, tokenizer, tmp_path / "with", router_aux_loss_coef=0.01)
+        trainer, losses = sft(checkpoint, tokenizer, tmp_path / "with", batches=batches, router_aux_loss_coef=0.01)
         _, plain = sft(checkpoint, tokenizer, tmp_path / "without")
     balance = [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
-    assert balance[0] >= 1  # its least value is the number of choices, for even use
+    fresh = dhf.DeepseekForCausalLM.from_pretrained(checkpoint)
+    gates = [layer.mlp.gate for layer in fresh.model.layers[1:]]
+    given = {name: batches[0][name] for name in ("input_ids", "attention_mask") if name in batches[0]}
+    mask = given.get("attention_mask", given["input_ids"] >= 0)
+    expected = balance_loss_of(gates, fresh.config.num_experts_per_tok, mask, lambda: fresh(**given))
+    assert balance[0] == pytest.approx(expected, rel=2e-4)  # logged to four digits
     assert losses[0] == pytest.approx(plain[0] + 0.01 * balance[0], abs=2e-4)  # three logged numbers of four digits
 
 

@@ -372,8 +372,8 @@ def test_absorbed_attention_with_an_fp8_kv_b_proj(dtype, monkeypatch):
     rope = RotaryEmbedding.from_config(cfg)(torch.arange(9)[None])
     x, outputs = torch.randn(1, 9, cfg.hidden_size).to(dtype), {}
     monkeypatch.setattr(FP8Linear, "forward", lambda *_: pytest.fail("a product of unit vectors"))
-    assert attention.kv_b_weight(x).dtype == dtype
-    assert torch.equal(attention.kv_b_weight(x), attention.kv_b_proj.dequantize(dtype))
+    assert attention.kv_b_map(x)[0].dtype == dtype
+    assert torch.equal(attention.kv_b_map(x)[0], attention.kv_b_proj.dequantize(dtype))
     monkeypatch.undo()
     for form in ("expanded", "absorbed"):
         monkeypatch.setattr(attention, "prefers_absorbed", lambda *_, form=form: form == "absorbed")
@@ -383,7 +383,7 @@ def test_absorbed_attention_with_an_fp8_kv_b_proj(dtype, monkeypatch):
     assert error(outputs["absorbed"], outputs["expanded"]) < roundings * torch.finfo(dtype).eps
     # A hook may change what the module computes: then it is asked.
     attention.kv_b_proj.register_forward_hook(lambda module, args, out: 2 * out)
-    assert error(attention.kv_b_weight(x), 2 * attention.kv_b_proj.dequantize(dtype)) <= torch.finfo(dtype).eps
+    assert error(attention.kv_b_map(x)[0], 2 * attention.kv_b_proj.dequantize(dtype)) <= torch.finfo(dtype).eps
 
 
 # ---------------------------------------------------------------- compiled

@@ -1,0 +1,124 @@
+"""What our models add to the loss of the next token: balance losses, and the losses of the MTP modules.
+
+One place for the model's own forward and for TRL's, which replaces it on the instance: with `output_router_logits`,
+TRL would compute Mixtral's balance loss instead of the family's, and leave the MTP modules untrained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_mask import real_tokens
+from .mtp_training import loss_weight, prediction_losses, share_of_items
+from .outputs import DeepseekModelOutput
+
+__all__ = ["AddedLosses", "added_losses", "own_losses", "replaces_the_head"]
+
+
+@dataclass
+class AddedLosses:
+    """Losses beside that of the next token, unweighted, and their weighted sum.
+
+    Attributes:
+        aux_loss: balance loss, where router logits were asked for.
+        mtp_losses, mtp_accuracy: float32 [D] by depth, where MTP modules ran.
+        total: what training adds to the loss; None where there are no labels, or nothing is to be added.
+    """
+
+    aux_loss: Tensor | None = None
+    mtp_losses: Tensor | None = None
+    mtp_accuracy: Tensor | None = None
+    total: Tensor | None = None
+
+    @property
+    def mtp_loss(self) -> Tensor | None:
+        """Mean over depths."""
+        return None if self.mtp_losses is None else self.mtp_losses.mean()
+
+
+def added_losses(
+    model: Any,
+    outputs: DeepseekModelOutput,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    num_items: Tensor | int | None,
+    shift_labels: Tensor | None,
+) -> AddedLosses:
+    """Returns the losses of one pass of a `DeepseekForCausalLM`.
+
+    Args:
+        outputs: the main model's, with `router_logits` and `trunk` where their losses are wanted.
+        labels: int64 [B, T], the tokens themselves; num_items, shift_labels: see `share_of_items`.
+    """
+    assert outputs.last_hidden_state is not None
+    shape = (outputs.last_hidden_state.shape[0], outputs.last_hidden_state.shape[1])
+    valid = real_tokens(attention_mask, shape[1])
+    added = AddedLosses()
+    if outputs.router_logits:
+        added.aux_loss = model.balance_loss(outputs.router_logits, shape, valid)
+    if outputs.trunk is not None and input_ids is not None and labels is not None:
+        added.mtp_losses, added.mtp_accuracy, more = prediction_losses(
+            model, outputs.trunk, input_ids, labels, valid, balanced=added.aux_loss is not None
+        )
+        if added.aux_loss is not None and more is not None:
+            added.aux_loss = added.aux_loss + more.to(added.aux_loss.device)
+    targets = labels if labels is not None else shift_labels
+    if targets is None:
+        return added
+    share = share_of_items(targets, num_items, shift_labels)
+    terms = [] if added.aux_loss is None else [model.router_aux_loss_coef * share * added.aux_loss]
+    if added.mtp_loss is not None and model.training:
+        terms.append(loss_weight(model) * share * added.mtp_loss)
+    if terms:
+        added.total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    return added
+
+
+def replaces_the_head(forward: Any) -> bool:
+    """Returns True for TRL's forward with a fused head, as it sets it on a model."""
+    return isinstance(forward, MethodType) and "fused_lm_head" in forward.__func__.__code__.co_varnames
+
+
+def own_losses(forward: MethodType) -> MethodType:
+    """Wraps TRL's forward with a fused head so that our losses are added, and none of another family's."""
+
+    def with_own_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head"):
+            return forward(*args, **kwargs)
+        labels, ids, seen = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None), []
+        asked = kwargs.pop("output_router_logits", None)
+        balanced = getattr(self.config, "output_router_logits", False) if asked is None else asked
+        predicts = labels is not None and ids is not None and loss_weight(self) > 0
+        handles = (
+            self.model.register_forward_pre_hook(_asking(balanced, predicts), with_kwargs=True),
+            self.model.register_forward_hook(lambda module, args, output: seen.append(output)),
+        )
+        try:
+            out = forward(*args, output_router_logits=False, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        more = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+        added = added_losses(self, seen[-1], ids, kwargs.get("attention_mask"), labels, *more)
+        out.aux_loss = added.aux_loss
+        if added.total is not None and out.loss is not None:
+            out.loss = out.loss + added.total.to(out.loss.device)
+        return out
+
+    return MethodType(with_own_losses, forward.__self__)
+
+
+def _asking(balanced: bool, predicts: bool) -> Callable[..., Any]:
+    """Returns a hook that asks the main model for what the added losses need."""
+
+    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": balanced, "return_trunk": predicts}
+
+    return ask
