@@ -17,6 +17,8 @@ from .models.main_model import DecoderLayer as DecoderLayer
 from .models.main_model import DeepseekModel as DeepseekModel
 from .models.mtp_layer import MTPLayer as MTPLayer
 from .models.outputs import CausalLMOutput as CausalLMOutput
+from .models.live_weights import ParameterMatrices as ParameterMatrices
+from .models.live_weights import published_tensors as published_tensors
 from .attention.mla import MultiHeadLatentAttention as MultiHeadLatentAttention
 from .moe.moe import Experts as Experts
 from .moe.moe import MoE as MoE

@@ -173,8 +173,8 @@ class DeepseekConfig:
 
     @property
     def yarn(self) -> Yarn | None:
-        """The YaRN parameters of `rope_scaling`, or None for plain rotary embeddings."""
-        if self.rope_scaling is None or rope_type(self.rope_scaling) == "default":
+        """The YaRN parameters of `rope_scaling`, or None for rotary embeddings that are plain or scaled otherwise."""
+        if self.rope_scaling is None or rope_type(self.rope_scaling) != "yarn":
             return None
         names = {f.name for f in dataclasses.fields(Yarn)}
         values = {k: v for k, v in self.rope_scaling.items() if k in names and v is not None}

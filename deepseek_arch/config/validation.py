@@ -223,12 +223,13 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> list[str]:
     if scaling is None:
         return []
     kind = rope_type(scaling)
-    if kind not in ("default", "yarn"):
-        return [f"expected rope_scaling of type yarn or default, got {_shown(kind)}"]
+    if kind not in ("default", "yarn", "linear", "dynamic"):
+        return [f"expected rope_scaling of type yarn, linear, dynamic or default, got {_shown(kind)}"]
     if kind == "default":
         return []
     problems, least = [], {"factor": 1, "original_max_position_embeddings": 1}
-    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", *least):
+    of_yarn = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor") if kind == "yarn" else ()
+    for name in (*of_yarn, *least):
         value, bound = scaling.get(name), least.get(name, 0)
         if value is None and name != "factor":
             continue

@@ -108,6 +108,21 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
         """Casts to float32 all but FP8 layers."""
         return cast(Any, self).to(torch.float32) if fp8_layers(self) else super().float(*args)
 
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`.
+
+        Raises:
+            ValueError: the model is split by a tensor-parallel plan that splits attention (GLM's and V2's of
+                transformers): the gradients of what every rank holds whole would be one rank's part.
+        """
+        if mode and (self.tp_size or 1) > 1 and any(".self_attn." in name for name in self._tp_plan or ()):
+            raise ValueError(
+                f"expected no training with attention split over {self.tp_size} ranks, got train(): the backward pass "
+                "through transformers' tensor-parallel plan for this family does not sum the gradients of the "
+                "projections that every rank holds whole"
+            )
+        return super().train(mode)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
         """Turns FP8 layers into ordinary ones, in `dtype` (default the model's), so that adapters can be merged."""
         return super().dequantize(dtype or self.dtype)

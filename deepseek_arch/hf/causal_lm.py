@@ -18,6 +18,7 @@ from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Router
 from .added_losses import added_losses, own_losses, replaces_the_head
 from .base import DeepseekPreTrainedModel
+from .configuration import core_config
 from .key_mapping import register_conversions
 from .layers import DeepseekMTPLayer
 from .lookup_tables import add_class_name
@@ -27,6 +28,11 @@ from .mtp_training import loss_weight
 from .outputs import DeepseekCausalLMOutput, DeepseekModelOutput
 
 __all__ = ["DeepseekForCausalLM"]
+
+_NO_PAGES = (
+    "expected generate, deepseek_arch.generate or a serving engine, got continuous batching: its paged cache has keys "
+    "and values of one width, and latent attention caches two"
+)
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
@@ -159,11 +165,28 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             return generate_with_drafts(self, *args, **kwargs)
         return cast(Any, GenerationMixin.generate)(self, *args, **kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available.
+
+        Raises:
+            ValueError: always, before anything runs: transformers' paged cache has heads of one width for keys and
+                values, and these layers cache a latent and a key of their own widths.
+        """
+        raise ValueError(_NO_PAGES)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available, as `generate_batch`."""
+        raise ValueError(_NO_PAGES)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available, as `generate_batch`."""
+        raise ValueError(_NO_PAGES)
+
     @property
     def router_aux_loss_coef(self) -> float:
         """Factor of the balance loss: `router_aux_loss_coef` of the config, else its family's (`BalanceLoss`)."""
         factor = getattr(self.config, "router_aux_loss_coef", None)
-        return BalanceLoss.from_config(self.config.to_core()).sequence if factor is None else float(factor)
+        return BalanceLoss.from_config(core_config(self.config)).sequence if factor is None else float(factor)
 
     def balance_loss(
         self, router_logits: tuple[Tensor, ...], shape: tuple[int, int], valid: Tensor | None = None
@@ -175,7 +198,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             shape: (B, T).
             valid: bool [B, T], or None where nothing is padding.
         """
-        core = self.config.to_core()
+        core = core_config(self.config)
         loss = replace(BalanceLoss.from_config(core), sequence=1.0)
         # A router without a bias, which V2 has none of and V3's loss does not read: the layers' own may be wrapped.
         router = Router.from_config(core, device="meta")

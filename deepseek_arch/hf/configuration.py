@@ -23,17 +23,19 @@ from .fp8_config import FP8_METHOD, PUBLISHED_METHOD
 
 __all__ = [
     "CONFIG_CLASSES",
+    "WHERE",
     "ArchConfig",
     "ArchDeepseekV2Config",
     "ArchDeepseekV3Config",
     "ArchGlm4MoeLiteConfig",
     "ArchKimiK2Config",
     "as_arch_config",
+    "core_config",
     "load_config",
 ]
 
 # Arguments of `from_pretrained` that locate the files, needed for the config and for the weights ...
-_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # ... and those that a config has fields for, although they are about the load.
 _FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
 _SPARSE = (
@@ -83,8 +85,14 @@ class ArchConfig(PreTrainedConfig):
         rope = dict(out.get("rope_parameters") or {})
         if rope:  # DeepSeek's own code and most serving engines read these two, not `rope_parameters`
             kind = rope.pop("rope_type", rope.pop("type", "default"))
-            out["rope_theta"] = rope.pop("rope_theta")
+            theta = rope.pop("rope_theta")
             out["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+            # The trainer reads its checkpoints' config as `PreTrainedConfig`, which cannot read YaRN in the older form
+            # with a base; without one it skips it, and every reader of that form takes 10000.
+            if theta != 10000.0 or kind == "default":
+                out["rope_theta"] = theta
+            else:
+                out.pop("rope_theta", None)
         return out
 
     def to_core(self) -> DeepseekConfig:
@@ -185,6 +193,15 @@ def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> ArchConfig:
     return own.from_dict(config.to_dict())
 
 
+def core_config(config: ArchConfig) -> DeepseekConfig:
+    """Returns `config.to_core()` in code that may be compiled: Dynamo calls this as it traces, and keeps the result."""
+    return config.to_core()
+
+
+# What `torch.compiler.assume_constant_result` sets; calling that would import the compiler with this module.
+core_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def load_config(source: Any, **kwargs: Any) -> tuple[ArchConfig, dict[str, Any]]:
     """Reads the config of a checkpoint, and returns it with those of `kwargs` that are for the model's loading.
 
@@ -192,7 +209,7 @@ def load_config(source: Any, **kwargs: Any) -> tuple[ArchConfig, dict[str, Any]]
         source: a folder or name, as for `PreTrainedConfig.from_pretrained`.
         kwargs: its keyword arguments (`revision`, `token`, ...), or changes of config fields.
     """
-    where = {name: kwargs.pop(name) for name in _WHERE if name in kwargs}
+    where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
     for_model = {name: kwargs.pop(name) for name in _FOR_MODEL if name in kwargs}
     data, _ = PreTrainedConfig.get_config_dict(source, **where)
     own = config_class(data.get("model_type"))

@@ -28,7 +28,7 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
         assert isinstance(self.self_attn, DeepseekAttention)
         self.self_attn.config = config
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         rope: tuple[Tensor, Tensor],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -83,14 +84,16 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 `output_router_logits`, and `output_attentions` (with `attn_implementation="eager"`).
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or attention weights without "eager".
+            ValueError: both or neither of input_ids and inputs_embeds, or outputs that would be recorded without
+                gradients.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                'expected attn_implementation="eager" with output_attentions, got '
-                f"{self.config._attn_implementation!r}, which computes no weights"
+            warnings.warn(
+                f"{self.config._attn_implementation!r} computes no attention weights, so that `attentions` is empty: "
+                'set attn_implementation="eager"',
+                stacklevel=2,
             )
         self._check_recorded(kwargs)
         if not getattr(self.config, "is_causal", True):
@@ -136,7 +139,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return DeepseekModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
-            router_logits=tuple(routing.logits.values()) if logits and routing is not None else None,
+            router_logits=cast(Any, tuple(routing.logits.values())) if logits and routing is not None else None,
             trunk=trunk,
             routing=record,
         )
@@ -156,7 +159,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         function = getattr(self, "_gradient_checkpointing_func", None)
         if getattr(function, "keywords", {}).get("use_reentrant") is False:
             return
-        hooked = ["attentions"] + ["hidden_states"] * ("__call__" in vars(GradientCheckpointingLayer))
+        hooked = ["attentions"] * (self.config._attn_implementation == "eager")
+        hooked += ["hidden_states"] * ("__call__" in vars(GradientCheckpointingLayer))
         for name in hooked:
             if self._asked_for(name, kwargs):
                 raise ValueError(

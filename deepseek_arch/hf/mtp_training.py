@@ -11,6 +11,7 @@ from ..models.mtp_chain import mtp_chain_losses
 from ..models.outputs import TrunkOutput
 from ..moe.balance_loss import BalanceLoss
 from ..moe.routing import Routing
+from .configuration import core_config
 
 __all__ = ["loss_weight", "prediction_losses", "share_of_items"]
 
@@ -65,7 +66,7 @@ def prediction_losses(
     Returns:
         losses and accuracies float32 [D], and the balance loss without its factor, or None.
     """
-    config = model.config.to_core()
+    config = core_config(model.config)
     loss = replace(BalanceLoss.from_config(config), sequence=1.0) if balanced else None
     routing = Routing((input_ids.shape[0], input_ids.shape[1]), valid, loss=loss) if model.training else None
     losses, accuracy = mtp_chain_losses(

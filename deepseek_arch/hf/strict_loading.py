@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import FineGrainedFP8Config, PreTrainedModel
+from transformers import FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 
 from ..moe.moe import Router
 from ..quant.fp8_convert import fp8_layers
-from .configuration import as_arch_config, load_config
+from .configuration import WHERE, as_arch_config, load_config
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 from .key_mapping import mtp_key_mapping
 from .local_folder import settle_files
@@ -48,7 +48,8 @@ class StrictLoading:
 
         Tensors that are FP8 in the files stay FP8, byte for byte, on every device; `dtype` is that of all others. A
         classifier's own head may be missing. A folder without the MTP modules that its config names loads without
-        them, with a warning.
+        them, with a warning; so does one of more layers than `num_hidden_layers` here says, of which the first are
+        read. Files without FP8 tensors are an ordinary checkpoint, whatever their config says.
 
         Args:
             config: a config of ours, transformers' own for the same family, a `DeepseekConfig`, or a folder with one.
@@ -64,6 +65,7 @@ class StrictLoading:
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)
         config = as_arch_config(config)
         config = settle_files(config, pretrained_model_name_or_path, kwargs)
+        config = _with_first_layers(config, pretrained_model_name_or_path, kwargs)
         config = _with_quantization_argument(config, kwargs)
         if cls.reads_mtp_modules:
             key_mapping = {**mtp_key_mapping(config.to_core()), **(key_mapping or {})}
@@ -92,6 +94,7 @@ class StrictLoading:
             restore_linears(model)
             check_conversion(model, model.quantization_method)
         _keep_router_biases_wide(model)
+        _forget_quantization(model)
         model.set_saving_conversions()
         return (model, info) if output_loading_info else model
 
@@ -174,6 +177,43 @@ def _problems(
 
 def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _with_first_layers(config: Any, folder: Any, kwargs: dict[str, Any]) -> Any:
+    """Leaves out MTP modules where `config` asks for fewer decoder layers than the folder's own config has.
+
+    They stand behind the folder's last layer, and are trained on its output.
+
+    Raises:
+        ValueError: `config` asks for more layers than the folder has; MTP modules would be taken for them.
+    """
+    if folder is None:
+        return config
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    stored, _ = PreTrainedConfig.get_config_dict(folder, **where)
+    layers = stored.get("num_hidden_layers")
+    if isinstance(layers, int) and config.num_hidden_layers > layers:
+        raise ValueError(
+            f"expected at most {layers} layers, which the checkpoint has, got num_hidden_layers "
+            f"{config.num_hidden_layers}"
+        )
+    if not isinstance(layers, int) or config.num_hidden_layers == layers or not config.num_nextn_predict_layers:
+        return config
+    warnings.warn(
+        f"the first {config.num_hidden_layers} of {layers} layers are loaded, without the multi-token-prediction "
+        "modules, which continue the last one",
+        stacklevel=3,
+    )
+    config = copy.deepcopy(config)
+    config.num_nextn_predict_layers = 0
+    return config
+
+
+def _forget_quantization(model: Any) -> None:
+    """Makes a model without FP8 tensors an ordinary one, though its checkpoint's config says that it is quantized."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if isinstance(getattr(quantizer, "quantization_config", None), DeepseekFP8Config) and not fp8_layers(model):
+        quantizer.remove_quantization_config(model)
 
 
 def _with_quantization_argument(config: Any, kwargs: dict[str, Any]) -> Any:

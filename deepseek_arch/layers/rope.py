@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.deepseek_config import DeepseekConfig
+from ..config.json_format import rope_type
 from ..config.yarn import Yarn
 
 __all__ = ["RotaryEmbedding", "inverse_frequencies"]
@@ -49,25 +50,61 @@ class RotaryEmbedding(nn.Module):
 
     It has no buffer: the few frequencies are computed in each call, so that no `.to(bfloat16)`, meta device or partial
     load can change them.
+
+    Args:
+        dim: rotary dimension of a head.
+        theta: base of the frequencies.
+        yarn: its parameters, or None.
+        linear: every frequency is divided by it (transformers' "linear" scaling).
+        dynamic: (factor, context): for calls whose positions reach beyond `context`, theta grows with the length
+            ("dynamic" scaling, NTK-aware). Keys that a cache holds keep the frequencies they were written with.
     """
 
-    def __init__(self, dim: int, theta: float = 10000.0, yarn: Yarn | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        theta: float = 10000.0,
+        yarn: Yarn | None = None,
+        *,
+        linear: float = 1.0,
+        dynamic: tuple[float, int] | None = None,
+    ) -> None:
         super().__init__()
         if dim <= 0 or dim % 2:
             raise ValueError(f"expected a positive even rotary dimension, got {dim}")
-        self.dim, self.theta, self.yarn = dim, theta, yarn
+        self.dim, self.theta, self.yarn, self.linear, self.dynamic = dim, theta, yarn, linear, dynamic
         self._factor = yarn.cos_sin_factor if yarn else 1.0
 
     @classmethod
     def from_config(cls, config: DeepseekConfig) -> RotaryEmbedding:
-        return cls(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        scaling = config.rope_scaling or {}
+        kind, factor = rope_type(scaling), scaling.get("factor", 1.0)
+        return cls(
+            config.qk_rope_head_dim,
+            config.rope_theta,
+            config.yarn,
+            linear=factor if kind == "linear" else 1.0,
+            dynamic=(factor, config.max_position_embeddings) if kind == "dynamic" else None,
+        )
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of positions [B, T], float32 [B, T, dim / 2] each."""
-        angles = position_ids[..., None].float() * inverse_frequencies(
-            self.dim, self.theta, self.yarn, position_ids.device
-        )
+        frequencies = inverse_frequencies(self.dim, self.theta, self.yarn, position_ids.device) / self.linear
+        if self.dynamic is not None:
+            frequencies = self._slowed(frequencies, position_ids)
+        angles = position_ids[..., None].float() * frequencies
         return angles.cos() * self._factor, angles.sin() * self._factor
 
+    def _slowed(self, frequencies: Tensor, position_ids: Tensor) -> Tensor:
+        """Returns the frequencies of theta grown with the length, where that is beyond the trained context."""
+        assert self.dynamic is not None
+        factor, context = self.dynamic
+        length = (position_ids.max() + 1).clamp(min=context)
+        growth = (factor * length / context) - (factor - 1)
+        pairs = torch.arange(0, self.dim, 2, dtype=torch.float32, device=frequencies.device)
+        return frequencies * growth ** (-pairs / (self.dim - 2))
+
     def extra_repr(self) -> str:
-        return f"{self.dim}, theta={self.theta}, yarn={self.yarn}"
+        scaled = f", linear={self.linear}" if self.linear != 1 else ""
+        scaled += f", dynamic={self.dynamic}" if self.dynamic is not None else ""
+        return f"{self.dim}, theta={self.theta}, yarn={self.yarn}{scaled}"
