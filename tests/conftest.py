@@ -1,4 +1,4 @@
-"""What every test starts from: its own seed, one thread, and uninitialized memory that shows."""
+"""Start of every test: its own seed, one thread, and uninitialized memory that shows."""
 
 from __future__ import annotations
 

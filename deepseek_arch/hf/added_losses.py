@@ -1,4 +1,4 @@
-"""What our models add to the loss of the next token: balance losses, and the losses of the MTP modules.
+"""Losses that our models add to that of the next token: balance losses, and those of the MTP modules.
 
 One place for the model's own forward and for TRL's, which replaces it on the instance: with `output_router_logits`,
 TRL would compute Mixtral's balance loss instead of the family's, and leave the MTP modules untrained.

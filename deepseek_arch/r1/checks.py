@@ -1,4 +1,4 @@
-"""What has to be right before anything is trained, each with one clear error."""
+"""Checks before anything is trained, each with one clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base must be able to do before reinforcement learning is worth its time.
+"""Skills that a base must have before reinforcement learning is worth its time.
 
 Reinforcement selects among what a policy already samples. Where single steps are at chance, or whole step lists hardly
 ever come up, it learns the form of responses and nothing else (TRAPS T13).
@@ -57,7 +57,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What was measured; None for what the task has no measure of."""
+    """Measurements; None for what the task has no measure of."""
 
     steps: float | None
     full_lists: float | None

@@ -27,7 +27,7 @@ SIZES = ("model", "parameters", "activated", "devices", "device", "prompt_tokens
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage takes.
+    """Resources that a stage takes.
 
     Attributes:
         stage, kind: its name and kind.

@@ -21,7 +21,7 @@ __all__ = ["Rollout", "Sampling", "aligned_routing", "routing_record", "sample_n
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings by which tokens are drawn.
 
     Attributes:
         max_new_tokens: of a completion, its end token included.

@@ -1,4 +1,4 @@
-"""What a folder says beside its tensors: generation defaults, other files, a config of FP8 that is not there."""
+"""Contents of a folder beside its tensors: generation defaults, other files, a config of FP8 that is not there."""
 
 from __future__ import annotations
 

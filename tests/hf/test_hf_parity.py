@@ -1,4 +1,4 @@
-"""Our classes against transformers' own on the same float32 weights: relative error of logits <= 1e-4 (DESIGN.md 4)."""
+"""Our classes against transformers' own on the same float32 weights: relative error of logits <= 1e-4."""
 
 from __future__ import annotations
 

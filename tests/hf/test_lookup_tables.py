@@ -1,4 +1,4 @@
-"""What transformers, TRL and PEFT find by a class's name or exact type: ours is found, or the request is refused."""
+"""Look-ups of transformers, TRL and PEFT by a class's name or exact type: ours is found, or the request is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training changes is in what is saved: router biases with adapters, and in a refreshed reference model."""
+"""State that training changes and saving must keep: router biases with adapters, and in a refreshed reference model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users of transformers' classes reported, tried on ours: loading, resuming, RoPE scaling, batching."""
+"""Reports by users of transformers' classes, tried on ours: loading, resuming, RoPE scaling, batching."""
 
 from __future__ import annotations
 

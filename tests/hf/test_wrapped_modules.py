@@ -279,7 +279,7 @@ def test_rows_with_adapters_of_their_own_decode_as_with_that_adapter_alone():
 
 
 def test_a_router_of_another_class_is_reported():
-    """What this package's routers do not see cannot be counted: an error, or a warning at the step."""
+    """Choices that this package's routers do not see cannot be counted: an error, or a warning at the step."""
 
     class Foreign(nn.Module):
         def __init__(self, router: Router) -> None:

@@ -188,7 +188,7 @@ def test_the_divergence_from_a_refreshed_reference_is_zero(trainer_of, replay):
 
 
 def test_without_buffers_it_is_not(trainer_of, monkeypatch):
-    """What TRL's own callback does."""
+    """Refreshes a reference model as TRL's own callback does."""
     monkeypatch.setattr(reference_module, "blend_buffers", lambda *args: None)
     changes = {"beta": 0.04, "sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
     trainer = trainer_of(balance_rate=0.3, max_steps=3, keep_routing=False, **changes)

@@ -18,7 +18,7 @@ UNKNOWN = -1.0  # of a response that no list has: worse than a poor one, better 
 
 @dataclass(frozen=True)
 class GeneralResult:
-    """What was measured.
+    """Measurements.
 
     Attributes:
         quality: of the summaries, from -2 to 2; a summary that is not known counts -1.

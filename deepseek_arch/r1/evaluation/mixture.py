@@ -1,4 +1,4 @@
-"""What training does to the parts that no reward sees: acceptance of drafts, and balance of the experts."""
+"""Measures of the parts that no reward sees: acceptance of drafts, and balance of the experts."""
 
 from __future__ import annotations
 

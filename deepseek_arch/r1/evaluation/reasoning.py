@@ -37,7 +37,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a policy is evaluated; the defaults are the paper's.
+    """Settings of an evaluation; the defaults are the paper's.
 
     Attributes:
         problems: drawn from the test split.
@@ -87,7 +87,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """Measurements.
 
     Attributes:
         pass_at_1: share of right samples, mean over problems.

@@ -16,7 +16,7 @@ MANIFEST, STARTED = "manifest.json", "started.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What determines the results of a stage.
+    """Everything that determines the results of a stage.
 
     Attributes:
         stage: its name.

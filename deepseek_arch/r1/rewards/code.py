@@ -26,7 +26,7 @@ LONGEST_PROGRAM = 100_000
 
 @dataclass(frozen=True)
 class CodeLimits:
-    """What one run of a program may use.
+    """Resources that one run of a program may use.
 
     Attributes:
         seconds: of processor time, and twice that of wall time.

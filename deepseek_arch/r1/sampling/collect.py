@@ -19,7 +19,7 @@ __all__ = ["CollectSettings", "Collected", "collect"]
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """How samples are drawn and chosen.
+    """Settings by which samples are drawn and chosen.
 
     Attributes:
         problems: drawn from the training split.

@@ -1,4 +1,4 @@
-"""What keeps a sample out of the training data (arXiv 2501.12948, section 3.3 and supplement B.3)."""
+"""Reasons to keep a sample out of the training data (arXiv 2501.12948, section 3.3 and supplement B.3)."""
 
 from __future__ import annotations
 

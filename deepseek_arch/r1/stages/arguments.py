@@ -1,4 +1,4 @@
-"""What all stages are told: their own fields, and the trainer's under the names that TRL gives them."""
+"""Arguments of all stages: their own fields, and the trainer's under the names that TRL gives them."""
 
 from __future__ import annotations
 

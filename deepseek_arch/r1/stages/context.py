@@ -1,4 +1,4 @@
-"""What a stage is given beside its arguments, and files that are whole or not there."""
+"""Surroundings of a stage beside its arguments, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL, METRICS, SAMPLES, LOG, DATA, WORK = (
 
 @dataclass(frozen=True)
 class StageContext:
-    """Where a stage works.
+    """Place in which a stage works.
 
     Attributes:
         name: the stage's.

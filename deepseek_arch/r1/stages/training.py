@@ -1,4 +1,4 @@
-"""What all training stages share: resuming, curves, and measures of the result."""
+"""Pieces that all training stages share: resuming, curves, and measures of the result."""
 
 from __future__ import annotations
 

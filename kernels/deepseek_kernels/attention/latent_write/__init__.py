@@ -70,7 +70,8 @@ def latent_write_paged(
 
 
 def _check(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, buffer: Tensor, slots: Tensor) -> None:
-    if kv.ndim != 3 or weight.ndim != 1 or not 0 < weight.shape[0] <= kv.shape[2] or (kv.shape[2] - weight.shape[0]) % 2:
+    fits = kv.ndim == 3 and weight.ndim == 1 and 0 < weight.shape[0] <= kv.shape[2]
+    if not fits or (kv.shape[2] - weight.shape[0]) % 2:
         raise ValueError(
             f"expected kv [B, T, C + R] and weight [C], R even, got {list(kv.shape)}, {list(weight.shape)}"
         )
