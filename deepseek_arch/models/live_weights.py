@@ -46,7 +46,7 @@ def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(core, DeepseekConfig) or not hasattr(model, "lm_head"):
         raise ValueError(f"expected a DeepseekLM or a DeepseekForCausalLM, got {type(model).__name__}")
     layers = fp8_layers(model)
-    blocks = {f"{path}.{name}": layer.block_size for path, layer in layers.items() for name in layer.held}
+    blocks = {f"{path}.{name}": layer.block_size for path, layer in layers.items() for name in layer.quantized_params}
     state = model.state_dict()
     slots = [slot for slot in layout(core) if not slot.repeats]
     wrong = [
