@@ -1,0 +1,111 @@
+"""torch.compile and torch.export: whole graphs, lengths that change, training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import StaticCache
+from twins import ours
+
+from support import small_models
+from support.small_models import error, tokens
+
+CONFIG = small_models.config("v3", num_nextn_predict_layers=1, num_hidden_layers=2)
+TOLERANCE = 1e-5  # traced code may sum in another order
+
+
+def core(config=CONFIG):
+    return small_models.model(config)
+
+
+class Logits(torch.nn.Module):
+    """What is exported: tensors in, one tensor out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids).logits
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("make", [core, ours])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_graph_for_every_length(make, padded):
+    """From the second length on lengths are symbols, of which no comparison is a plain bool."""
+    model = make(CONFIG).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for length in (12, 17, 23):
+        ids = tokens(CONFIG, 2, length)
+        mask = torch.ones_like(ids)
+        mask[0, : 3 * padded] = 0
+        given = {"attention_mask": mask} if padded else {}
+        with torch.no_grad():
+            got, expected = compiled(ids, **given).logits, model(ids, **given).logits
+        assert error(got[mask.bool()], expected[mask.bool()]) < TOLERANCE
+
+
+def test_training_compiles_with_every_loss():
+    """Next tokens, MTP modules and balance, at two lengths."""
+    models = [ours(CONFIG).train() for _ in range(2)]
+    for model in models:
+        model.config.mtp_loss_weight, model.config.output_router_logits, model.config.router_aux_loss_coef = (
+            0.3,
+            True,
+            0.1,
+        )
+    compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
+    for length in (9, 12):
+        ids = tokens(CONFIG, 2, length)
+        compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        models[1](input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for (name, got), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert error(got.grad, expected.grad) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("make", [core, ours])
+def test_export_with_dynamic_batch_and_length(make):
+    module = Logits(make(CONFIG).eval()).eval()
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (tokens(CONFIG, 2, 8),), strict=False, dynamic_shapes={"input_ids": sizes}
+        )
+        for batch, length in ((3, 11), (2, 64)):  # no fewer tokens than the sample: torch guards on that
+            ids = tokens(CONFIG, batch, length)
+            assert error(program.module()(ids), module(ids)) < TOLERANCE
+
+
+class Decoding(torch.nn.Module):
+    """A step on a static cache that has a prompt; its tensors are buffers, as transformers' exporter makes them."""
+
+    def __init__(self, model: torch.nn.Module, prompt: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(prompt, past_key_values=self.cache, use_cache=True)
+        for i, layer in enumerate(self.cache.layers):
+            for name in ("keys", "values", "cumulative_length"):
+                if isinstance(getattr(layer, name, None), torch.Tensor):
+                    self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        out = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True)
+        return out.logits
+
+
+def test_static_cache_decoding_exports():
+    model, ids = ours(CONFIG), tokens(CONFIG, 1, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        step = (ids[:, 3:4], torch.tensor([[3]]))
+        program = torch.export.export(Decoding(model, ids[:, :3]), step, strict=True).module()
+        for i in (3, 4, 5):
+            assert error(program(ids[:, i : i + 1], torch.tensor([[i]])), expected[:, i : i + 1]) < TOLERANCE
