@@ -33,7 +33,7 @@ def backend(request):
 
 
 def operands(ids: Tensor, dtype: torch.dtype, blocks: tuple[int, int], hidden: int = 150, width: int = 40):
-    """What the operator takes; experts that nobody chose are NaN."""
+    """Operands; experts that no token chose are NaN."""
     experts = 7
     gate_up = torch.randn(experts, 2 * width, hidden) / hidden**0.5 * 2
     down = torch.randn(experts, hidden, width) / width**0.5
