@@ -36,8 +36,8 @@ class LatentCache:
         kv_lora_rank, qk_rope_head_dim: widths of the latent and of the shared key, C and R.
         capacity: slots to allocate at first (default: what the first tokens need).
         first_layer: the layer index that maps to the first buffer.
-        format: None to store values of `dtype`, "fp8" to store bytes in the order of `deepseek_kernels.mla_decode.
-            packing`, through which no gradient passes.
+        format: None to store values of `dtype`, "fp8" to store bytes in the format of
+            `deepseek_kernels.attention.packed_latents`, through which no gradient passes.
         dtype: of the results of `update` and `split`.
 
     Raises:
