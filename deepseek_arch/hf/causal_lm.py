@@ -66,6 +66,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         self.vocab_size = core.vocab_size
         self.lm_head = Linear(core.hidden_size, core.vocab_size, bias=False)
         self.mtp = nn.ModuleList(DeepseekMTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
+        self._balance_router = _scoring_router(core)
         self.post_init()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -200,14 +201,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         """
         core = core_config(self.config)
         loss = replace(BalanceLoss.from_config(core), sequence=1.0)
-        # A router without a bias, which V2 has none of and V3's loss does not read: the layers' own may be wrapped.
-        router = Router.from_config(core, device="meta")
-        router.e_score_correction_bias = None
+        (router,) = self._balance_router
         losses = [
             loss(router, logits.float(), router.route(logits.detach().float())[1], shape, valid)
             for logits in router_logits
         ]
         return torch.stack([each.to(losses[0].device) for each in losses]).sum()
+
+
+def _scoring_router(core: DeepseekConfig) -> tuple[Router, ...]:
+    """Returns a router that scores logits as the layers' do, in a tuple, so that it is no module of the model.
+
+    The layers' own may be wrapped. It has no bias: V2 has none, and V3's loss does not read it. Empty without experts.
+    """
+    if core.n_routed_experts is None:
+        return ()
+    router = Router.from_config(core, device="meta")
+    router.e_score_correction_bias = None
+    return (router,)
 
 
 register_conversions(DeepseekForCausalLM.__name__, causal_lm=True)
