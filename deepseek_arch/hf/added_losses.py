@@ -106,7 +106,13 @@ def own_losses(forward: MethodType) -> MethodType:
             for handle in handles:
                 handle.remove()
         more = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
-        added = added_losses(self, seen[-1], ids, kwargs.get("attention_mask"), labels, *more)
+        # Others may have asked the main model for more than these losses read, and then add it themselves.
+        main = DeepseekModelOutput(
+            last_hidden_state=seen[-1].last_hidden_state,
+            router_logits=seen[-1].router_logits if balanced else None,
+            trunk=seen[-1].trunk if predicts else None,
+        )
+        added = added_losses(self, main, ids, kwargs.get("attention_mask"), labels, *more)
         out.aux_loss = added.aux_loss
         if added.total is not None and out.loss is not None:
             out.loss = out.loss + added.total.to(out.loss.device)
@@ -119,6 +125,7 @@ def _asking(balanced: bool, predicts: bool) -> Callable[..., Any]:
     """Returns a hook that asks the main model for what the added losses need."""
 
     def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "output_router_logits": balanced, "return_trunk": predicts}
+        more = {"output_router_logits": balanced, "return_trunk": predicts}
+        return args, kwargs | {name: asked or bool(kwargs.get(name)) for name, asked in more.items()}
 
     return ask

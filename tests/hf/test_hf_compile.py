@@ -19,7 +19,7 @@ def core(config=CONFIG):
 
 
 class Logits(torch.nn.Module):
-    """What is exported: tensors in, one tensor out."""
+    """Model as it is exported: tensors in, one tensor out."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

@@ -190,8 +190,8 @@ def _write(folder, cfg, weights):
 @torch.no_grad()
 def test_draft_logits(tmp_path, monkeypatch, depths):
     """Their MTP model, loaded by its own loader from the published layout. That loader finds draft layers by the class
-    pattern `model.layers.61`, so the pattern is set for this depth; their second depth reads the normed output of the
-    first, where ours reads the block's."""
+    pattern `model.layers.61`, so the pattern is set for this depth. In both, the second depth reads the normed output
+    of the first (TRAPS F3)."""
     modeling = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(modeling, "MtpModel"):
         pytest.skip("this transformers has no MTP model")
@@ -212,17 +212,17 @@ def test_draft_logits(tmp_path, monkeypatch, depths):
         position_ids=positions,
         mtp_cache=transformers.cache_utils.MtpCache(config=theirs.config.get_mtp_config()),
     )
-    trunk, state, next_ids = ours.model(ids[:, :-1]), ours.mtp_hidden(ours.model(ids[:, :-1])), ids[:, 1:]
+    main, next_ids = ours.model(ids[:, :-1]), ids[:, 1:]
+    state = ours.mtp_hidden(main)
     for depth in range(depths):
         embeds = theirs.get_input_embeddings()(next_ids)
         angles = theirs.model.rotary_emb(embeds, position_ids=positions + depth)
         hidden = drafts.layers[depth](
             embeds, hidden, position_embeddings=angles, attention_mask=None, position_ids=None, past_key_values=None
         )
-        got, block = ours.mtp_forward(state, next_ids, depth, rope=trunk.rope)
+        got, state = ours.mtp_forward(state, next_ids, depth, rope=main.rope)
         assert error(got, theirs.lm_head(hidden)) < TOLERANCE  # every position
         assert error(got[:, -1], last_logits[:, depth]) < TOLERANCE  # what their drafting loop returns
-        state = ours.mtp[depth].shared_head.norm(block)
         next_ids = torch.cat([next_ids[:, 1:], got[:, -1:].argmax(-1)], 1)
 
 
