@@ -84,7 +84,7 @@ class PinnedFiles:
         try:
             stream = open_regular(self.folder / name)
         except FileNotFoundError:
-            self._seen[name] = None
+            self._seen.setdefault(name, None)
             return None
         with stream:
             identity = identity_of(stream.fileno())

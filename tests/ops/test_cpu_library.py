@@ -255,3 +255,20 @@ maps = open("/proc/self/maps").read()
 print(*{path for path in re.findall(r"/[^ ]*$", maps, re.MULTILINE) if re.search(r"lib(gomp|iomp5|omp)[-.]", path)})
 """
     assert len(in_a_new_process(code)) == 1
+
+
+@pytest.mark.parametrize("broken", ["home", "compiler"])
+def test_what_is_wrong_with_the_surroundings_is_a_reason(monkeypatch, broken):
+    """Without a home directory, or with settings that are no command, operators run their references."""
+
+    def fail(*args):
+        raise (
+            RuntimeError("Could not determine home directory.")
+            if broken == "home"
+            else ValueError("No closing quotation")
+        )
+
+    monkeypatch.setattr(cpu, "cache_folder" if broken == "home" else "find", fail)
+    assert cpu._load(may_build=False) in ("Could not determine home directory.", "No closing quotation")
+    with pytest.raises(cpu.BuildError):
+        cpu.build_library()

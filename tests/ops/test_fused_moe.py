@@ -408,3 +408,30 @@ def test_custom_operators_are_registered_properly(launch, device):
     torch.library.opcheck(launch.fused_moe, tuple(one.nan_to_num() for one in given))
     x, gate_up, ends = in_place([3, 1, 2], 8, 16, torch.bfloat16, device)
     torch.library.opcheck(launch.grouped_gemm_swiglu, (x, gate_up, ends))
+
+
+def few(tokens: int = 2, experts: int = 4) -> tuple[Tensor, ...]:
+    """Operands of few tokens, which the reference looks at on a CPU."""
+    ids = torch.arange(tokens * 2).view(tokens, 2) % experts
+    return torch.randn(tokens, 8), torch.randn(experts, 12, 8), torch.randn(experts, 8, 6), ids, torch.rand(tokens, 2)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 1 << 40])
+@torch.no_grad()
+def test_few_tokens_refuse_ids_out_of_range(wrong):
+    x, gate_up, down, ids, weights = few()
+    ids[1, 0] = wrong
+    with use_backend("reference"), pytest.raises(ValueError, match=f"expected expert ids from 0 to 4, got .*{wrong}"):
+        fused_moe(x, gate_up, down, ids, weights)
+
+
+@torch.no_grad()
+def test_few_tokens_are_traced_without_their_ids():
+    """A trace by `make_fx` runs other ids too."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, gate_up, down, ids, weights = few()
+    with use_backend("reference"):
+        traced = make_fx(lambda ids: fused_moe(x, gate_up, down, ids, weights))(ids)
+        other = (ids + 1) % 4
+        torch.testing.assert_close(traced(other), fused_moe(x, gate_up, down, other, weights))

@@ -73,7 +73,20 @@ def build_library() -> Path:
     """
     if reason := _platform_obstacle():
         raise BuildError(reason)
-    return find(cache_folder()) or build(cache_folder())
+    try:
+        library = find(cache_folder()) or build(cache_folder())
+    except (OSError, RuntimeError, ValueError) as error:  # no home directory, or settings that are no command
+        raise BuildError(str(error)) from error
+    _forget_choices()
+    return library
+
+
+def _forget_choices() -> None:
+    """Lets operators choose again: what they found before there was a library is no longer so."""
+    from ... import dispatch
+
+    _obstacles.clear()
+    dispatch.forget()
 
 
 def _load(may_build: bool) -> str | None:
@@ -82,7 +95,7 @@ def _load(may_build: bool) -> str | None:
         return reason
     try:
         library = find(cache_folder()) or (build(cache_folder()) if may_build else None)
-    except BuildError as error:
+    except (BuildError, OSError, RuntimeError, ValueError) as error:  # a library is never required
         return str(error)
     if library is None:
         return _NOT_BUILT
@@ -94,6 +107,7 @@ def _load(may_build: bool) -> str | None:
 
     fakes.register()
     _loaded = True
+    _forget_choices()
     return None
 
 

@@ -36,18 +36,26 @@ def takes_few(x: Tensor, expert_ids: Tensor) -> bool:
     few = 0 < x.shape[0] < MIN_ROWS and expert_ids.shape[1] > 0
     if not few or x.device.type != "cpu" or not type(x) is type(expert_ids) is Tensor:
         return False
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # A mode or a function transform traces what is called, and would keep these ids as constants.
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     """Computes `fused_moe` without gradients and without autocast, to the same bits.
 
     The same rows in the same products, and their sum in the same order.
+
+    Raises:
+        ValueError: an expert id is out of range.
     """
     tokens, choices = expert_ids.shape
     chosen = expert_ids.flatten().tolist()
     pairs = tokens * choices
     order = sorted(range(pairs), key=chosen.__getitem__)  # by expert, ties in token order
+    if chosen[order[0]] < 0 or chosen[order[-1]] > gate_up.shape[0]:
+        raise ValueError(f"expected expert ids from 0 to {gate_up.shape[0]}, got {min(chosen)} to {max(chosen)}")
     if tokens == 1:
         rows = x.expand(choices, -1)
     else:
