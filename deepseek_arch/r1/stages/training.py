@@ -94,13 +94,18 @@ def train(trainer: Any) -> list[dict[str, Any]]:
     return [_without_times(entry) for entry in trainer.state.log_history]
 
 
-# The mean loss of a run is one of the steps since it was resumed.
-_TIMES = ("train_loss", "runtime", "per_second", "step_time", "total_flos", "num_input_tokens_seen", "tokens_per_sec")
+# TRL counts tokens, and Trainer the mean loss, of the steps since a run was resumed.
+_NOT_REPEATED = (
+    *("train_loss", "runtime", "per_second", "step_time", "total_flos"),
+    *("num_input_tokens_seen", "num_tokens", "tokens_per_sec"),
+)
 
 
 def _without_times(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is the same whenever the run is repeated."""
-    return {name: value for name, value in entry.items() if not any(part in name for part in _TIMES)}
+    # The summary at the end has the loads of a last step, of which a run resumed behind it has none.
+    left_out = (*_NOT_REPEATED, "max_violation") if "train_loss" in entry else _NOT_REPEATED
+    return {name: value for name, value in entry.items() if not any(part in name for part in left_out)}
 
 
 def measure_policy(
