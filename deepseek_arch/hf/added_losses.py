@@ -88,10 +88,11 @@ def replaces_the_head(forward: Any) -> bool:
 
 def own_losses(forward: MethodType) -> MethodType:
     """Wraps TRL's forward with a fused head so that our losses are added, and none of another family's."""
+    function = forward.__func__  # unbound: a deep copy of the model binds the wrapper to the copy
 
     def with_own_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("fused_lm_head"):
-            return forward(*args, **kwargs)
+            return function(self, *args, **kwargs)
         labels, ids, seen = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None), []
         asked = kwargs.pop("output_router_logits", None)
         balanced = getattr(self.config, "output_router_logits", False) if asked is None else asked
@@ -101,7 +102,7 @@ def own_losses(forward: MethodType) -> MethodType:
             self.model.register_forward_hook(lambda module, args, output: seen.append(output)),
         )
         try:
-            out = forward(*args, output_router_logits=False, **kwargs)
+            out = function(self, *args, output_router_logits=False, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

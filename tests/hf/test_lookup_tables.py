@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from types import MethodType, SimpleNamespace
@@ -194,6 +195,23 @@ def test_a_fused_head_on_the_instance_keeps_our_losses():
     model.config.output_router_logits, model.config.mtp_loss_weight = False, 0.0
     out = model(**given, fused_lm_head=True)
     assert out.aux_loss is None and error(out.loss, model(**given).loss) <= 1e-5
+
+
+def test_a_copy_of_a_model_with_a_fused_head_computes_with_its_own_weights():
+    plain = dhf.DeepseekForCausalLM.forward
+
+    def fused(self, *args, fused_lm_head=False, **kwargs):
+        return plain(self, *args, **kwargs)
+
+    model = ours(CONFIG).eval()
+    model.forward = MethodType(fused, model)
+    other, ids = copy.deepcopy(model), tokens(CONFIG, 2, 7)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        for given in ({}, {"fused_lm_head": True, "labels": ids}):
+            assert float(other(input_ids=ids, **given).logits.abs().max()) == 0
+            assert float(model(input_ids=ids, **given).logits.abs().max()) > 0
 
 
 def test_other_replacements_of_forward_are_left_alone():
