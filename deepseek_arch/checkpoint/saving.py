@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import TensorSlot, layout, scale_name
 from ..layout.published_tensors import TensorSpec
+from ..moe.adapter_state import biases_in_adapters
 from ..quant.fp8_blocks import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks, scale_format_of
 from ..quant.fp8_convert import fp8_layers
 from .files.progress import progress
@@ -133,7 +134,9 @@ def _check_model(model: nn.Module) -> tuple[dict[str, Tensor], DeepseekConfig, _
     config = getattr(model, "config", None)
     if not isinstance(config, DeepseekConfig):
         raise ValueError(f"expected a DeepseekLM, got {type(model).__name__}")
-    state, slots, fp8_weights = model.state_dict(), list(layout(config)), _fp8_weights_of(model)
+    with biases_in_adapters(model, False):  # adapters that were merged since had their own names for them
+        state = model.state_dict()
+    slots, fp8_weights = list(layout(config)), _fp8_weights_of(model)
     wrong = []
     for slot in slots:
         tensor = state.get(slot.parameter)

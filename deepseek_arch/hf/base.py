@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from ..checkpoint.files.staging import replacing_files
 from ..config.deepseek_config import DeepseekConfig
+from ..moe.adapter_state import biases_in_adapters
 from ..moe.moe import Experts, Router
 from ..quant.fp8_base import FP8Layer
 from ..quant.fp8_convert import fp8_layers
@@ -87,17 +88,21 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             # From the config of a quantized checkpoint, of which this model has only the shape (TRAPS E12).
             del self.config.quantization_config
         self.set_saving_conversions()
-        if not getattr(self, "_hf_peft_config_loaded", False):  # of adapters that were merged since
-            for module in self.modules():
-                if isinstance(module, Router):
-                    module.bias_among_biases = False
+        with_biases = self._saves_biases_of_adapters()
         is_main = kwargs.get("is_main_process", args[0] if args else True)
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         if grouped or not is_main or kwargs.get("push_to_hub") or Path(save_directory).is_file():
-            super().save_pretrained(save_directory, *args, **kwargs)
+            with biases_in_adapters(self, with_biases):
+                super().save_pretrained(save_directory, *args, **kwargs)
             return
-        with replacing_files(Path(save_directory)) as staging:
+        with replacing_files(Path(save_directory)) as staging, biases_in_adapters(self, with_biases):
             super().save_pretrained(staging, *args, **kwargs)
+
+    def _saves_biases_of_adapters(self) -> bool:
+        """Returns True for a model that `save_pretrained` saves an adapter of, biases included (`adapter_state`)."""
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return False  # a whole model, which may be the base of a PeftModel or have had its adapters merged
+        return any(getattr(config, "bias", None) == "all" for config in self.peft_config.values())
 
     # transformers refuses both for any quantized model; our FP8 layers are left as they are while the rest is cast.
     def half(self, *args: Any) -> Any:

@@ -36,7 +36,7 @@ class LoadBalancer:
     are summed over `group` first (TRAPS D2). Routers are looked up in each step, so that they may be wrapped meanwhile.
 
     Adapters of PEFT that are on the model save the moved biases with them (`adapter_state`), or a warning says that
-    they do not.
+    they do not. For it the first step sets their `bias` to "all", which has effects of its own, and says so.
 
     Args:
         model: any module tree with `Router`s; those without a bias (V2's routings) are counted and reported only.

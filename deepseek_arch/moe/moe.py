@@ -119,6 +119,7 @@ class Router(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         saved = state_dict.pop(prefix + _BIAS_IN_ADAPTERS, None)
         if saved is not None:
+            self.bias_among_biases = True  # an adapter brought it, and takes it along when it is saved again
             state_dict.setdefault(f"{prefix}e_score_correction_bias", saved)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.e_score_correction_bias is not None:  # `assign=True` takes the tensor as it comes

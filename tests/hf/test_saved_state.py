@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from twins import ours
@@ -96,7 +98,58 @@ def test_a_merged_model_is_saved_under_published_names_alone(tmp_path):
     again = da.load(tmp_path)
     with torch.no_grad():
         assert error(again(IDS).logits, merged(IDS).logits) <= TOLERANCE
-    assert not [name for name in merged.state_dict() if name.endswith("correction.bias")]
+    (file,) = tmp_path.glob("*.safetensors")
+    assert not [name for name in load_file(file) if name.endswith("correction.bias")]
+
+
+def saved_biases(folder):
+    return [t for name, t in load_file(folder / "adapter_model.safetensors").items() if "e_score" in name]
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["PeftModel", "load_adapter"])
+def test_an_adapter_that_was_loaded_is_saved_again_with_them(tmp_path, attached):
+    model = adapted(init_lora_weights=False)
+    balanced(model)
+    model.save_pretrained(tmp_path / "first")
+    if attached:
+        again = ours(CONFIG)
+        again.load_adapter(str(tmp_path / "first"))
+    else:
+        again = peft.PeftModel.from_pretrained(ours(CONFIG), tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    assert len(saved_biases(tmp_path / "second")) == len(routers(model))
+    third = peft.PeftModel.from_pretrained(ours(CONFIG), tmp_path / "second").eval()
+    assert torch.equal(biases(third), biases(model))
+    with torch.no_grad():
+        assert error(third(IDS).logits, model(IDS).logits) <= TOLERANCE
+
+
+def test_saving_the_base_model_leaves_the_adapter_with_them(tmp_path):
+    model = adapted()
+    balanced(model)
+    model.get_base_model().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(saved_biases(tmp_path / "adapter")) == len(routers(model))
+
+
+def test_a_merged_native_model_is_saved_in_its_own_dtype(tmp_path):
+    model = da.DeepseekLM(CONFIG, dtype=torch.bfloat16)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    balanced(wrapped)
+    merged = wrapped.merge_and_unload()
+    report = da.save(merged, tmp_path)
+    assert report.config.dtype == "bfloat16"
+    assert torch.equal(biases(da.load(tmp_path)), biases(merged))
+
+
+def test_a_changed_setting_of_an_adapter_is_announced_once():
+    model = adapted()
+    with pytest.warns(UserWarning, match="default .*bias='all'.* trains the biases of the base model") as seen:
+        balanced(model)
+    assert [w.filename for w in seen if "bias='all'" in str(w.message)] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        balanced(model)
 
 
 def test_a_rate_of_zero_leaves_the_adapter_as_it_is():
