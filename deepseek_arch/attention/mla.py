@@ -122,8 +122,7 @@ class MultiHeadLatentAttention(nn.Module):
             joined = torch.cat(states, dim=-1) if isinstance(states, tuple) else states
             out = self.attend_absorbed(q, joined, mask)
         else:
-            latents, keys = _latents_and_keys(states, cache)
-            out = self.attend_expanded(q, latents, keys, mask)
+            out = self.attend_expanded(q, *_latents_and_keys(states, cache), mask)
         return self.o_proj(out.flatten(-2))
 
     def norm_consumers(self) -> tuple[nn.Module, ...]:

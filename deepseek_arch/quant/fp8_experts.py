@@ -91,8 +91,8 @@ class FP8Experts(FP8Layer, Experts):
             out = self._quantized(x, order, inverse, ends)
         else:
             rows = permute(x, order, inverse)  # [T K, H]
-            gate, up = self._grouped_gemm(rows, "gate_up_proj", ends).chunk(2, dim=-1)  # [T K, I] each
-            out = self._grouped_gemm(swiglu(gate, up), "down_proj", ends)  # [T K, H]
+            halves = self._grouped_gemm(rows, "gate_up_proj", ends).chunk(2, dim=-1)  # [T K, I] each
+            out = self._grouped_gemm(swiglu(*halves), "down_proj", ends)  # [T K, H]
         return unpermute(out, weights, order, inverse)
 
     def _grouped_gemm(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
