@@ -78,7 +78,7 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`: a folder in the published layout, replaced all at once as by `save`.
 
         With several processes in a group, or `push_to_hub`, files are written where they belong one by one, as
-        transformers does.
+        transformers does. With a `variant`, the weights of other variants stay.
 
         Raises:
             ValueError: another process is writing to the folder.
@@ -95,7 +95,8 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             with biases_in_adapters(self, with_biases):
                 super().save_pretrained(save_directory, *args, **kwargs)
             return
-        with replacing_files(Path(save_directory)) as staging, biases_in_adapters(self, with_biases):
+        variant = kwargs.get("variant", args[4] if len(args) > 4 else None)
+        with replacing_files(Path(save_directory), variant) as staging, biases_in_adapters(self, with_biases):
             super().save_pretrained(staging, *args, **kwargs)
 
     def _saves_biases_of_adapters(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,100 @@ def test_a_killed_save_to_a_new_folder_is_cleaned_up(tmp_path, model, monkeypatc
         load(out)
     save(model, out)
     assert {file.name for file in out.iterdir()} == {"config.json", files.INDEX, "model.safetensors"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("renames", [1, 2, 3, 4])
+def test_a_killed_replacement_without_a_config_is_rolled_back(tmp_path, monkeypatch, renames):
+    """The folder has a config.json all the while; killed right after a rename."""
+    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("old")
+    before, replace, calls = snapshot(tmp_path), os.replace, []
+
+    def dying(source, target):
+        replace(source, target)
+        calls.append(target)
+        if len(calls) == renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replacing():
+        with staging.replacing_files(tmp_path) as new:
+            (new / "adapter_config.json").write_text("new")
+            (new / "adapter_model.safetensors").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.os, "replace", dying)
+        killed(replacing)
+    staging.FolderLock(tmp_path).release()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("renames", range(1, 12))
+@pytest.mark.parametrize("how", ["save", "replacing_files"])
+def test_an_interrupted_swap_loses_nothing(folder, config, monkeypatch, how, renames, when, again):
+    """Ctrl-C before or after a rename, and before or after every one of those that undo it (`again`)."""
+    new, before, replace, calls = da.DeepseekLM(config), snapshot(folder), os.replace, []
+    finished = shutil.copytree(folder, folder.parent / "finished")
+
+    def interrupted(source, target):
+        calls.append(target)
+        stop = len(calls) == renames or (again and len(calls) > renames)
+        if stop and when == "before":
+            raise KeyboardInterrupt
+        replace(source, target)
+        if stop:
+            raise KeyboardInterrupt
+
+    def write(to):
+        if how == "save":
+            save(new, to)
+        else:
+            with staging.replacing_files(to) as made:
+                (made / "config.json").write_text("new")
+                (made / "model.safetensors").write_text("new")
+
+    write(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.os, "replace", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):  # the later ones are past the last rename
+            write(folder)
+    if not again:
+        assert not (folder / staging.SAVING).exists()
+    staging.FolderLock(folder).release()
+    is_done = len(calls) < renames or ({staging.SAVING, "swapped.json"} <= set(calls[-1].parts) and when == "after")
+    assert snapshot(folder) == (snapshot(finished) if is_done else before)
+    assert not (folder / staging.SAVING).exists()
+
+
+def test_old_files_that_cannot_be_put_back_stay_for_the_next_writer(folder, config, monkeypatch):
+    before, replace = snapshot(folder), os.replace
+
+    def failing(source, target):
+        if Path(target) == folder / "model.safetensors":
+            raise OSError("no room")
+        if Path(source).parent.name == "replaced":
+            raise OSError("not back")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="not back"):
+        patch.setattr(staging.os, "replace", failing)
+        save(da.DeepseekLM(config), folder)
+    with pytest.raises(ConfigError, match=r"The files from before are in .*\.saving/replaced"):
+        load(folder)
+    staging.FolderLock(folder).release()
+    assert snapshot(folder) == before
+
+
+def test_old_files_without_a_journal_return_to_the_places_that_are_empty(tmp_path):
+    aside = tmp_path / staging.SAVING / "replaced"
+    aside.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (aside / name).write_text("old")
+    (tmp_path / "config.json").write_text("new")
+    staging.FolderLock(tmp_path).release()
+    assert snapshot(tmp_path) == {"config.json": b"new", "model.safetensors": b"old"}
 
 
 # ---------------------------------------------------------------- what is no file

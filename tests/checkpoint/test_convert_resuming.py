@@ -149,11 +149,11 @@ def test_going_on_twice(source, expected, tmp_path, monkeypatch):
     assert snapshot(out) == expected
 
 
-@pytest.mark.parametrize("renames", range(16))
+@pytest.mark.parametrize("renames", range(17))
 @pytest.mark.parametrize("resume", [True, False])
 def test_killed_between_the_renames_at_the_end(source, expected, tmp_path, monkeypatch, renames, resume):
-    """A commit sets aside 5 old files and brings 10 new ones. Wherever it stops, without a chance to undo anything,
-    nothing of the old checkpoint is lost, and the next call ends with the new one."""
+    """A commit sets aside 5 old files and brings 10 new ones, then renames its journal. Wherever it stops, without a
+    chance to undo anything, nothing of the old checkpoint is lost, and the next call ends with the new one."""
     out = files.write(tmp_path / "new", layouts.bfloat16(layouts.small(), seed=5), layouts.small(), shards=3)
     (out / "notes.txt").write_text("mine")
     before = snapshot(out)
@@ -170,10 +170,10 @@ def test_killed_between_the_renames_at_the_end(source, expected, tmp_path, monke
             patch.setattr(writer.os, "replace", dying)
             return commit(self, *args)
 
-    with monkeypatch.context() as patch, contextlib.nullcontext() if renames == 15 else pytest.raises(Crash):
+    with monkeypatch.context() as patch, contextlib.nullcontext() if renames == 16 else pytest.raises(Crash):
         patch.setattr(ResumableWriter, "commit", commit_and_die)
         convert(source, out, **OPTIONS)
-    if renames < 15:
+    if renames < 16:
         with monkeypatch.context() as patch, pytest.raises(Crash):
             crash_at(patch, "commit", 1)
             convert(source, out, **OPTIONS, resume=resume)

@@ -142,3 +142,25 @@ def test_a_second_writer_is_refused(tmp_path, config):
     finally:
         lock.release()
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_variant_leaves_the_weights_beside_it(tmp_path, config, positional):
+    model = dhf.DeepseekForCausalLM(config)
+
+    def save_variant(size):
+        if positional:
+            model.save_pretrained(tmp_path, True, None, False, size, "fp16")
+        else:
+            model.save_pretrained(tmp_path, max_shard_size=size, variant="fp16")
+
+    model.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    save_variant("100KB")
+    assert len(list(tmp_path.glob("model.fp16-*.safetensors"))) > 1
+    save_variant("1GB")  # its own shards go
+    assert {file.name for file in tmp_path.glob("model*")} == {"model.safetensors", "model.fp16.safetensors"}
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    model.save_pretrained(tmp_path)
+    read = dhf.DeepseekForCausalLM.from_pretrained(tmp_path, variant="fp16")
+    torch.testing.assert_close(logits(read), logits(model))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...layout.published_tensors import TensorSpec
 from .reader import memory_of
-from .staging import CONVERTING, FolderLock, read_json
+from .staging import CONVERTING, FolderLock, discard, read_json
 from .writer import CheckpointWriter
 
 __all__ = ["ResumableWriter", "finished_shards"]
@@ -79,13 +79,15 @@ class ResumableWriter(CheckpointWriter):
 
     def __exit__(self, *_: object) -> None:
         self._disk.shutdown()  # a shard that is whole is finished, whatever happened to the one after it
-        if self._is_ours:
-            for file in self._staging.glob(f"*{_PARTIAL}"):
-                file.unlink(missing_ok=True)
-            if self._committed or len(self.unfinished) == len(self.names):
-                shutil.rmtree(self._staging, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._is_ours:
+                for file in self._staging.glob(f"*{_PARTIAL}"):
+                    file.unlink(missing_ok=True)
+                if self._committed or len(self.unfinished) == len(self.names):
+                    discard(self.folder, self._staging)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     @property
     def unfinished(self) -> list[str]:

@@ -3,7 +3,8 @@
 New files are made in a hidden folder inside the checkpoint's. At the end the old ones are renamed into a folder in
 that, config.json first, and the new ones into their places, config.json last. So a process that is killed in between
 leaves a folder without config.json, which does not load, and everything of the old checkpoint; the next writer rolls
-that back.
+that back. A journal of the renames lies beside them; it takes another name once they are all done, and only then may
+old files be deleted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "CONVERTING",
     "SAVING",
     "FolderLock",
+    "discard",
     "old_weights",
     "read_json",
     "replacing_files",
@@ -39,6 +41,7 @@ SAVING = ".saving"
 CONVERTING = ".converting"  # whose finished shards outlive their writer
 _REPLACED = "replaced"
 _JOURNAL = "swap.json"
+_FINISHED = "swapped.json"  # the journal, once every rename is done
 
 
 class FolderLock:
@@ -59,9 +62,8 @@ class FolderLock:
         self.made_folder = not folder.exists()
         self._descriptor = self._acquire()
         try:
-            for name in (SAVING, CONVERTING):
-                _roll_back(folder, folder / name)
-            shutil.rmtree(folder / SAVING, ignore_errors=True)
+            _roll_back(folder, folder / CONVERTING)
+            discard(folder, folder / SAVING)
         except BaseException:
             self.release()
             raise
@@ -107,66 +109,96 @@ def swap_in(folder: Path, staging: Path, new: Sequence[str], old: Sequence[str] 
         new: names, or paths relative to `staging`; a config.json must be the last.
         old: names of files that go away beside those that `new` replaces.
     """
-    (staging / _JOURNAL).write_text(json.dumps({"new": list(new)}), encoding="utf-8")
     aside = staging / _REPLACED
     aside.mkdir()
     first = [CONFIG_NAME] if CONFIG_NAME in new else []
     leaving = [name for name in dict.fromkeys([*first, *old, *new]) if (folder / name).is_file()]
-    undo: list[tuple[Path, Path]] = []
+    with (staging / _JOURNAL).open("w", encoding="utf-8") as journal:
+        json.dump({"new": list(new), "leaving": leaving}, journal)
+        journal.flush()
+        os.fsync(journal.fileno())
     try:
-        for name in leaving:
-            _rename(folder / name, aside / name, undo)
-        for name in new:
-            _rename(staging / name, folder / name, undo)
+        for source, target in _renames(folder, staging, new, leaving):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+        os.replace(staging / _JOURNAL, staging / _FINISHED)
     except BaseException:
-        for source, target in reversed(undo):
-            os.replace(target, source)
+        _roll_back(folder, staging)
         raise
 
 
-def _rename(source: Path, target: Path, undo: list[tuple[Path, Path]]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
-    undo.append((source, target))
+def _renames(folder: Path, staging: Path, new: Sequence[str], leaving: Sequence[str]) -> list[tuple[Path, Path]]:
+    """Returns the sources and targets of a swap, in its order: all old files leave before the first new one comes."""
+    aside = staging / _REPLACED
+    return [(folder / name, aside / name) for name in leaving] + [(staging / name, folder / name) for name in new]
 
 
 def _roll_back(folder: Path, staging: Path) -> None:
-    """Undoes the renames of a `swap_in` that was killed.
+    """Undoes the renames of a `swap_in` that did not finish; deletes the old files of one that did.
 
-    They begin with the old config.json and end with the new: without one the folder is in between, and with one there
-    is nothing to undo. Old files are all set aside before the first new one comes, so a new file which is no longer in
-    the staging folder is in its place.
+    Where it stopped is seen from the files: a rename is done if its target is there and its source is not. So this can
+    itself be interrupted and begun again, until the journal goes. Without a readable journal, old files return to the
+    places that are empty.
+
+    Raises:
+        OSError: a file cannot be renamed; it, and those that are still to be renamed, are where they were.
     """
-    aside, new = staging / _REPLACED, (read_json(staging / _JOURNAL) or {}).get("new", [])
-    if not aside.is_dir():
-        return
-    if not (folder / CONFIG_NAME).exists():
-        for name in new:
-            if not (staging / name).exists() and (folder / name).is_file():
-                os.replace(folder / name, staging / name)
-        old = [file for file in aside.rglob("*") if file.is_file()]
-        # The old config last: without it, this can be begun again.
-        for file in sorted(old, key=lambda file: file == aside / CONFIG_NAME):
-            os.replace(file, folder / file.relative_to(aside))
-    shutil.rmtree(aside)
+    aside, journal, finished = staging / _REPLACED, staging / _JOURNAL, staging / _FINISHED
+    if journal.exists() or not finished.exists():
+        # The old config last: without it, the folder does not load.
+        found = sorted(aside.rglob("*"), key=lambda file: (file != aside / CONFIG_NAME, file))
+        names = [str(file.relative_to(aside)) for file in found if file.is_symlink() or not file.is_dir()]
+        swap = {"new": [], "leaving": names} | (read_json(journal) or {})
+        for source, target in reversed(_renames(folder, staging, swap["new"], swap["leaving"])):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.replace(target, source)
+        # Before any file of the staging folder goes, or its absence would pass for a rename that is to be undone.
+        journal.unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    if not aside.exists():
+        finished.unlink(missing_ok=True)
 
 
-def old_weights(folder: Path) -> list[str]:
-    """Returns the files of the checkpoint in a folder: what its index names, or the single shard."""
+def discard(folder: Path, staging: Path) -> None:
+    """Deletes a staging folder, with no file of the checkpoint in it: a swap that did not finish is undone first.
+
+    If that fails, it stays for the next writer.
+
+    Raises:
+        OSError: a file of the old checkpoint cannot be put back.
+    """
+    _roll_back(folder, staging)
+    if not (staging / _REPLACED).exists():
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def old_weights(folder: Path, variant: str | None = None) -> list[str]:
+    """Returns the files of the checkpoint in a folder: what its index names, or the single shard.
+
+    Args:
+        variant: of transformers' file names, as in model.fp16.safetensors; only files of that variant are returned.
+    """
+    infix = "" if variant is None else f".{variant}"
+    index = f"{INDEX_NAME.removesuffix('.json')}{infix}.json"
     try:
-        shards = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
         named = sorted({shard for shard in shards if Path(shard).name == shard})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         named = []
-    return [INDEX_NAME, "model.safetensors", *named]
+    if variant is not None:
+        named = [shard for shard in named if shard.startswith(f"model{infix}-")]
+    return [index, f"model{infix}.safetensors", *named]
 
 
 @contextlib.contextmanager
-def replacing_files(folder: Path) -> Iterator[Path]:
+def replacing_files(folder: Path, variant: str | None = None) -> Iterator[Path]:
     """Yields an empty folder whose files, at the end, take the places of those in `folder` all at once.
 
     With a config.json among them they are a checkpoint: the weights of the one that was there go away. Without one,
     as with an adapter alone, they only replace files of their names. An error leaves everything as it was.
+
+    Args:
+        variant: of the weights, by transformers' file names; those of other variants, and of none, stay.
 
     Raises:
         ValueError: another process is writing to the folder.
@@ -181,10 +213,12 @@ def replacing_files(folder: Path) -> Iterator[Path]:
             (str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()),
             key=lambda name: (name == CONFIG_NAME, name),
         )
-        swap_in(folder, staging, new, old_weights(folder) if CONFIG_NAME in new else ())
+        swap_in(folder, staging, new, old_weights(folder, variant) if CONFIG_NAME in new else ())
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()
+        try:
+            discard(folder, staging)
+        finally:
+            lock.release()
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

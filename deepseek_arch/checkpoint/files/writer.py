@@ -17,7 +17,7 @@ from torch import Tensor
 from ...layout.published_tensors import TensorSpec
 from .reader import DTYPE_NAMES, memory_of
 from .shards import INDEX_NAME
-from .staging import CONFIG_NAME, SAVING, FolderLock, old_weights, swap_in
+from .staging import CONFIG_NAME, SAVING, FolderLock, discard, old_weights, swap_in
 
 __all__ = ["CheckpointWriter", "parse_size", "plan_shards", "shard_names"]
 
@@ -109,11 +109,13 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        shutil.rmtree(self._staging, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._stream is not None:
+                self._stream.close()
+            discard(self.folder, self._staging)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def _start_shard(self, name: str, specs: Sequence[TensorSpec]) -> None:
         """Writes the header. Wide dtypes come first: their readers need them aligned."""
