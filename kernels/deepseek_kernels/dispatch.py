@@ -193,6 +193,9 @@ def forget() -> None:
         operator.settled.clear()
 
 
+cpu.when_built.append(forget)
+
+
 @functools.cache
 def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"

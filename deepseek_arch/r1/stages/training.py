@@ -94,17 +94,14 @@ def train(trainer: Any) -> list[dict[str, Any]]:
     return [_without_times(entry) for entry in trainer.state.log_history]
 
 
-# TRL counts tokens, and Trainer the mean loss, of the steps since a run was resumed.
-_NOT_REPEATED = (
-    *("train_loss", "runtime", "per_second", "step_time", "total_flos"),
-    *("num_input_tokens_seen", "num_tokens", "tokens_per_sec"),
-)
+# The mean loss of a run is one of the steps since it was resumed.
+_TIMES = ("train_loss", "runtime", "per_second", "step_time", "total_flos", "num_input_tokens_seen", "tokens_per_sec")
 
 
 def _without_times(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is the same whenever the run is repeated."""
     # The summary at the end has the loads of a last step, of which a run resumed behind it has none.
-    left_out = (*_NOT_REPEATED, "max_violation") if "train_loss" in entry else _NOT_REPEATED
+    left_out = (*_TIMES, "max_violation") if "train_loss" in entry else _TIMES
     return {name: value for name, value in entry.items() if not any(part in name for part in left_out)}
 
 

@@ -73,6 +73,8 @@ class R1SFTTrainer(SFTTrainer):
         valid = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
         with watching_trunk(self._policy, self.args) as seen:
             loss = function(model, inputs, False, num_items_in_batch)
+        # TRL counts from where a run was resumed, so a resumed run would log other numbers.
+        self._metrics["train"].pop("num_tokens", None)
         if seen:
             loss = loss + self._added(seen, ids, labels, valid) / self.current_gradient_accumulation_steps
         return loss

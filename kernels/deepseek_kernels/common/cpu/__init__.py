@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ FEW_ROWS = 8  # of activations: what a product reads its weight once for
 
 _OFF, _CACHE = "DEEPSEEK_KERNELS_CPU", "DEEPSEEK_KERNELS_CACHE"
 _NOT_BUILT = "its library is not built, which `deepseek-arch build-kernels` does once for all"
+
+when_built: list[Callable[[], None]] = []
+"""Called once a library is built or loaded; `dispatch` forgets its choices then."""
 
 _loaded = False
 _obstacles: dict[bool, str | None] = {}  # under `auto` and by name: neither is tried twice
@@ -83,10 +87,9 @@ def build_library() -> Path:
 
 def _forget_choices() -> None:
     """Lets operators choose again: what they found before there was a library is no longer so."""
-    from ... import dispatch
-
     _obstacles.clear()
-    dispatch.forget()
+    for listener in when_built:
+        listener()
 
 
 def _load(may_build: bool) -> str | None:
