@@ -13,7 +13,7 @@ from ...hf import DeepseekModel
 from ...hf.mtp_training import prediction_losses
 from .config import R1Config, base_model
 
-__all__ = ["added_losses", "watching_trunk"]
+__all__ = ["added_losses", "losses_of", "watching_trunk"]
 
 
 @contextmanager
@@ -47,16 +47,28 @@ def added_losses(
     model: Any, args: R1Config, seen: dict[str, Any], inputs: dict[str, Tensor]
 ) -> dict[str, tuple[float, Tensor]]:
     """Returns weight and value of each added loss: the balance of all tokens, drafts of the completions."""
-    base = base_model(model)
     ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)
     valid = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1).bool()
+    labels = ids.masked_fill(~valid, -100)
+    labels[:, : inputs["prompt_ids"].shape[1]] = -100
+    return losses_of(base_model(model), args, seen, ids, labels, valid)
+
+
+def losses_of(
+    base: Any, args: Any, seen: dict[str, Any], ids: Tensor, labels: Tensor, valid: Tensor
+) -> dict[str, tuple[float, Tensor]]:
+    """Returns weight and value of each loss that `args` adds: the balance of all tokens, drafts of the labels.
+
+    Args:
+        base: the model without adapters around it.
+        seen: the main model's outputs, from `watching_trunk`.
+        ids, labels: int64 [B, T]; valid: bool [B, T].
+    """
     out = {}
     if args.balance_loss:
         value = base.balance_loss(seen["router_logits"], tuple(ids.shape), valid)
         out["balance_loss"] = args.balance_loss, value
     if args.mtp_loss_weight:
-        labels = ids.masked_fill(~valid, -100)
-        labels[:, : inputs["prompt_ids"].shape[1]] = -100
         base.mtp_detached = True
         losses, _, _ = prediction_losses(base, seen["trunk"], ids, labels, valid, balanced=False)
         out["mtp_loss"] = args.mtp_loss_weight, losses.mean()

@@ -10,9 +10,8 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from ...hf import LoadBalancingCallback
-from ...hf.mtp_training import prediction_losses
 from .config import base_model, check_extras
-from .losses import watching_trunk
+from .losses import losses_of, watching_trunk
 
 __all__ = ["R1SFTConfig", "R1SFTTrainer"]
 
@@ -80,15 +79,8 @@ class R1SFTTrainer(SFTTrainer):
         return loss
 
     def _added(self, seen: dict[str, Any], ids: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        base, total = base_model(self._policy), ids.new_zeros((), dtype=torch.float32)
-        values: dict[str, tuple[float, Tensor]] = {}
-        if self.args.balance_loss:
-            value = base.balance_loss(seen["router_logits"], tuple(ids.shape), valid)
-            values["balance_loss"] = self.args.balance_loss, value
-        if self.args.mtp_loss_weight:
-            base.mtp_detached = True
-            losses, _, _ = prediction_losses(base, seen["trunk"], ids, labels, valid, balanced=False)
-            values["mtp_loss"] = self.args.mtp_loss_weight, losses.mean()
+        total = ids.new_zeros((), dtype=torch.float32)
+        values = losses_of(base_model(self._policy), self.args, seen, ids, labels, valid)
         for name, (weight, value) in values.items():
             total = total + weight * value
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
