@@ -2,6 +2,7 @@
 
 Attention (`attention/`)
     mla_attention, mla_decode, mla_decode_paged, latent_write, latent_write_paged, rope, rope_
+    indexer_scores, topk_select, sparse_mla (DeepSeek sparse attention)
 Mixture of experts (`moe/`)
     topk_gate, sort_by_expert, permute, unpermute, grouped_gemm, grouped_gemm_swiglu, fused_moe,
     fp8_weight_fused_moe
@@ -9,7 +10,7 @@ Products (`gemm/`)
     dense_gemm, fp8_gemm, fp8_grouped_gemm, fp8_grouped_wgrad, fp8_weight_gemm, fp8_weight_grouped_gemm
 FP8 quantization (`quant/`)
     quantize_rows, quantize_transposed, quantize_both, quantize_grouped_transposed, quantize_blocks, dequantize_blocks,
-    swiglu_quantize
+    swiglu_quantize, hadamard, hadamard_quantize
 Norm (`norm/`)
     rms_norm, add_rms_norm, rms_norm_quantize, add_rms_norm_quantize
 Loss (`loss/`)
@@ -21,10 +22,13 @@ Choice of the implementation (`dispatch`)
 the contract and a table of shapes.
 """
 
+from .attention.indexer_scores import indexer_scores
 from .attention.latent_write import latent_write, latent_write_paged
 from .attention.mla_attention import mla_attention
 from .attention.mla_decode import mla_decode, mla_decode_paged
 from .attention.rope import rope, rope_
+from .attention.sparse_mla import sparse_mla
+from .attention.topk_select import topk_select
 from .dispatch import BackendError, describe, use_backend, use_native_half_matmul
 from .gemm.dense_gemm import dense_gemm
 from .gemm.fp8_gemm import fp8_gemm
@@ -45,6 +49,7 @@ from .quant.fp8_quantize import (
     quantize_rows,
     quantize_transposed,
 )
+from .quant.hadamard_quantize import hadamard, hadamard_quantize
 from .quant.swiglu_quantize import swiglu_quantize
 
 __all__ = [
@@ -64,6 +69,9 @@ __all__ = [
     "fused_moe",
     "grouped_gemm",
     "grouped_gemm_swiglu",
+    "hadamard",
+    "hadamard_quantize",
+    "indexer_scores",
     "latent_write",
     "latent_write_paged",
     "linear_cross_entropy",
@@ -81,8 +89,10 @@ __all__ = [
     "rope",
     "rope_",
     "sort_by_expert",
+    "sparse_mla",
     "swiglu_quantize",
     "topk_gate",
+    "topk_select",
     "unpermute",
     "use_backend",
     "use_native_half_matmul",

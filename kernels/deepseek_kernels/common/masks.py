@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_dense", "causal_mask", "is_spans"]
+__all__ = ["as_dense", "causal_mask", "check_visibility", "is_spans", "visible_keys"]
 
 
 def is_spans(mask: Tensor | None) -> bool:
@@ -33,3 +33,46 @@ def as_dense(mask: Tensor | None, keys: int) -> Tensor | None:
 def causal_mask(queries: int, keys: int, device=None) -> Tensor:
     """Returns the causal mask, for which None stands, as bool [T, S]."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def visible_keys(mask: Tensor | None, first: int, last: int, queries: int, keys: int, device=None) -> Tensor:
+    """Returns the keys that the queries `first` to `last - 1` see, bool [B or 1, last - first, S].
+
+    Args:
+        mask: None, spans or bool, of all T queries (`check_visibility`).
+        queries, keys: T and S.
+    """
+    index = torch.arange(keys, device=device)
+    if mask is None:
+        ends = torch.arange(first, last, device=device) + keys - queries
+        return (index <= ends[:, None])[None]
+    if is_spans(mask):
+        part = mask[:, first:last]
+        return (index >= part[..., :1]) & (index < part[..., 1:])
+    dense = mask[None] if mask.ndim == 2 else mask[:, 0]
+    dense = dense if dense.shape[1] == 1 else dense[:, first:last]
+    return dense.expand(-1, last - first, keys)
+
+
+def check_visibility(mask: Tensor | None, batch: int, queries: int, keys: int) -> None:
+    """Checks a mask that only says which keys a query sees: None, spans [B, T, 2], or bool [T, S] or [B, 1, T, S].
+
+    Raises:
+        ValueError: it is of another kind or shape.
+    """
+    if mask is None:
+        return
+    if is_spans(mask):
+        if mask.shape != (batch, queries, 2):
+            raise ValueError(f"expected spans [{batch}, {queries}, 2], got {list(mask.shape)}")
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"expected a mask of int32 (spans) or bool, got {mask.dtype}")
+    full = (batch, 1, queries, keys)
+    fits = mask.ndim in (2, 4) and all(
+        size in (1, most) for size, most in zip(mask.shape, full[-mask.ndim :], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"expected a mask for all heads, [T, S] or [B, 1, T, S], got {list(mask.shape)} for {list(full)}"
+        )

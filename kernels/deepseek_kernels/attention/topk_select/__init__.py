@@ -1,0 +1,44 @@
+"""`topk_select`: the keys that sparse attention reads, for each query those with the best scores.
+
+B batch, T queries, S keys, K keys of a query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...common.masks import check_visibility
+from . import reference
+
+__all__ = ["topk_select"]
+
+dispatch.register("topk_select")
+
+
+def topk_select(scores: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
+    """Selects the `top_k` best keys among those that a query sees, or all of these where they are no more.
+
+    The choice is the same in every run and implementation (TRAPS G7): of equal scores, those with the smaller index;
+    -0 equals 0, and NaN counts as +inf. Scores of keys that a query does not see are not looked at, whatever they are
+    (TRAPS G5); a seen key whose score is -inf may be selected.
+
+    Args:
+        scores: [B, T, S] float32 (float64 runs on the reference).
+        top_k: at least 1.
+        mask: None for causal, spans or bool, as `deepseek_kernels.common.masks` describes; not additive.
+
+    Returns:
+        int32 [B, T, K], K = min(top_k, S): indices of keys in rising order, then -1 where a query sees less than K.
+
+    Raises:
+        ValueError: a wrong shape or dtype, or `top_k` is less than 1.
+    """
+    if scores.ndim != 3 or scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"expected float32 or float64 scores [B, T, S], got {scores.dtype} {list(scores.shape)}")
+    if top_k < 1:
+        raise ValueError(f"expected top_k >= 1, got {top_k}")
+    check_visibility(mask, *scores.shape)
+    dispatch.pick("topk_select", scores.device)
+    return reference.select(scores.detach(), top_k, mask)
