@@ -12,9 +12,35 @@ from .json_format import rope_type
 if TYPE_CHECKING:
     from .deepseek_config import DeepseekConfig
 
-__all__ = ["DTYPES", "check_fields", "check_relations"]
+__all__ = ["DTYPES", "HIDDEN_ACTS", "check_fields", "check_relations"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Those of `deepseek_kernels.common.activations`, which needs torch: the names of transformers, but for the two whose
+# activations have parameters.
+HIDDEN_ACTS = (
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "sqrtsoftplus",
+    "tanh",
+)
 
 # Far above every model there is. They make sure that whatever is computed or listed from a config stays small: an
 # element count fits into 64 bits, and a loop over layers or experts ends.
@@ -69,7 +95,7 @@ _WORDS = {
     "model_type": tuple(MODEL_TYPES),
     "scoring_func": ("sigmoid", "softmax"),
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
-    "hidden_act": ("silu",),
+    "hidden_act": HIDDEN_ACTS,
     "mtp_input": ("post_norm", "pre_norm"),
     "mtp_chain": ("block", "head_norm"),
 }

@@ -7,9 +7,11 @@
     dhf.register()                                                          # explicit, and undone by unregister()
     model = AutoModelForCausalLM.from_pretrained("path/to/checkpoint")      # the same class
 
-Importing this changes nothing for transformers' own classes.
+Importing this changes nothing for transformers' own classes; `PreTrainedConfig` itself
+reads configs of these model types afterwards that it failed on (`resumed_config`).
 """
 
+from . import resumed_config as resumed_config
 from .base import DeepseekPreTrainedModel
 from .causal_lm import DeepseekForCausalLM
 from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClassification

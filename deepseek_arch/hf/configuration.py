@@ -85,14 +85,8 @@ class ArchConfig(PreTrainedConfig):
         rope = dict(out.get("rope_parameters") or {})
         if rope:  # DeepSeek's own code and most serving engines read these two, not `rope_parameters`
             kind = rope.pop("rope_type", rope.pop("type", "default"))
-            theta = rope.pop("rope_theta")
+            out["rope_theta"] = rope.pop("rope_theta")
             out["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
-            # The trainer reads its checkpoints' config as `PreTrainedConfig`, which cannot read YaRN in the older form
-            # with a base; without one it skips it, and every reader of that form takes 10000.
-            if theta != 10000.0 or kind == "default":
-                out["rope_theta"] = theta
-            else:
-                out.pop("rope_theta", None)
         return out
 
     def to_core(self) -> DeepseekConfig:

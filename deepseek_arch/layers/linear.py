@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _torch
 
 from deepseek_kernels import dense_gemm
+from deepseek_kernels.common.activations import gated
 
 __all__ = [
     "MLP",
@@ -20,7 +21,6 @@ __all__ = [
     "dense_weight",
     "is_plain_linear",
     "is_plain_module",
-    "swiglu",
 ]
 
 
@@ -85,19 +85,17 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Returns `silu(gate) * up`, elementwise."""
-    return F.silu(gate) * up
-
-
 class MLP(nn.Module):
     """SwiGLU block of a dense layer, or the shared experts of a MoE layer (arXiv 2002.05202).
 
-    Computes `down_proj(silu(gate_proj(x)) * up_proj(x))`.
+    Computes `down_proj(activation(gate_proj(x)) * up_proj(x))`; the activation of every published model is SiLU.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, device=None, dtype=None) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, device=None, dtype=None
+    ) -> None:
         super().__init__()
+        self.activation = activation
         factory = {"bias": False, "device": device, "dtype": dtype}
         self.gate_proj = Linear(hidden_size, intermediate_size, **factory)
         self.up_proj = Linear(hidden_size, intermediate_size, **factory)
@@ -109,7 +107,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., hidden_size] to the same shape."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(self.activation, self.gate_proj(x), self.up_proj(x)))
+
+    def extra_repr(self) -> str:
+        return self.activation
 
 
 def is_plain_module(module: nn.Module, *types: type[nn.Module]) -> bool:

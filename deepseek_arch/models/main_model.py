@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
         if self.has_experts:
             self.mlp = MoE.from_config(config, layer_idx, **factory)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, **factory)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act, **factory)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 

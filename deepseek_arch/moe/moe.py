@@ -208,16 +208,26 @@ def _gap(values: Tensor, count: int) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts in two stacked parameters.
+    """E gated experts in two stacked parameters; their activation is SiLU (SwiGLU) in every published model.
 
     Parameters:
         gate_up_proj: [E, 2 I, H], each expert's gate rows above its up rows.
         down_proj: [E, H, I].
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
+        self.activation = activation
         factory = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
@@ -240,10 +250,10 @@ class Experts(nn.Module):
         Returns:
             [T, H] in `x.dtype`. Only the chosen experts' weights are read, and none is copied.
         """
-        return fused_moe(x, self.gate_up_proj, self.down_proj, expert_ids, weights)
+        return fused_moe(x, self.gate_up_proj, self.down_proj, expert_ids, weights, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}"
+        return f"{self.num_experts}, {self.hidden_dim}, {self.intermediate_dim}, {self.activation}"
 
 
 class MoE(nn.Module):
@@ -267,10 +277,13 @@ class MoE(nn.Module):
         shared = None
         if config.n_shared_experts:
             # One MLP of the summed width: the published tensors are stored that way.
-            shared = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, **factory)
+            width = config.n_shared_experts * config.moe_intermediate_size
+            shared = MLP(config.hidden_size, width, config.hidden_act, **factory)
         return cls(
             Router.from_config(config, **factory),
-            Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, **factory),
+            Experts(
+                config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, config.hidden_act, **factory
+            ),
             shared,
             layer_idx,
         )

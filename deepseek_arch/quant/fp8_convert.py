@@ -122,7 +122,7 @@ def _ordinary(layer: FP8Layer, dtype: torch.dtype) -> nn.Module:
     ordinary: Experts | Linear
     if isinstance(layer, FP8Experts):
         sizes = layer.num_experts, layer.hidden_dim, layer.intermediate_dim
-        ordinary = Experts(*sizes, device="meta", dtype=dtype)
+        ordinary = Experts(*sizes, layer.activation, device="meta", dtype=dtype)
     else:
         assert isinstance(layer, FP8Linear)
         ordinary = Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype)

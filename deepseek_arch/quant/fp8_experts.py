@@ -19,8 +19,8 @@ from deepseek_kernels import (
     swiglu_quantize,
     unpermute,
 )
+from deepseek_kernels.common.activations import SILU, gated
 
-from ..layers.linear import swiglu
 from ..moe.moe import Experts
 from .fp8_base import GROUP, FP8Layer, QuantizedProduct
 
@@ -28,7 +28,7 @@ __all__ = ["FP8Experts"]
 
 
 class FP8Experts(FP8Layer, Experts):
-    """E SwiGLU experts whose weights stay in FP8.
+    """E gated experts whose weights stay in FP8.
 
     Parameters:
         gate_up_proj: [E, 2 I, H] float8_e4m3fn, each expert's gate rows above its up rows.
@@ -48,11 +48,13 @@ class FP8Experts(FP8Layer, Experts):
         block_size: tuple[int, int] = GROUP,
         *,
         scale_format: str | None = None,
+        activation: str = "silu",
         device=None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
+        self.activation = activation
         shapes = {
             "gate_up_proj": (num_experts, 2 * intermediate_size, hidden_size),
             "down_proj": (num_experts, hidden_size, intermediate_size),
@@ -69,7 +71,9 @@ class FP8Experts(FP8Layer, Experts):
             ValueError: a weight is not finite.
         """
         sizes, dtype = (experts.num_experts, experts.hidden_dim, experts.intermediate_dim), experts.gate_up_proj.dtype
-        made = cls(*sizes, block_size, scale_format=scale_format, device="meta", dtype=dtype)
+        made = cls(
+            *sizes, block_size, scale_format=scale_format, activation=experts.activation, device="meta", dtype=dtype
+        )
         made.quantize_(gate_up_proj=experts.gate_up_proj, down_proj=experts.down_proj)
         return made.train(experts.training)
 
@@ -83,7 +87,7 @@ class FP8Experts(FP8Layer, Experts):
         (x,) = dispatch.autocast(x)
         adapted = hasattr(self, "parametrizations")
         quantizes = not adapted and self._quantizes("fp8_grouped_gemm", x.device)
-        if not adapted and not quantizes:
+        if not adapted and not quantizes and self.activation in SILU:
             codes_and_scales = *self.pair("gate_up_proj"), *self.pair("down_proj")
             return fp8_weight_fused_moe(x, *codes_and_scales, expert_ids, weights, self.block_size)
         order, inverse, ends = sort_by_expert(expert_ids, self.pair("gate_up_proj")[0].shape[0])
@@ -92,7 +96,7 @@ class FP8Experts(FP8Layer, Experts):
         else:
             rows = permute(x, order, inverse)  # [T K, H]
             halves = self._grouped_gemm(rows, "gate_up_proj", ends).chunk(2, dim=-1)  # [T K, I] each
-            out = self._grouped_gemm(swiglu(*halves), "down_proj", ends)  # [T K, H]
+            out = self._grouped_gemm(gated(self.activation, *halves), "down_proj", ends)  # [T K, H]
         return unpermute(out, weights, order, inverse)
 
     def _grouped_gemm(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
@@ -106,13 +110,19 @@ class FP8Experts(FP8Layer, Experts):
         if torch.is_grad_enabled() and x.requires_grad:
             rows = permute(x, order, inverse)
             gate_up = QuantizedProduct.apply(rows, *up, ends, 2, form, x.dtype)
-            hidden = swiglu(*gate_up.float().chunk(2, dim=-1))  # not rounded, as in `swiglu_quantize`
+            hidden = self._hidden(gate_up)
             return QuantizedProduct.apply(hidden, *down, ends, 1, form, x.dtype)
         # A token is quantized once, not once for each of its experts.
         codes, scale = quantize_rows(x, form)
         codes = permute(codes.view(torch.uint8), order, inverse).view(torch.float8_e4m3fn)
         gate_up = fp8_grouped_gemm(codes, permute(scale, order, inverse), *up, ends, x.dtype, 2)
-        return fp8_grouped_gemm(*swiglu_quantize(gate_up, form), *down, ends, x.dtype)
+        fused = self.activation in SILU
+        codes, scale = swiglu_quantize(gate_up, form) if fused else quantize_rows(self._hidden(gate_up), form)
+        return fp8_grouped_gemm(codes, scale, *down, ends, x.dtype)
+
+    def _hidden(self, gate_up: Tensor) -> Tensor:
+        """Returns the gated rows in float32, not rounded before they are quantized, as in `swiglu_quantize`."""
+        return gated(self.activation, *gate_up.float().chunk(2, dim=-1))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._describe()}"

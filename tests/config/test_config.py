@@ -249,7 +249,7 @@ YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 128}
         ({"routed_scaling_factor": math.inf}, "routed_scaling_factor"),
         ({"rope_theta": 1}, "rope_theta"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_act": "prelu"}, "hidden_act"),
         ({"norm_topk_prob": 1}, "norm_topk_prob"),
         ({"mtp_input": "none"}, "mtp_input"),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "of type yarn, linear, dynamic or default, got 'llama3'"),
@@ -294,7 +294,7 @@ def test_files_that_ask_for_another_computation_are_refused(changes, message):
 
 def test_all_problems_are_listed_at_once():
     with pytest.raises(ConfigError, match=r"hidden_size.*rms_norm_eps.*hidden_act"):
-        DeepseekConfig.from_pretrained("tiny").replace(hidden_size=-1, rms_norm_eps=-1.0, hidden_act="gelu")
+        DeepseekConfig.from_pretrained("tiny").replace(hidden_size=-1, rms_norm_eps=-1.0, hidden_act="xielu")
 
 
 def test_a_config_is_frozen():

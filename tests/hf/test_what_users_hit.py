@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedConfig, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from twins import native, ours
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
+from deepseek_arch.config.json_format import rope_type
 from support import small_models
 from support.small_models import error, tokens
 
@@ -18,11 +19,20 @@ SAME = 100 * torch.finfo(torch.float32).eps
 TOLERANCE = 1e-4  # against transformers' own class, which computes in another order
 
 
-@pytest.mark.parametrize("theta", [10000.0, pytest.param(10000, id="integer")])
-def test_the_trainer_resumes_a_yarn_model(tmp_path, capsys, theta):
+ROPE = {
+    "default": None,
+    "linear": {"type": "linear", "factor": 4.0},
+    "dynamic": {"type": "dynamic", "factor": 4.0},
+    "yarn": small_models.YARN,
+}
+
+
+@pytest.mark.parametrize("theta", [10000, 10000.0, 50000.0, 1000000.0], ids=str)
+@pytest.mark.parametrize("rope", ROPE)
+def test_the_trainer_resumes_every_rotary_embedding(tmp_path, capsys, rope, theta):
     """It reads the checkpoint's config as the base class, which fails on YaRN in the older form with a base."""
     pytest.importorskip("accelerate")
-    config = small_models.config("v3", rope_theta=theta, rope_scaling=small_models.YARN)
+    config = small_models.config("kimi", rope_theta=theta, rope_scaling=ROPE[rope])
     rows = [{"input_ids": row, "labels": row} for row in tokens(config, 8, 9)]
 
     def train(resume=None):
@@ -34,10 +44,30 @@ def test_the_trainer_resumes_a_yarn_model(tmp_path, capsys, theta):
     expected = train()
     resumed = train(str(tmp_path / "checkpoint-1"))
     assert all(error(resumed[name], expected[name]) < SAME for name in expected)
-    saved = json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())
-    assert saved["rope_scaling"]["type"] == "yarn"  # readers of the older form find it, and take 10000 for the base
-    PreTrainedConfig.from_json_file(tmp_path / "checkpoint-1" / "config.json")
-    assert AutoConfig.from_pretrained(tmp_path / "checkpoint-1").rope_parameters["rope_theta"] == 10000
+    assert any(error(resumed[name], tensor) > SAME for name, tensor in ours(config).state_dict().items())
+    file = tmp_path / "checkpoint-1" / "config.json"
+    saved = json.loads(file.read_text())
+    # Readers of the older form find the scaling beside the base.
+    assert (saved["rope_scaling"] or {}).get("type", "default") == rope and saved["rope_theta"] == theta
+    parameters = PreTrainedConfig.from_json_file(file).rope_parameters
+    assert (parameters["rope_type"], parameters["rope_theta"]) == (rope, theta)
+    again = da.DeepseekConfig.from_pretrained(file.parent)
+    assert (again.rope_theta, again.yarn) == (theta, config.yarn)
+    assert rope_type(again.rope_scaling or {}) == rope
+
+
+@pytest.mark.parametrize("preset", ["kimi-k2-instruct", "deepseek-v3", "moonlight-16b-a3b"])
+def test_published_configs_are_read_as_the_trainer_reads_them(tmp_path, preset):
+    """Those of other classes are read as ever."""
+    published = da.DeepseekConfig.from_pretrained(preset).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    read = PreTrainedConfig.from_json_file(tmp_path / "config.json")
+    assert read.vocab_size == published["vocab_size"]
+    if published["rope_scaling"] is not None:
+        assert read.rope_parameters["rope_theta"] == published["rope_theta"]
+        assert read.rope_parameters["rope_type"] == published["rope_scaling"]["type"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rope_theta": 5.0}))
+    assert PreTrainedConfig.from_json_file(tmp_path / "config.json").to_dict()["rope_theta"] == 5.0
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])

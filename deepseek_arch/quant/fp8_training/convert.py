@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from deepseek_kernels.common.activations import SILU
 from deepseek_kernels.quant.fp8_quantize import HIGH_PRECISION
 
 from ...layers.linear import Linear
@@ -175,3 +176,8 @@ def _check(weight: _Weight, precision: FP8Precision) -> None:
         )
     if precision.swiglu_cache == "fp8" and not (isinstance(module, Experts) and weight.parameter == "down_proj"):
         raise ValueError(f"expected swiglu_cache='fp8' for down_proj of experts only, got it for {what}")
+    if precision.swiglu_cache == "fp8" and module.activation not in SILU:
+        raise ValueError(
+            f"expected experts with silu for swiglu_cache='fp8', whose backward pass recomputes SwiGLU, got "
+            f"{module.activation} in {what}; a rule with swiglu_cache='high' trains them"
+        )

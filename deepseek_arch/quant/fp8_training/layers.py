@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_kernels import grouped_gemm, permute, quantize_blocks, sort_by_expert, unpermute
+from deepseek_kernels.common.activations import SILU, gated
 
-from ...layers.linear import Linear, swiglu
+from ...layers.linear import Linear
 from ...moe.moe import Experts
 from .operands import Quantized
 from .policy import FP8Precision
@@ -122,9 +123,11 @@ class FP8TrainingExperts(_FP8Training, Experts):
     def _down(self, gate_up: Tensor, ends: Tensor) -> Tensor:
         precision, weight = self.fp8_precision.get("down_proj"), self.down_proj
         if precision is None:
-            return grouped_gemm(swiglu(*gate_up.chunk(2, dim=-1)), weight, ends)
+            return grouped_gemm(gated(self.activation, *gate_up.chunk(2, dim=-1)), weight, ends)
         codes = self.fp8_codes["down_proj"].of(weight, precision)
-        return swiglu_product(gate_up, weight, codes, precision, ends)
+        if self.activation in SILU:
+            return swiglu_product(gate_up, weight, codes, precision, ends)
+        return product(gated(self.activation, *gate_up.chunk(2, dim=-1)), weight, codes, precision, ends)
 
 
 def convert(module: nn.Module, precisions: Mapping[str, FP8Precision]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...common.activations import ACTIVATIONS, SILU
 from . import cpu, reference
 
 __all__ = ["fused_moe", "grouped_gemm_swiglu"]
@@ -17,8 +18,10 @@ dispatch.register("fused_moe", "triton", "cpu")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-    """Returns the weighted sum of each token's SwiGLU experts.
+def fused_moe(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor, activation: str = "silu"
+) -> Tensor:
+    """Returns the weighted sum of each token's experts, each `down(activation(gate(x)) * up(x))`.
 
     Where a gradient is needed this is `sort_by_expert`, `permute`, `grouped_gemm`, SwiGLU, `grouped_gemm` and
     `unpermute`, each of which picks its own implementation. Without gradients the kernels make no sorted copy of the
@@ -32,13 +35,16 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weig
         down: [E, H, I].
         expert_ids: [T, K] int64; the value E marks a choice that is served elsewhere and adds nothing here.
         weights: [T, K] float32 routing weights, finite.
+        activation: a name of `common.activations`; the kernels have SiLU only, and leave others to the sequence.
 
     Returns:
         [T, H] in `x.dtype`, under autocast in its dtype.
 
     Raises:
-        ValueError: the shapes or the dtypes do not fit.
+        ValueError: the shapes or the dtypes do not fit, or the activation is unknown.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected an activation out of {', '.join(ACTIVATIONS)}, got {activation!r}")
     dtype = _check_matrices(x, gate_up, down)
     if expert_ids.ndim != 2 or expert_ids.shape[0] != x.shape[0] or expert_ids.dtype != torch.int64:
         raise ValueError(
@@ -47,15 +53,17 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weig
     if weights.shape != expert_ids.shape:
         raise ValueError(f"expected weights {list(expert_ids.shape)}, got {list(weights.shape)}")
     obstacle = _obstacle(dtype, weights.dtype)
+    if activation not in SILU:
+        obstacle = f"its activation is silu, got {activation}"
     if _needs_gradient(x, gate_up, down, weights):
-        return reference.fused_moe(x, gate_up, down, expert_ids, weights)
+        return reference.fused_moe(x, gate_up, down, expert_ids, weights, activation)
     chosen = dispatch.pick("fused_moe", x.device, obstacle)
-    if chosen == "cpu" and cpu.takes(x, gate_up, down, weights):
+    if chosen == "cpu" and activation in SILU and cpu.takes(x, gate_up, down, weights):
         return cpu.fused_moe(*dispatch.autocast(x, gate_up, down), expert_ids, weights)
     if chosen != "triton":
         if dtype == x.dtype and reference.takes_few(x, expert_ids):
-            return reference.few_tokens(x, gate_up, down, expert_ids, weights)
-        return reference.fused_moe(x, gate_up, down, expert_ids, weights)
+            return reference.few_tokens(x, gate_up, down, expert_ids, weights, activation)
+        return reference.fused_moe(x, gate_up, down, expert_ids, weights, activation)
     from . import launch
 
     return launch.fused_moe(*dispatch.autocast(x, gate_up, down), expert_ids, weights)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...common.activations import gated
 from ...common.half_products import MIN_ROWS
 from ..grouped_gemm import grouped_gemm
 from ..moe_permute import permute, sort_by_expert, unpermute
@@ -17,15 +18,17 @@ from ..moe_permute import permute, sort_by_expert, unpermute
 __all__ = ["few_tokens", "fused_moe", "grouped_gemm_swiglu", "takes_few"]
 
 
-def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+def fused_moe(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor, activation: str = "silu"
+) -> Tensor:
     order, inverse, ends = sort_by_expert(expert_ids, gate_up.shape[0])
-    hidden = grouped_gemm_swiglu(permute(x, order, inverse), gate_up, ends)  # [P, I]
+    hidden = grouped_gemm_swiglu(permute(x, order, inverse), gate_up, ends, activation)  # [P, I]
     return unpermute(grouped_gemm(hidden, down, ends), weights, order, inverse)
 
 
-def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor) -> Tensor:
+def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor, activation: str = "silu") -> Tensor:
     gate, up = grouped_gemm(x, gate_up, ends).chunk(2, dim=-1)  # [P, I] each
-    return F.silu(gate) * up
+    return gated(activation, gate, up)
 
 
 def takes_few(x: Tensor, expert_ids: Tensor) -> bool:
@@ -42,7 +45,9 @@ def takes_few(x: Tensor, expert_ids: Tensor) -> bool:
     return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+def few_tokens(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor, activation: str = "silu"
+) -> Tensor:
     """Computes `fused_moe` without gradients and without autocast, to the same bits.
 
     The same rows in the same products, and their sum in the same order.
@@ -69,7 +74,7 @@ def few_tokens(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, wei
     if not spans:
         return torch.zeros_like(x)
     gate, up = torch.cat([F.linear(rows[own], gate_up[expert]) for expert, own in spans]).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
+    hidden = gated(activation, gate, up)
     outputs = [F.linear(hidden[own], down[expert]) for expert, own in spans]
     if (missing := pairs - hidden.shape[0]) > 0:
         outputs.append(x.new_zeros(missing, x.shape[1]))
