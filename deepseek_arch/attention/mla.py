@@ -11,6 +11,7 @@ V v_head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
 from ..layers.norm import RMSNorm, normalize
 
-__all__ = ["MultiHeadLatentAttention"]
+__all__ = ["MultiHeadLatentAttention", "differentiated", "is_hooked", "latents_and_keys"]
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -79,22 +80,26 @@ class MultiHeadLatentAttention(nn.Module):
     def from_config(
         cls, config: DeepseekConfig, layer_idx: int = 0, *, device=None, dtype=None
     ) -> MultiHeadLatentAttention:
-        return cls(
-            config.hidden_size,
-            config.num_attention_heads,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            q_lora_rank=config.q_lora_rank,
-            softmax_scale=config.softmax_scale,
-            norm_eps=config.latent_norm_eps,
-            bias=config.attention_bias,
-            dropout=config.attention_dropout,
-            layer_idx=layer_idx,
-            device=device,
-            dtype=dtype,
-        )
+        arguments = cls.arguments(config, layer_idx, device=device, dtype=dtype)
+        return cls(config.hidden_size, config.num_attention_heads, **arguments)
+
+    @classmethod
+    def arguments(cls, config: DeepseekConfig, layer_idx: int, *, device=None, dtype=None) -> dict[str, Any]:
+        """Returns the keyword arguments that a config implies."""
+        return {
+            "kv_lora_rank": config.kv_lora_rank,
+            "qk_nope_head_dim": config.qk_nope_head_dim,
+            "qk_rope_head_dim": config.qk_rope_head_dim,
+            "v_head_dim": config.v_head_dim,
+            "q_lora_rank": config.q_lora_rank,
+            "softmax_scale": config.softmax_scale,
+            "norm_eps": config.latent_norm_eps,
+            "bias": config.attention_bias,
+            "dropout": config.attention_dropout,
+            "layer_idx": layer_idx,
+            "device": device,
+            "dtype": dtype,
+        }
 
     def forward(
         self,
@@ -116,14 +121,18 @@ class MultiHeadLatentAttention(nn.Module):
             [B, T, H].
         """
         q = self.queries(x, rope)
-        states = self.append_to_cache(x, rope, cache)
-        absorbs = self.prefers_absorbed(x.shape[1], (states[0] if isinstance(states, tuple) else states).shape[1])
-        if absorbs and not _is_hooked(self.kv_b_proj):
-            joined = torch.cat(states, dim=-1) if isinstance(states, tuple) else states
-            out = self.attend_absorbed(q, joined, mask)
-        else:
-            out = self.attend_expanded(q, *_latents_and_keys(states, cache), mask)
+        out = self.attend(q, self.append_to_cache(x, rope, cache), mask, cache)
         return self.o_proj(out.flatten(-2))
+
+    def attend(
+        self, q: Tensor, states: Tensor | tuple[Tensor, Tensor], mask: Tensor | None, cache: Any | None
+    ) -> Tensor:
+        """Attends in the cheaper form to what `append_to_cache` returned -> [B, T, N, V]."""
+        absorbs = self.prefers_absorbed(q.shape[1], (states[0] if isinstance(states, tuple) else states).shape[1])
+        if absorbs and not is_hooked(self.kv_b_proj):
+            joined = torch.cat(states, dim=-1) if isinstance(states, tuple) else states
+            return self.attend_absorbed(q, joined, mask)
+        return self.attend_expanded(q, *latents_and_keys(states, cache), mask)
 
     def norm_consumers(self) -> tuple[nn.Module, ...]:
         """Returns the linear layers that alone read the input."""
@@ -137,10 +146,14 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             projection = self.q_b_proj
             q = projection(normalize(self.q_a_layernorm, self.q_a_proj(x), projection))
+        return self.rotated_queries(projection, q, rope)
+
+    def rotated_queries(self, projection: nn.Module, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Returns the output of a query projection by heads, [B, T, N, P + R], the last R of each rotated."""
         # Under tensor parallelism a rank holds a share of the heads, so their number is the projection's.
         q = q.reshape(*q.shape[:2], q.shape[2] // self.qk_head_dim, self.qk_head_dim)
         # In place only where no hook may have kept the projection's output.
-        own = is_plain_linear(projection) and not _differentiated(q)
+        own = is_plain_linear(projection) and not differentiated(q)
         return rope_(q, *rope) if own else rotate(q, *rope)
 
     def append_to_cache(
@@ -155,7 +168,7 @@ class MultiHeadLatentAttention(nn.Module):
             Otherwise, and without a cache, latents [B, S, C] and keys [B, S, R].
         """
         kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
-        if isinstance(cache, LatentCache) and is_plain_module(norm, RMSNorm) and not _differentiated(kv, norm.weight):
+        if isinstance(cache, LatentCache) and is_plain_module(norm, RMSNorm) and not differentiated(kv, norm.weight):
             return cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
         latent, key = norm(kv[..., : self.kv_lora_rank]), rotate(kv[..., self.kv_lora_rank :], *rope)
         if cache is None:
@@ -167,7 +180,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def latents_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None) -> tuple[Tensor, Tensor]:
         """Returns latents [B, S, C] and rotated keys [B, S, R] of all tokens, after `append_to_cache`."""
-        return _latents_and_keys(self.append_to_cache(x, rope, cache), cache)
+        return latents_and_keys(self.append_to_cache(x, rope, cache), cache)
 
     def prefers_absorbed(self, queries: int, keys: int) -> bool:
         """Returns True if the absorbed form costs fewer multiplications for T queries on S keys.
@@ -196,13 +209,24 @@ class MultiHeadLatentAttention(nn.Module):
 
         `states` may also be the bytes [B, S, bytes] of an FP8 cache.
         """
+        return self.absorbed(q, lambda q: mla_decode(q, states, self.kv_lora_rank, self.softmax_scale, mask))
+
+    def absorbed(self, q: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs `attend` in the space of the latents.
+
+        Args:
+            q: [B, T, N, P + R].
+            attend: queries [B, T, N, C + R] -> weighted latents [B, T, N, C].
+
+        Returns:
+            [B, T, N, V].
+        """
         split = self.qk_nope_head_dim
         weight, bias = self.kv_b_map(q)
         up = weight.view(q.shape[2], split + self.v_head_dim, self.kv_lora_rank)  # [N, P + V, C]
         q_latent = _per_head(q[..., :split], up[:, :split])
         q = torch.cat((q_latent, q[..., split:]), dim=-1)  # [B, T, N, C + R]
-        out = mla_decode(q, states, self.kv_lora_rank, self.softmax_scale, mask)
-        out = _per_head(out, up[:, split:].transpose(1, 2))
+        out = _per_head(attend(q), up[:, split:].transpose(1, 2))
         # A bias of the keys adds the same to all scores of a query, which the softmax takes out again.
         return out if bias is None else out + bias.view(q.shape[2], -1)[:, split:]
 
@@ -227,16 +251,17 @@ class MultiHeadLatentAttention(nn.Module):
         return f"num_heads={self.num_heads}, softmax_scale={self.softmax_scale:.6g}, layer_idx={self.layer_idx}"
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Returns True for a module with hooks of its own: they may tell rows apart (PEFT's mixed batches), or record."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def _latents_and_keys(states: Tensor | tuple[Tensor, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
+def latents_and_keys(states: Tensor | tuple[Tensor, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
+    """Returns latents [B, S, C] and rotated keys [B, S, R] of what `append_to_cache` returned."""
     return states if isinstance(states, tuple) else cache.split(states)
 
 
-def _differentiated(*tensors: Tensor) -> bool:
+def differentiated(*tensors: Tensor) -> bool:
     """Returns True if a derivative of these is needed, backward or forward: then nothing may be written in place."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True

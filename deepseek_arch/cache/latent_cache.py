@@ -16,6 +16,8 @@ from torch import Tensor
 from deepseek_kernels.attention.latent_write import latent_write
 from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 
+from .index_keys import IndexKeys
+
 __all__ = ["LatentCache", "key_mask_for_slots", "spans_up_to"]
 
 _GROWTH = 1.5
@@ -38,10 +40,14 @@ class LatentCache:
         first_layer: the layer index that maps to the first buffer.
         format: None to store values of `dtype`, "fp8" to store bytes in the format of
             `deepseek_kernels.attention.packed_latents`, through which no gradient passes.
+        index_head_dim: width of the indexer's keys of a model with sparse attention, or None for a model without.
+        index_layers: layers with an indexer, numbered as by `layer_idx`; default all.
+        scale_format: None for float32 scales of FP8 latents, "ue8m0" for powers of two; of `update_states` alone.
+        index_format: of the indexer's keys, None or "fp8"; default `format`.
         dtype: of the results of `update` and `split`.
 
     Raises:
-        ValueError: a size is less than 1, or the format is unknown.
+        ValueError: a size is less than 1, or a format is unknown.
     """
 
     def __init__(
@@ -54,6 +60,10 @@ class LatentCache:
         capacity: int | None = None,
         first_layer: int = 0,
         format: str | None = None,
+        scale_format: str | None = None,
+        index_head_dim: int | None = None,
+        index_layers: Sequence[int] | None = None,
+        index_format: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -61,13 +71,19 @@ class LatentCache:
         for name, value in {**sizes, "qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}.items():
             if value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
-        if format not in (None, "fp8"):
-            raise ValueError(f"expected format None or 'fp8', got {format!r}")
-        self.format = format
+        for name, given in (("format", format), ("index_format", index_format)):
+            if given not in (None, "fp8"):
+                raise ValueError(f"expected {name} None or 'fp8', got {given!r}")
+        self.format, self.scale_format = format, scale_format
         self.num_layers, self.batch_size, self.first_layer = num_layers, batch_size, first_layer
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.device, self.dtype = torch.device(device or "cpu"), dtype or torch.get_default_dtype()
         self._buffers = [self._new_buffer(capacity or 0) for _ in range(num_layers)]
+        self._index_keys: IndexKeys | None = None
+        if index_head_dim is not None:
+            layers = range(num_layers) if index_layers is None else [self._index(layer) for layer in index_layers]
+            arguments = (index_format or format, batch_size, capacity or 0, self.device, self.dtype)
+            self._index_keys = IndexKeys(layers, index_head_dim, *arguments)
         self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
         self._pending: _Append | None = None
 
@@ -88,15 +104,27 @@ class LatentCache:
         return self._buffers[0].shape[1]
 
     @property
+    def index_format(self) -> str | None:
+        """Format of the indexer's keys, None without any."""
+        return None if self._index_keys is None else self._index_keys.format
+
+    @property
+    def index_head_dim(self) -> int | None:
+        """Width of the indexer's keys, None without any."""
+        return None if self._index_keys is None else self._index_keys.width
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+        latents = sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+        return latents + (0 if self._index_keys is None else self._index_keys.nbytes)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes over all layers."""
         buffer = self._buffers[0]
-        return self.num_layers * buffer.shape[2] * buffer.element_size()
+        latents = self.num_layers * buffer.shape[2] * buffer.element_size()
+        return latents + (0 if self._index_keys is None else self._index_keys.bytes_per_token)
 
     def __repr__(self) -> str:
         return (
@@ -175,7 +203,7 @@ class LatentCache:
         self._check_states(states)
         before, place = self._lengths[index], self._place(index, states.shape[1])
         buffer = self._reserve(index, place.longest)
-        stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
+        stored = pack(states, self.kv_lora_rank, self.scale_format) if self.format == "fp8" else states.to(buffer.dtype)
         self._lengths[index] = place.lengths
         if len(set(before)) == 1 and place.valid is None:
             start = before[0]
@@ -214,6 +242,34 @@ class LatentCache:
         self._lengths[index] = place.lengths
         return buffer[:, : place.longest]
 
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """Appends the indexer's keys of the new tokens, before their latents, and returns those of all tokens.
+
+        Args:
+            keys: [B, T, D] without a gradient, or with `index_format="fp8"` uint8 [B, T, bytes].
+
+        Returns:
+            [B, S, D] or [B, S, bytes]; S is the longest row's length with the new tokens.
+
+        Raises:
+            ValueError: the cache or the layer has no such keys, or a shape or the dtype does not fit.
+        """
+        index, held = self._index(layer_idx), self._index_keys
+        if held is None:
+            raise ValueError("expected a cache with index_head_dim, got one without room for an indexer's keys")
+        held.check(keys, index)
+        place = self._place(index, keys.shape[1])
+        buffer = held.buffer(index, self._grown(held.buffer(index, 0).shape[1], place.longest))
+        return self._store_index_keys(buffer, keys.to(buffer.dtype), place)
+
+    def _store_index_keys(self, buffer: Tensor, keys: Tensor, place: _Append) -> Tensor:
+        slots, valid = place.slots, place.valid
+        rows = torch.arange(self.batch_size, device=self.device)[:, None].expand_as(slots)
+        if valid is not None:
+            rows, slots, keys = rows[valid], slots[valid], keys[valid]
+        buffer[rows, slots] = keys
+        return buffer[:, : place.longest]
+
     def spans(self, slots: Tensor, valid: Tensor | None = None) -> Tensor | None:
         """Returns the attention mask of the tokens that `append` reserves slots for, inside its block."""
         return key_mask_for_slots(slots, self.lengths, valid)
@@ -244,15 +300,22 @@ class LatentCache:
         order = index.tolist()
         with torch.inference_mode(False):  # as in `_new_buffer`
             self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
+        if self._index_keys is not None:
+            self._index_keys.reorder(index)
         self._lengths = [tuple(lengths[row] for row in order) for lengths in self._lengths]
         self.batch_size = len(order)
 
-    def release(self, capacity: int) -> list[Tensor]:
-        """Returns the layers' buffers, [B, at least `capacity` slots, ...] each, and empties the cache."""
+    def release(self, capacity: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Empties the cache and returns its buffers, [B, at least `capacity` slots, ...] each.
+
+        Returns:
+            those of the layers, and those of the indexer's keys by the layer's index in the cache.
+        """
         buffers = [self._reserve(index, capacity) for index in range(self.num_layers)]
+        index_buffers = {} if self._index_keys is None else self._index_keys.release(capacity)
         self._buffers = [self._new_buffer(0) for _ in buffers]
         self._lengths = [(0,) * self.batch_size] * self.num_layers
-        return buffers
+        return buffers, index_buffers
 
     # ---------------------------------------------------------------- internals
 
@@ -267,11 +330,17 @@ class LatentCache:
     def _reserve(self, index: int, needed: int) -> Tensor:
         buffer = self._buffers[index]
         if needed > buffer.shape[1]:
-            slots = max(needed, int(buffer.shape[1] * _GROWTH))
-            grown = self._new_buffer(-(-slots // _STEP) * _STEP)
+            grown = self._new_buffer(self._grown(buffer.shape[1], needed))
             grown[:, : buffer.shape[1]] = buffer
             self._buffers[index] = buffer = grown
         return buffer
+
+    @staticmethod
+    def _grown(capacity: int, needed: int) -> int:
+        """Returns the capacity of a buffer that has to hold so many tokens."""
+        if needed <= capacity:
+            return capacity
+        return -(-max(needed, int(capacity * _GROWTH)) // _STEP) * _STEP
 
     def _index(self, layer_idx: int) -> int:
         index = layer_idx - self.first_layer
@@ -305,6 +374,8 @@ class LatentCache:
             for row, (before, after) in enumerate(zip(old, new, strict=True)):
                 if after < before:
                     self._buffers[index][row, after:before] = 0
+                    if self._index_keys is not None:
+                        self._index_keys.clear(index, row, after, before)
         self._lengths = list(lengths)
 
 

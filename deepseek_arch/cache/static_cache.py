@@ -35,6 +35,7 @@ class StaticLatentCache(LatentCache):
     def __init__(self, cache: LatentCache, capacity: int) -> None:
         if capacity < cache.max_length:
             raise ValueError(f"expected a capacity of at least the {cache.max_length} tokens held, got {capacity}")
+        held = cache._index_keys
         super().__init__(
             cache.num_layers,
             cache.batch_size,
@@ -42,11 +43,18 @@ class StaticLatentCache(LatentCache):
             cache.qk_rope_head_dim,
             first_layer=cache.first_layer,
             format=cache.format,
+            scale_format=cache.scale_format,
+            index_head_dim=cache.index_head_dim,
+            index_layers=() if held is None else [cache.first_layer + layer for layer in held.layers],
+            index_format=cache.index_format,
             device=cache.device,
             dtype=cache.dtype,
         )
         lengths = cache.lengths
-        self._buffers = [buffer[:, :capacity] for buffer in cache.release(capacity)]
+        buffers, index_buffers = cache.release(capacity)
+        self._buffers = [buffer[:, :capacity] for buffer in buffers]
+        if self._index_keys is not None:
+            self._index_keys.adopt(index_buffers, capacity)
         with torch.inference_mode(False):
             self._device_lengths = torch.tensor(lengths, dtype=torch.int64, device=self.device)
         self._slots: Tensor | None = None
@@ -109,13 +117,22 @@ class StaticLatentCache(LatentCache):
         if states.requires_grad:
             raise ValueError("expected no gradient through a static cache, got states that require one")
         slots, buffer = self._place(index, states.shape[1]).slots, self._buffers[index]
-        stored = pack(states, self.kv_lora_rank) if self.format == "fp8" else states.to(buffer.dtype)
+        stored = pack(states, self.kv_lora_rank, self.scale_format) if self.format == "fp8" else states.to(buffer.dtype)
         rows = torch.arange(self.batch_size, device=self.device)[:, None]
         # Tokens beyond the capacity: see the class.
         buffer[rows, slots.clamp(max=self.capacity - 1)] = stored
         return buffer
 
-    def release(self, capacity: int) -> list[Tensor]:
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """Appends as `LatentCache.update_indexer` and returns all slots; inside of `append`."""
+        return super().update_indexer(keys, layer_idx)
+
+    def _store_index_keys(self, buffer: Tensor, keys: Tensor, place: _Append) -> Tensor:
+        rows = torch.arange(self.batch_size, device=self.device)[:, None]
+        buffer[rows, place.slots.clamp(max=self.capacity - 1)] = keys  # beyond the capacity: see the class
+        return buffer
+
+    def release(self, capacity: int) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Returns the buffers as `LatentCache.release`."""
         buffers = super().release(capacity)
         self._device_lengths.zero_()

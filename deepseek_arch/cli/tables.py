@@ -66,7 +66,7 @@ def print_plan(model: str, plan: MemoryPlan) -> None:
         "multi-token prediction": count.mtp,
         "embedding": count.embedding,
         f"attention, x {count.dense_layers + count.moe_layers}": count.attention,
-        f"indexer, x {count.dense_layers + count.moe_layers}": count.indexer,
+        f"indexer, x {count.indexers}": count.indexer,
         f"dense MLP, x {count.dense_layers}": count.dense_mlp,
         "one routed expert": count.expert,
         f"shared experts, x {count.moe_layers}": count.shared_experts,
@@ -153,8 +153,6 @@ def print_inspection(report: CheckpointReport) -> None:
             console.print(f"  and {len(details) - _SHOWN:,} more (--json lists all)")
     if not report.ok:
         console.print("[red]This checkpoint does not load.[/red]")
-    elif report.config.is_sparse_attention:
-        console.print("[yellow]Complete, but its model cannot be built yet (sparse attention).[/yellow]")
     else:
         console.print("[green]This checkpoint loads.[/green]")
 

@@ -27,7 +27,7 @@ __all__ = ["ConfigError", "DeepseekConfig", "UnsupportedModelError", "Yarn", "pr
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekConfig:
-    """A DeepSeek-family model: V2, V2-Lite, V3, R1, V3.1, V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash.
+    """A DeepSeek-family model: V2, V2-Lite, V3, R1, V3.1, V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash, GLM-5.
 
     Construct it with keywords (defaults are DeepSeek-V3's), from a file with `from_pretrained`, or from a dict with
     `from_dict`; change it with `replace`. Everything is checked once, here; `ConfigError` lists all problems.
@@ -40,6 +40,9 @@ class DeepseekConfig:
         mtp_chain: the hidden state that a further prediction depth reads from the one before: "head_norm" (after
             `shared_head.norm`: transformers, torchtitan, Megatron, SGLang, TensorRT-LLM, vLLM) or "block" (the block's
             output: V3 report). TRAPS F3.
+        simulate_fp8: computes sparse attention as DeepSeek serves it: the indexer's queries and keys are rotated by a
+            Hadamard matrix and quantized to FP8 (TRAPS G2), and latents are rounded to FP8 before they are cached, with
+            power-of-two scales. Default: both in the model's dtype, and the indexer's scores in float32.
         extra: fields of the file that this class does not know, written back by `to_dict`.
     """
 
@@ -91,6 +94,9 @@ class DeepseekConfig:
     index_n_heads: int | None = None
     index_head_dim: int | None = None
     index_topk: int | None = None
+    indexer_types: tuple[str, ...] | None = None
+    indexer_rope_interleave: bool | None = None
+    simulate_fp8: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     # ---------------------------------------------------------------- reading
@@ -133,7 +139,7 @@ class DeepseekConfig:
             value = getattr(self, f.name)
             if f.name == "extra" or (value is None and f.name not in ("q_lora_rank", "rope_scaling")):
                 continue
-            if f.name in ("latent_norm_eps", "mtp_input", "mtp_chain") and value == f.default:
+            if f.name in ("latent_norm_eps", "mtp_input", "mtp_chain", "simulate_fp8") and value == f.default:
                 continue
             if f.name == "dtype":
                 out["torch_dtype"] = value  # the key that every reader knows
@@ -157,6 +163,9 @@ class DeepseekConfig:
             raise ConfigError(f"expected fields of DeepseekConfig, got {', '.join(unknown)}")
         if "num_attention_heads" in changes:  # the two are always equal
             changes.setdefault("num_key_value_heads", None)
+        if self.indexer_types is not None and "num_hidden_layers" in changes and "indexer_types" not in changes:
+            layers = changes["num_hidden_layers"]  # the first so many; its own check says if there are none
+            changes["indexer_types"] = self.indexer_types[:layers] if isinstance(layers, int) else self.indexer_types
         return dataclasses.replace(self, **changes)
 
     # ---------------------------------------------------------------- derived
@@ -221,8 +230,23 @@ class DeepseekConfig:
 
     @property
     def is_sparse_attention(self) -> bool:
-        """True if the model selects its keys with an indexer (V3.2)."""
+        """True if the model selects its keys with an indexer (V3.2, GLM-5)."""
         return self.index_topk is not None
+
+    def has_indexer(self, layer_idx: int) -> bool:
+        """Returns True if layer `layer_idx` selects keys itself; MTP modules count on from `num_hidden_layers`.
+
+        False without sparse attention, and where a layer shares the selection of one before it (GLM-5).
+        """
+        if not self.is_sparse_attention:
+            return False
+        types = self.indexer_types
+        return types is None or layer_idx >= len(types) or types[layer_idx] == "full"
+
+    @property
+    def indexer_layers(self) -> tuple[int, ...]:
+        """The decoder layers that select keys themselves, without MTP modules."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if self.has_indexer(layer))
 
     @property
     def weight_block_size(self) -> tuple[int, int] | None:
@@ -239,7 +263,7 @@ class DeepseekConfig:
         changes: dict[str, Any] = {}
         if self.num_key_value_heads is None:
             changes["num_key_value_heads"] = self.num_attention_heads
-        for name in ("architectures", "eos_token_id"):
+        for name in ("architectures", "eos_token_id", "indexer_types"):
             if isinstance(getattr(self, name), list):
                 changes[name] = tuple(getattr(self, name))
         for name in ("rope_scaling", "quantization_config", "extra"):

@@ -15,6 +15,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "deepseek_v32": _SIGMOID,
     "kimi_k2": _SIGMOID,
     "glm4_moe_lite": {**_SIGMOID, "first_k_dense_replace": 1},
+    "glm_moe_dsa": {**_SIGMOID, "first_k_dense_replace": 3, "indexer_rope_interleave": True},
 }
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -22,6 +23,7 @@ ARCHITECTURES = {
     "deepseek_v32": "DeepseekV32ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
 }
 V4 = (
     "V4 replaced latent attention by compressed sparse attention and hyper-connections, so none of these modules can "

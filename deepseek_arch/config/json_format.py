@@ -18,6 +18,7 @@ from .regular_file import identity_of, open_regular
 __all__ = ["MOST_JSON", "parse_json", "read_fields", "read_text", "rope_type"]
 
 MOST_JSON = 32 * 2**20  # bytes of a JSON file; published indices have up to 10 MB
+_MOST_LAYERS = 10_000
 _DEEPEST = 100  # nesting of arrays and objects
 
 # Other names of the same thing: transformers 5 writes some of them, some third-party converters the others.
@@ -140,6 +141,7 @@ def read_fields(data: Mapping[str, Any], known: Collection[str]) -> tuple[dict[s
         if not any(data.get(name) is one or data.get(name) == one for one in allowed):
             problems.append(f"expected {name} to be {allowed[0]}, got {data[name]!r}")
     _read_layer_types(data, problems)
+    _read_indexer_types(data, problems)
     _read_rope(data, problems)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -208,6 +210,29 @@ def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
             f"expected mlp_layer_types to be dense layers followed by sparse ones, got {list(kinds)!r:.200}"
         )
     data.setdefault("first_k_dense_replace", dense)
+
+
+def _read_indexer_types(data: dict[str, Any], problems: list[str]) -> None:
+    """GLM-5 writes its layers that share a selection as a list, a pattern of letters, or a frequency and an offset."""
+    if data.get("model_type") != "glm_moe_dsa" or data.get("indexer_types") is not None:
+        return
+    layers, pattern = data.get("num_hidden_layers"), data.get("index_topk_pattern")
+    if isinstance(pattern, str):
+        data["indexer_types"] = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+        return
+    if isinstance(pattern, list | tuple):
+        data["indexer_types"] = list(pattern)
+        return
+    frequency, offset = data.get("index_topk_freq"), data.get("index_skip_topk_offset")
+    frequency, offset = 1 if frequency is None else frequency, 2 if offset is None else offset
+    for name, value in (("index_topk_freq", frequency), ("index_skip_topk_offset", offset)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
+            problems.append(f"expected {name} to be an integer from 0 to {_MOST_LAYERS}, got {value!r:.200}")
+            return
+    whole = isinstance(layers, int) and not isinstance(layers, bool) and 0 < layers <= _MOST_LAYERS
+    if frequency > 1 and whole:
+        owns = (max(i - offset + 1, 0) % frequency == 0 for i in range(layers))
+        data["indexer_types"] = ["full" if own else "shared" for own in owns]
 
 
 def _read_rope(data: dict[str, Any], problems: list[str]) -> None:

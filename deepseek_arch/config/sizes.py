@@ -27,7 +27,7 @@ class ExpertSizes:
 
 @dataclass(frozen=True, slots=True)
 class IndexerSizes:
-    """Sizes of V3.2's indexer: `index_n_heads`, `index_head_dim`, and the `index_topk` keys a query attends to."""
+    """Sizes of sparse attention's indexer: `index_n_heads`, `index_head_dim`, and the `index_topk` keys of a query."""
 
     heads: int
     head_dim: int

@@ -89,8 +89,8 @@ _FLOATS = (
     "attention_dropout",
 )
 _OPTIONAL_FLOATS = ("aux_loss_alpha",)
-_BOOLEANS = ("norm_topk_prob", "attention_bias", "tie_word_embeddings")
-_OPTIONAL_BOOLEANS = ("seq_aux",)
+_BOOLEANS = ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "simulate_fp8")
+_OPTIONAL_BOOLEANS = ("seq_aux", "indexer_rope_interleave")
 _WORDS = {
     "model_type": tuple(MODEL_TYPES),
     "scoring_func": ("sigmoid", "softmax"),
@@ -99,6 +99,7 @@ _WORDS = {
     "mtp_input": ("post_norm", "pre_norm"),
     "mtp_chain": ("block", "head_norm"),
 }
+_INDEXER_TYPES = ("full", "shared")
 _MAPPINGS = ("rope_scaling", "quantization_config", "extra")
 
 
@@ -132,6 +133,7 @@ def check_fields(values: Mapping[str, Any]) -> list[str]:
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         problems.append(f"expected dtype to be one of {', '.join(DTYPES)}, got {_shown(dtype)}")
     problems += _check_list("architectures", values["architectures"], "names", lambda one: isinstance(one, str))
+    problems += _check_list("indexer_types", values["indexer_types"], "full and shared", _INDEXER_TYPES.__contains__)
     eos = values["eos_token_id"]
     if isinstance(eos, tuple):
         problems += _check_list("eos_token_id", eos, "token ids", lambda one: not _check_integer("", one, 0, _MOST))
@@ -189,12 +191,30 @@ def check_relations(c: DeepseekConfig) -> list[str]:
     if not c.attention_dropout < 1:
         problems.append(f"expected attention_dropout in [0, 1), got {c.attention_dropout}")
     problems += _check_rope_scaling(c.rope_scaling)
-    indexer = (c.index_n_heads, c.index_head_dim, c.index_topk)
-    if any(v is None for v in indexer) != all(v is None for v in indexer):
-        problems.append(f"expected all or none of index_n_heads, index_head_dim, index_topk, got {indexer}")
-    if c.is_sparse_attention and c.q_lora_rank is None:
-        problems.append("expected a q_lora_rank with an indexer (it reads the query latent), got null")
+    problems += _check_indexer(c)
     problems += _check_quantization(c.quantization_config or {})
+    return problems
+
+
+def _check_indexer(c: DeepseekConfig) -> list[str]:
+    sizes, problems = (c.index_n_heads, c.index_head_dim, c.index_topk), []
+    if any(v is None for v in sizes) != all(v is None for v in sizes):
+        problems.append(f"expected all or none of index_n_heads, index_head_dim, index_topk, got {sizes}")
+    types, width = c.indexer_types, c.index_head_dim
+    if types is not None and len(types) != c.num_hidden_layers:
+        problems.append(f"expected indexer_types for {c.num_hidden_layers} layers, got {len(types)}")
+    if types and types[0] != "full":
+        problems.append("expected the first of indexer_types to be full (it shares with a layer before), got shared")
+    if width is None:
+        if c.simulate_fp8 or types is not None:
+            problems.append("expected index_topk with simulate_fp8 or indexer_types (of sparse attention), got null")
+        return problems
+    if c.q_lora_rank is None:
+        problems.append("expected a q_lora_rank with an indexer (it reads the query latent), got null")
+    if width < c.qk_rope_head_dim:
+        problems.append(f"expected index_head_dim >= qk_rope_head_dim (which it rotates), got {width}")
+    if c.simulate_fp8 and (width & (width - 1) or width > 128):
+        problems.append(f"expected index_head_dim to be a power of two up to 128 with simulate_fp8, got {width}")
     return problems
 
 

@@ -16,7 +16,28 @@ from ..config.deepseek_config import DeepseekConfig
 from ..config.json_format import rope_type
 from ..config.yarn import Yarn
 
-__all__ = ["RotaryEmbedding", "inverse_frequencies"]
+__all__ = ["RotaryEmbedding", "inverse_frequencies", "rotate_first"]
+
+
+def rotate_first(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates the first R columns of each row, as the indexer of sparse attention does (TRAPS A3).
+
+    Args:
+        x: [B, T, D] or [B, T, N, D].
+        cos, sin: [B or 1, T, R / 2].
+        interleaved: pairs are neighbours (GLM-5) instead of column i and i + R / 2 (DeepSeek-V3.2).
+
+    Returns:
+        like x, each pair where it was; products in the dtype of `cos`, rounded once.
+    """
+    half = cos.shape[-1]
+    if x.ndim == 4:
+        cos, sin = cos[:, :, None], sin[:, :, None]
+    wide, rest = x[..., : 2 * half].to(torch.promote_types(x.dtype, cos.dtype)), x[..., 2 * half :]
+    pairs = wide.unflatten(-1, (half, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
+    first, second = pairs[0] * cos - pairs[1] * sin, pairs[0] * sin + pairs[1] * cos
+    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None, device=None) -> Tensor:

@@ -44,10 +44,11 @@ class ParameterCount:
         mtp: the MTP modules, without the embedding and head they share with the main model.
         mtp_stored: the same as published, with a copy of both in every layer.
         embedding, head, final_norm: the main model's tensors (a tied head has the embedding's size, counted once).
-        attention: one layer's attention with its latent norms; indexer: V3.2's key selection beside it.
+        attention: one layer's attention with its latent norms; indexer: the selection of keys beside it.
         layer_norms: the two norms of one layer.
         dense_mlp, expert, shared_experts, router: one layer's, one expert's; 0 where the model has none.
-        dense_layer, moe_layer: one whole decoder layer of each kind; dense_layers, moe_layers: how many.
+        indexers: decoder layers that have one.
+        dense_layer, moe_layer: one whole decoder layer of each kind (the first); dense_layers, moe_layers: how many.
     """
 
     total: int
@@ -71,6 +72,7 @@ class ParameterCount:
     moe_layer: int
     dense_layers: int
     moe_layers: int
+    indexers: int
 
 
 def _elements(weights: Iterable[Weight], *parts: str) -> int:
@@ -78,13 +80,15 @@ def _elements(weights: Iterable[Weight], *parts: str) -> int:
 
 
 def _kinds_of_layers(c: DeepseekConfig, layers: range) -> list[tuple[list[Weight], int]]:
-    """Returns the weights of each kind of layer, dense and with experts, and how many of `layers` are of it.
+    """Returns the weights of each kind of layer, and how many of `layers` are of it.
 
-    Layers of one kind are alike, so one of each tells all.
+    Kinds are dense or with experts, each with or without an indexer. Layers of one kind are alike, so one of each
+    tells all.
     """
-    sparse = [c.is_moe_layer(layer_idx) for layer_idx in layers]
-    kinds = [kind for kind in (False, True) if kind in sparse]
-    return [(list(layer_weights(c, layers[sparse.index(kind)])), sparse.count(kind)) for kind in kinds]
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for layer_idx in layers:
+        kinds.setdefault((c.is_moe_layer(layer_idx), c.has_indexer(layer_idx)), []).append(layer_idx)
+    return [(list(layer_weights(c, members[0])), len(members)) for _, members in sorted(kinds.items())]
 
 
 def _decoder_layers(c: DeepseekConfig) -> range:
@@ -107,7 +111,8 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
     expert = _elements(moe, "experts") // c.expert_sizes.routed if moe else 0
     idle_experts = sparse.count(True) * (c.expert_sizes.routed - c.expert_sizes.chosen) if moe else 0
 
-    stack = sparse.count(True) * _elements(moe) + sparse.count(False) * _elements(dense) + c.hidden_size
+    stack = sum(count * _elements(weights) for weights, count in _kinds_of_layers(c, _decoder_layers(c)))
+    stack += c.hidden_size
     active_stack = stack - idle_experts * expert
     embedding = c.vocab_size * c.hidden_size
     embedding_and_head = embedding if c.tie_word_embeddings else 2 * embedding
@@ -127,7 +132,7 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
         head=embedding,
         final_norm=c.hidden_size,
         attention=_elements(moe or dense, "attention"),
-        indexer=_elements(moe or dense, "indexer"),
+        indexer=_elements(layer_weights(c, 0), "indexer"),
         layer_norms=_elements(moe or dense, "norms"),
         dense_mlp=_elements(dense, "dense_mlp"),
         expert=expert,
@@ -137,6 +142,7 @@ def count_parameters(config: DeepseekConfig) -> ParameterCount:
         moe_layer=_elements(moe),
         dense_layers=sparse.count(False),
         moe_layers=sparse.count(True),
+        indexers=len(c.indexer_layers),
     )
 
 
@@ -197,11 +203,11 @@ def expanded_cache_bytes(config: DeepseekConfig, tokens: int = 1, bytes_per_valu
 
 
 def indexer_cache_bytes(config: DeepseekConfig, tokens: int = 1) -> int:
-    """Bytes of DeepSeek-V3.2's indexer keys beside the latents: FP8 with a float32 scale per 128; else 0."""
+    """Bytes of the indexer's keys beside the latents: FP8 with a float32 scale per 128, of layers that have one."""
     if not config.is_sparse_attention:
         return 0
     width = config.indexer_sizes.head_dim
-    return (width + 4 * -(-width // 128)) * config.num_hidden_layers * tokens
+    return (width + 4 * -(-width // 128)) * len(config.indexer_layers) * tokens
 
 
 # ----------------------------------------------------------------------- FLOPs
@@ -255,8 +261,10 @@ def flops_per_token(config: DeepseekConfig, context_length: int, *, training: bo
         scored, short = visible, min(context_length, c.indexer_sizes.topk)
         visible = short * (short + 1) // 2 + (context_length - short) * c.indexer_sizes.topk
     pair_flops = visible * 2 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
-    pair_flops += scored * 2 * (c.index_n_heads or 0) * (c.index_head_dim or 0)
-    forward = _linear_flops(c, mtp) + pair_flops * _attention_layers(c, mtp) // context_length
+    pair_flops *= _attention_layers(c, mtp)
+    indexers = len(c.indexer_layers) + _attention_layers(c, mtp) - c.num_hidden_layers
+    pair_flops += indexers * scored * 2 * (c.index_n_heads or 0) * (c.index_head_dim or 0)
+    forward = _linear_flops(c, mtp) + pair_flops // context_length
     return 3 * forward if training else forward
 
 
@@ -274,5 +282,5 @@ def decode_flops_per_token(config: DeepseekConfig, context_length: int) -> int:
         raise ValueError(f"expected context_length >= 1, got {context_length}")
     visible = min(context_length, c.index_topk or context_length)
     attention = visible * 2 * c.num_attention_heads * (c.latent_dim + c.kv_lora_rank)
-    attention += context_length * 2 * (c.index_n_heads or 0) * (c.index_head_dim or 0)
-    return _linear_flops(c, mtp=False) + attention * c.num_hidden_layers
+    scores = context_length * 2 * (c.index_n_heads or 0) * (c.index_head_dim or 0)
+    return _linear_flops(c, mtp=False) + attention * c.num_hidden_layers + scores * len(c.indexer_layers)

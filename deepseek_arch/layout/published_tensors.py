@@ -99,9 +99,7 @@ def _attention(c: DeepseekConfig) -> Iterator[Weight]:
 
 
 def _indexer(c: DeepseekConfig) -> Iterator[Weight]:
-    """Yields the weights of V3.2's selection of keys. Its key norm is a LayerNorm: weight and bias, in float32."""
-    if not c.is_sparse_attention:
-        return
+    """Yields the weights of sparse attention's selection of keys. Its key norm is a LayerNorm: weight and bias."""
     assert c.q_lora_rank is not None  # checked with the config: the indexer reads the query latent
     heads, width = c.indexer_sizes.heads, c.indexer_sizes.head_dim
     yield Weight("self_attn.indexer.wq_b.weight", (heads * width, c.q_lora_rank), "indexer", "projection")
@@ -131,7 +129,8 @@ def layer_weights(c: DeepseekConfig, layer_idx: int) -> Iterator[Weight]:
     """Yields the weights of a decoder layer, or of the decoder layer in an MTP module."""
     yield Weight("input_layernorm.weight", (c.hidden_size,), "norms", "norm")
     yield from _attention(c)
-    yield from _indexer(c)
+    if c.has_indexer(layer_idx):
+        yield from _indexer(c)
     yield Weight("post_attention_layernorm.weight", (c.hidden_size,), "norms", "norm")
     if c.is_moe_layer(layer_idx):
         yield from _moe(c)
@@ -177,7 +176,7 @@ def published_dtype(c: DeepseekConfig, kind: str, fp8: bool) -> str:
     if kind == "projection" and fp8:
         return "F8_E4M3"
     # DeepSeek-V3.2 stores every norm in float32, the releases before it in bfloat16.
-    if kind == "float32" or (kind == "norm" and c.is_sparse_attention):
+    if kind == "float32" or (kind == "norm" and c.model_type == "deepseek_v32"):
         return "F32"
     return "BF16"
 

@@ -56,7 +56,7 @@ def select_subset(
     changes: dict[str, Any] = {}
     kept = tuple(range(source.num_hidden_layers)) if layers is None else _check_layers(source, layers)
     if len(kept) < source.num_hidden_layers:
-        changes |= {"num_hidden_layers": len(kept), **_dense_prefix(source, kept)}
+        changes |= {"num_hidden_layers": len(kept), **_dense_prefix(source, kept), **_indexer_types(source, kept)}
     if experts is not None:
         changes |= _keep_experts(source, experts)
     if not mtp and source.num_nextn_predict_layers:
@@ -99,6 +99,23 @@ def _dense_prefix(source: DeepseekConfig, kept: tuple[int, ...]) -> dict[str, An
         f"expected layers {list(kept)} to have experts in a regular pattern once renumbered, got "
         f"{['experts' if has else 'dense' for has in experts]}"
     )
+
+
+def _indexer_types(source: DeepseekConfig, kept: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the field that says which of the renumbered layers share the selection of keys of one before them."""
+    if source.indexer_types is None:
+        return {}
+    last = None  # of the kept layers that select keys themselves
+    for layer in kept:
+        selects = max(i for i in range(layer + 1) if source.has_indexer(i))
+        if selects == layer:
+            last = layer
+        elif selects != last:
+            raise ValueError(
+                f"expected layers with layer {selects} among them, whose selection of keys layer {layer} shares, "
+                f"got {list(kept)!r:.200}"
+            )
+    return {"indexer_types": tuple(source.indexer_types[layer] for layer in kept)}
 
 
 def _keep_experts(source: DeepseekConfig, experts: int) -> dict[str, Any]:

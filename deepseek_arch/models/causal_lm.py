@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.key_selection import KeySelection
+from ..attention.lightning_indexer import KeyNorm
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
@@ -46,9 +48,6 @@ class DeepseekLM(nn.Module):
             and the head that they share with it, as reinforcement learning needs (TRAPS F12).
         load_report: `checkpoint.LoadReport` of a model that `load` made, else None.
         generation_config: content of the checkpoint's generation_config.json, {} without one; None if not loaded.
-
-    Raises:
-        UnsupportedModelError: the config describes a model with sparse attention.
     """
 
     load_report: Any = None
@@ -75,7 +74,7 @@ class DeepseekLM(nn.Module):
         """Draws all weights anew: normal with `config.initializer_range`, norms one, biases zero."""
         std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm | KeyNorm):
                 module.reset_parameters()
             elif isinstance(module, Router | Experts):
                 module.reset_parameters(std)
@@ -115,7 +114,8 @@ class DeepseekLM(nn.Module):
 
         Args:
             capacity: slots to allocate at first.
-            format: None, or "fp8" for e4m3 latents: 656 bytes a token and layer for V3 instead of 1152.
+            format: None, or "fp8" for e4m3 latents: 656 bytes a token and layer for V3 instead of 1152, and
+                the indexer's keys in 132 for V3.2 instead of 256.
         """
         return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity, format)
 
@@ -134,14 +134,19 @@ class DeepseekLM(nn.Module):
     def _new_cache(
         self, num_layers: int, first_layer: int, batch_size: int, capacity: int | None, format: str | None = None
     ) -> LatentCache:
+        c = self.config
         return LatentCache(
             num_layers,
             batch_size,
-            self.config.kv_lora_rank,
-            self.config.qk_rope_head_dim,
+            c.kv_lora_rank,
+            c.qk_rope_head_dim,
             capacity=capacity,
             first_layer=first_layer,
             format=format,
+            index_head_dim=c.index_head_dim,
+            index_layers=[layer for layer in range(first_layer, first_layer + num_layers) if c.has_indexer(layer)],
+            index_format="fp8" if c.simulate_fp8 else None,
+            scale_format="ue8m0" if c.simulate_fp8 else None,
             device=self.device,
             dtype=self.dtype,
         )
@@ -158,6 +163,7 @@ class DeepseekLM(nn.Module):
         record_routing: bool = False,
         replay_routing: RoutingRecord | None = None,
         return_logits: bool = True,
+        selection: KeySelection | None = None,
     ) -> CausalLMOutput:
         """Runs one forward pass, for training or inference.
 
@@ -179,6 +185,8 @@ class DeepseekLM(nn.Module):
                 their weights are this model's.
             return_logits: False if only the losses are needed, as in training. With a plain head (a linear layer
                 without bias, hooks or adapters) logits are then made for a chunk of tokens at a time only.
+            selection: of a model with sparse attention, records which keys were selected, or computes the loss of the
+                indexers (returned as `indexer_loss`, no part of `loss`).
 
         Raises:
             ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
@@ -191,7 +199,9 @@ class DeepseekLM(nn.Module):
             labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
-        main: TrunkOutput = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, routing)
+        main: TrunkOutput = self.model(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, routing, selection
+        )
         hidden = connect(main.hidden_states, self.mtp) if self.training else main.hidden_states
         if not isinstance(logits_to_keep, Tensor):
             kept = hidden[:, -logits_to_keep:]
@@ -200,6 +210,7 @@ class DeepseekLM(nn.Module):
         else:
             kept = hidden[:, logits_to_keep]
         out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
+        out.indexer_loss = None if selection is None else selection.total_loss()
         if labels is not None:
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
             labels = ignore(labels, padding)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..attention.key_selection import KeySelection
 from ..attention.masking import attention_mask_for_documents, document_numbers, positions_from_mask
 from ..attention.mla import MultiHeadLatentAttention
+from ..attention.sparse_attention import SparseLatentAttention
 from ..cache.latent_cache import LatentCache
-from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
+from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import MLP, Embedding
 from ..layers.norm import RMSNorm, add_and_normalize, normalize
 from ..layers.rope import RotaryEmbedding
@@ -28,16 +30,20 @@ __all__ = ["DecoderLayer", "DeepseekModel"]
 class DecoderLayer(nn.Module):
     """Decoder layer `layer_idx`: attention and a dense MLP or experts, each behind a norm and a residual.
 
-    Subclasses may set `attention_class` to another implementation of the same attention.
+    Subclasses may set `attention_class`, and `sparse_attention_class` for models with sparse attention, to other
+    implementations of the same attention.
     """
 
     attention_class: type[MultiHeadLatentAttention] = MultiHeadLatentAttention
+    sparse_attention_class: type[SparseLatentAttention] = SparseLatentAttention
 
     def __init__(self, config: DeepseekConfig, layer_idx: int, *, device=None, dtype=None) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layer_idx, self.has_experts = layer_idx, config.is_moe_layer(layer_idx)
-        self.self_attn = self.attention_class.from_config(config, layer_idx, **factory)
+        self.is_sparse = config.is_sparse_attention
+        kind = self.sparse_attention_class if self.is_sparse else self.attention_class
+        self.self_attn = kind.from_config(config, layer_idx, **factory)
         self.mlp: MoE | MLP
         if self.has_experts:
             self.mlp = MoE.from_config(config, layer_idx, **factory)
@@ -53,10 +59,17 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None = None,
         cache: Any | None = None,
         routing: Routing | None = None,
+        selection: KeySelection | None = None,
     ) -> Tensor:
-        """Maps [B, T, H] to the same shape; arguments as for `MultiHeadLatentAttention.forward` and `MoE.forward`."""
+        """Maps [B, T, H] to the same shape; arguments as for `MultiHeadLatentAttention.forward` and `MoE.forward`.
+
+        Args:
+            selection: the pass's, of a model with sparse attention.
+        """
         attention, mlp = self.self_attn, self.mlp
-        attended = attention(normalize(self.input_layernorm, x, attention), rope, mask, cache)
+        normed = normalize(self.input_layernorm, x, attention)
+        chosen = (selection,) if self.is_sparse else ()  # the module may be wrapped: its type says nothing
+        attended = attention(normed, rope, mask, cache, *chosen)
         normed, x = add_and_normalize(self.post_attention_layernorm, attended, x, mlp)
         if routing is None or not self.has_experts:  # the block may be wrapped: its type says nothing
             return x + mlp(normed)
@@ -64,20 +77,10 @@ class DecoderLayer(nn.Module):
 
 
 class DeepseekModel(nn.Module):
-    """The main model: token ids to final hidden states.
-
-    Raises:
-        UnsupportedModelError: the config describes a model with sparse attention.
-    """
+    """The main model: token ids to final hidden states."""
 
     def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
         super().__init__()
-        if config.is_sparse_attention:
-            raise UnsupportedModelError(
-                f"expected a model with dense latent attention, got {config.model_type} with index_topk="
-                f"{config.index_topk}: DeepSeek sparse attention is not implemented yet, so this model cannot be built "
-                "(its config, parameter counts and plan work)"
-            )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.gradient_checkpointing = False
@@ -94,11 +97,13 @@ class DeepseekModel(nn.Module):
         cache: LatentCache | None = None,
         inputs_embeds: Tensor | None = None,
         routing: Routing | None = None,
+        selection: KeySelection | None = None,
     ) -> TrunkOutput:
         """Runs the layers; see `DeepseekLM.forward` for the arguments."""
         x = self.embed(input_ids, inputs_embeds)
         batch, tokens = x.shape[:2]
         valid = _check_mask(attention_mask, batch, tokens, cache)
+        selection = self._selection(selection, valid)
         if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
             raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
         documents = None
@@ -108,13 +113,13 @@ class DeepseekModel(nn.Module):
             if position_ids is None:
                 position_ids = positions_from_mask(valid, batch, tokens, x.device)
             mask, rope = attention_mask_for_documents(documents, valid, batch), self.rope(position_ids)
-            return self._run(x, rope, mask, None, routing, documents)
+            return self._run(x, rope, mask, None, routing, documents, selection)
         self._check_cache(cache, batch, x.dtype)
         if documents is not None:
             raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
         with cache.append(tokens, valid) as slots:
             rope = self.rope(slots if position_ids is None else position_ids)
-            return self._run(x, rope, cache.spans(slots, valid), cache, routing, None)
+            return self._run(x, rope, cache.spans(slots, valid), cache, routing, None, selection)
 
     def _run(
         self,
@@ -124,23 +129,37 @@ class DeepseekModel(nn.Module):
         cache: LatentCache | None,
         routing: Routing | None,
         documents: Tensor | None,
+        selection: KeySelection | None,
     ) -> TrunkOutput:
         recomputes = self.gradient_checkpointing and self.training and cache is None
+        if recomputes and selection is not None and selection.stage is not None:
+            raise ValueError("expected no gradient checkpointing with the loss of the indexers, which computes anew")
+        chosen = () if selection is None else (selection,)
         for layer in self.layers:
             if recomputes:
-                x = checkpoint(layer, x, rope, mask, None, routing, use_reentrant=False)
+                x = checkpoint(layer, x, rope, mask, None, routing, *chosen, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, cache, routing)
+                x = layer(x, rope, mask, cache, routing, *chosen)
         return TrunkOutput(self.norm(x), x, rope, mask, documents)
+
+    def _selection(self, given: KeySelection | None, valid: Tensor | None) -> KeySelection | None:
+        """Returns the selections of this pass, None for a model with dense attention."""
+        if not self.config.is_sparse_attention:
+            if given is not None:
+                raise ValueError("expected no KeySelection for a model with dense attention, got one")
+            return None
+        selection = KeySelection() if given is None else given
+        selection.valid = valid
+        return selection
 
     def _check_cache(self, cache: LatentCache, batch: int, dtype: torch.dtype) -> None:
         c = self.config
         if cache.batch_size != batch:
             raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
-        expected = (c.num_hidden_layers, 0, c.kv_lora_rank, c.qk_rope_head_dim)
-        got = (cache.num_layers, cache.first_layer, cache.kv_lora_rank, cache.qk_rope_head_dim)
+        expected = (c.num_hidden_layers, 0, c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim)
+        got = (cache.num_layers, cache.first_layer, cache.kv_lora_rank, cache.qk_rope_head_dim, cache.index_head_dim)
         if got != expected:
-            names = "(layers, first layer, kv_lora_rank, qk_rope_head_dim)"
+            names = "(layers, first layer, kv_lora_rank, qk_rope_head_dim, index_head_dim)"
             raise ValueError(f"expected this model's cache {names} {expected}, got {got}")
         if cache.dtype != dtype and not torch.is_autocast_enabled(cache.device.type):
             raise ValueError(f"expected a cache of dtype {dtype}, got {cache.dtype}")

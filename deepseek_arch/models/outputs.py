@@ -45,6 +45,8 @@ class CausalLMOutput:
             `loss + weight * mtp_loss`; `mtp_loss.mtp_weight` is V3's schedule of the weight.
         mtp_losses, mtp_accuracy: float32 [D], by depth: its loss, and how often its best guess was right.
         hidden_states: [B, T, H], the main model's output after the final norm.
+        indexer_loss: sum over layers of `KeySelection.losses`, when a stage of the indexers' training was asked for; no
+            part of `loss`.
         routing: every routing decision, with `record_routing`.
     """
 
@@ -55,4 +57,5 @@ class CausalLMOutput:
     mtp_losses: Tensor | None = None
     mtp_accuracy: Tensor | None = None
     hidden_states: Tensor | None = None
+    indexer_loss: Tensor | None = None
     routing: RoutingRecord | None = None

@@ -42,8 +42,8 @@ class Work:
         )
 
 
-def attention_flops(config: DeepseekConfig, sequence: int) -> float:
-    """Forward FLOPs of one layer's expanded causal attention a token, on average over `sequence` tokens."""
+def attention_flops(config: DeepseekConfig, layer_idx: int, sequence: int) -> float:
+    """Forward FLOPs of a layer's expanded causal attention a token, on average over `sequence` tokens."""
     c = config
     visible = sequence * (sequence + 1) // 2
     scored = 0
@@ -51,6 +51,7 @@ def attention_flops(config: DeepseekConfig, sequence: int) -> float:
         short = min(sequence, c.index_topk or 0)
         scored, visible = visible, short * (short + 1) // 2 + (sequence - short) * short
     pairs = visible * 2 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+    scored = scored if c.has_indexer(layer_idx) else 0
     pairs += scored * 2 * (c.index_n_heads or 0) * (c.index_head_dim or 0)
     return pairs / sequence
 
@@ -75,7 +76,7 @@ def layer_work(config: DeepseekConfig, layer_idx: int, layout: ParallelLayout, t
             plain += flops
         if module in ("q_b_proj", "kv_b_proj"):
             again += flops
-    return Work(products, plain, tokens * attention_flops(config, sequence) / layout.tp, again)
+    return Work(products, plain, tokens * attention_flops(config, layer_idx, sequence) / layout.tp, again)
 
 
 def head_work(config: DeepseekConfig, layout: ParallelLayout, tokens: int) -> Work:

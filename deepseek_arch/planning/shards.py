@@ -96,10 +96,10 @@ def end_parameters(config: DeepseekConfig, layout: ParallelLayout, first: bool, 
 
 def per_layer(config: DeepseekConfig, of: Callable[[int], T]) -> list[T]:
     """Returns `of(layer_idx)` for every decoder and prediction layer, called once for each kind of layer."""
-    made: dict[tuple[bool, bool], T] = {}
+    made: dict[tuple[bool, bool, bool], T] = {}
     out = []
     for layer_idx in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        kind = config.is_moe_layer(layer_idx), layer_idx >= config.num_hidden_layers
+        kind = config.is_moe_layer(layer_idx), config.has_indexer(layer_idx), layer_idx >= config.num_hidden_layers
         if kind not in made:
             made[kind] = of(layer_idx)
         out.append(made[kind])

@@ -737,21 +737,6 @@ def test_inspecting_lists_tensors_and_what_becomes_of_them(tmp_path):
     assert as_json["ok"] and len(as_json["tensors"]) == len(weights) + 1
 
 
-def test_inspecting_a_model_that_cannot_be_built_yet(tmp_path):
-    """V3.2: its indexer's tensors have names and shapes, though no module reads them."""
-    sparse = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
-    config = small_models.config("v3", **sparse)
-    weights = {slot.name: torch.zeros(slot.shape) for slot in layout(config)}
-    assert any(".indexer." in name for name in weights)
-    folder = files.write(tmp_path, weights, config)
-    found = inspect_checkpoint(folder)
-    assert found.ok and "sparse attention" in found.warnings[0]
-    with pytest.raises(da.UnsupportedModelError, match="sparse attention"):
-        load(folder)
-    slice_checkpoint(folder, tmp_path / "part", layers=[2])
-    assert inspect_checkpoint(tmp_path / "part").ok
-
-
 def test_synthetic_checkpoints_have_what_the_published_ones_have(tmp_path):
     config = da.DeepseekConfig.from_pretrained("tiny")
     report = write_checkpoint(tmp_path / "fp8", config)

@@ -196,9 +196,9 @@ def test_partial_fp8_blocks_have_their_own_scale():
     assert len([name for name in shapes if name.startswith("model.layers.61.")]) == 1_564
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if "v3.2" not in name])
+@pytest.mark.parametrize("name", presets())
 def test_listing_equals_the_independent_one(name):
-    """`tests/published.py` was written from the listings of the files; it knows no indexer."""
+    """`tests/published.py` was written from the listings of the files."""
     ours = {t.name: t.shape for t in published_tensors(config(name)) if not t.name.endswith("_scale_inv")}
     assert ours == published.shapes(config(name))
 

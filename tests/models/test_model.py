@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deepseek_arch.config.deepseek_config import DeepseekConfig, UnsupportedModelError, presets
+from deepseek_arch.config.deepseek_config import DeepseekConfig, presets
 from deepseek_arch.models.causal_lm import DeepseekLM
 from support import oracle, published
 from support.small_models import KINDS, YARN, config, error, model, tokens
@@ -89,10 +89,12 @@ def test_v3_has_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "deepseek-v3.2-exp"])
-def test_sparse_attention_is_refused_clearly(name):
-    cfg = DeepseekConfig.from_pretrained(name)
-    with pytest.raises(UnsupportedModelError, match=r"index_topk=2048: .*sparse attention is not implemented"):
-        DeepseekLM(cfg, device="meta")
+def test_v32_has_the_published_number_of_parameters(name):
+    """The indexers of V3.2 are 851,524,864 of its main model, and one more is in its MTP module."""
+    lm = DeepseekLM(DeepseekConfig.from_pretrained(name), device="meta")
+    count = lambda module: sum(t.numel() for t in module.state_dict().values())  # noqa: E731
+    assert count(lm.model) + count(lm.lm_head) == 671_026_419_200 + 851_524_864
+    assert count(lm.mtp) == 11_610_068_224 + 851_524_864 // 61
 
 
 def test_initialization():

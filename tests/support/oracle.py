@@ -30,12 +30,14 @@ class Output:
         hidden: [T, H], after the final norm.
         mtp: per draft depth k = 1, 2, ... logits [T - k, V] whose row i predicts token i + k + 1.
         routes: per MoE layer, the chosen experts of every token.
+        selected: per layer of a model with sparse attention, the keys of every query, ascending.
     """
 
     logits: Tensor
     hidden: Tensor
     mtp: list[Tensor] = field(default_factory=list)
     routes: dict[int, list[list[int]]] = field(default_factory=dict)
+    selected: dict[int, list[list[int]]] = field(default_factory=dict)
 
 
 def run(config, weights: Weights, tokens: Sequence[int], mtp_chain: str = "post_norm") -> Output:
@@ -53,7 +55,7 @@ def run(config, weights: Weights, tokens: Sequence[int], mtp_chain: str = "post_
 
     x = embedding[tokens]
     for layer in range(config.num_hidden_layers):
-        x = _decoder_layer(config, weights, layer, x, out.routes)
+        x = _decoder_layer(config, weights, layer, x, out)
     out.hidden = _norm(x, weights["model.norm.weight"], config.rms_norm_eps)
     out.logits = out.hidden @ head.T
 
@@ -65,9 +67,7 @@ def run(config, weights: Weights, tokens: Sequence[int], mtp_chain: str = "post_
         embedded = _norm(embedding[tokens[k:]], weight("enorm"), config.rms_norm_eps)
         hidden = _norm(previous[: len(tokens) - k], weight("hnorm"), config.rms_norm_eps)
         # The published eh_proj reads the embedding first, the reverse of the V3 report's equation 21.
-        block = _decoder_layer(
-            config, weights, layer, torch.cat([embedded, hidden], -1) @ weight("eh_proj").T, out.routes
-        )
+        block = _decoder_layer(config, weights, layer, torch.cat([embedded, hidden], -1) @ weight("eh_proj").T, out)
         normed = _norm(block, weight("shared_head.norm"), config.rms_norm_eps)
         out.mtp.append(normed @ head.T)
         previous = normed if mtp_chain == "post_norm" else block
@@ -111,14 +111,19 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- one layer
 
 
-def _decoder_layer(config, weights: Weights, layer: int, x: Tensor, routes: dict[int, list[list[int]]]) -> Tensor:
+def _decoder_layer(config, weights: Weights, layer: int, x: Tensor, out: Output) -> Tensor:
     prefix = f"model.layers.{layer}."
     h = _norm(x, weights[prefix + "input_layernorm.weight"], config.rms_norm_eps)
-    x = x + attention(config, weights, prefix + "self_attn.", h)
+    keys = None
+    if config.index_topk is not None:
+        own = has_indexer(config, layer)
+        keys = select_keys(config, weights, prefix + "self_attn.", h) if own else out.selected[layer - 1]
+        out.selected[layer] = keys
+    x = x + attention(config, weights, prefix + "self_attn.", h, selected=keys)
     h = _norm(x, weights[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
     if not is_moe(config, layer):
         return x + _mlp(weights, prefix + "mlp.", h)
-    y, routes[layer] = moe(config, weights, prefix + "mlp.", h)
+    y, out.routes[layer] = moe(config, weights, prefix + "mlp.", h)
     return x + y
 
 
@@ -191,8 +196,19 @@ def rotate(config, x: Tensor, positions: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
-def attention(config, weights: Weights, prefix: str, x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Computes causal latent attention of one document, [T, H] -> [T, H], with the keys and values of every head."""
+def attention(
+    config,
+    weights: Weights,
+    prefix: str,
+    x: Tensor,
+    positions: Tensor | None = None,
+    selected: list[list[int]] | None = None,
+) -> Tensor:
+    """Computes causal latent attention of one document, [T, H] -> [T, H], with the keys and values of every head.
+
+    Args:
+        selected: the keys that each query attends to, None for all before it and itself.
+    """
     tokens, heads = x.shape[0], config.num_attention_heads
     nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     eps = config.latent_norm_eps
@@ -213,11 +229,57 @@ def attention(config, weights: Weights, prefix: str, x: Tensor, positions: Tenso
 
     outputs = []
     future = torch.ones(tokens, tokens).triu(1).bool()
+    if selected is not None:
+        future = torch.ones(tokens, tokens, dtype=torch.bool)
+        for token, keys in enumerate(selected):
+            future[token, keys] = False
     for head in range(heads):
         key = torch.cat([kv[:, head, :nope], shared_key], -1)
         scores = (q[:, head] @ key.T * softmax_scale(config)).masked_fill(future, -math.inf)
         outputs.append(torch.softmax(scores, -1) @ kv[:, head, nope:])
     return _linear(weights, prefix + "o_proj", torch.cat(outputs, -1))
+
+
+def has_indexer(config, layer: int) -> bool:
+    """Returns True for every layer of V3.2, and for GLM-5's of type full; MTP modules have one of their own."""
+    if config.index_topk is None:
+        return False
+    types = config.indexer_types
+    return types is None or layer >= config.num_hidden_layers or types[layer] == "full"
+
+
+def index_scores(config, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    """Returns the lightning indexer's scores of every query (row) and key, [T, T], V3.2 report, equation 1."""
+    tokens, heads, width, rope = x.shape[0], config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+    positions = torch.arange(tokens)
+
+    def rotate_head(v: Tensor) -> Tensor:
+        """Rotates the first R values; pairs are R / 2 apart, or neighbours in GLM-5."""
+        turned = v[..., :rope]
+        if not config.indexer_rope_interleave:
+            turned = turned.unflatten(-1, (2, rope // 2)).transpose(-1, -2).flatten(-2)
+        turned = rotate(config, turned, positions)
+        if not config.indexer_rope_interleave:
+            turned = turned.unflatten(-1, (rope // 2, 2)).transpose(-1, -2).flatten(-2)
+        return torch.cat([turned, v[..., rope:]], -1)
+
+    latent = _linear(weights, prefix + "q_a_proj", x)
+    latent = _norm(latent, weights[prefix + "q_a_layernorm.weight"], config.latent_norm_eps)
+    q = rotate_head(_linear(weights, prefix + "indexer.wq_b", latent).view(tokens, heads, width))
+    key = x @ weights[prefix + "indexer.wk.weight"].T
+    key = (key - key.mean(-1, keepdim=True)) / torch.sqrt(key.var(-1, unbiased=False, keepdim=True) + 1e-6)
+    key = rotate_head(key * weights[prefix + "indexer.k_norm.weight"] + weights[prefix + "indexer.k_norm.bias"])
+    w = _linear(weights, prefix + "indexer.weights_proj", x) * (heads * width) ** -0.5
+    return torch.stack([(w[t][:, None] * (q[t] @ key.T).clamp(min=0)).sum(0) for t in range(tokens)])
+
+
+def select_keys(config, weights: Weights, prefix: str, x: Tensor) -> list[list[int]]:
+    """Returns the keys of every query: the best of those up to itself, of equal ones the first; ascending."""
+    scores = index_scores(config, weights, prefix, x).detach()
+    return [
+        sorted(sorted(range(t + 1), key=lambda s, t=t: (-float(scores[t, s]), s))[: config.index_topk])
+        for t in range(x.shape[0])
+    ]
 
 
 def _yarn(config) -> Mapping | None:

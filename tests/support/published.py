@@ -54,11 +54,19 @@ def _layer_shapes(config, layer: int) -> dict[str, tuple[int, ...]]:
         linears["self_attn.q_a_layernorm"] = (config.q_lora_rank,)
         linears["self_attn.q_b_proj"] = (heads * qk, config.q_lora_rank)
 
+    extra: dict[str, tuple[int, ...]] = {}
+    if oracle.has_indexer(config, layer):
+        heads, width = config.index_n_heads, config.index_head_dim
+        linears["self_attn.indexer.wq_b"] = (heads * width, config.q_lora_rank)
+        linears["self_attn.indexer.wk"] = (width, hidden)
+        linears["self_attn.indexer.k_norm"] = (width,)
+        extra["self_attn.indexer.k_norm.bias"] = (width,)
+        linears["self_attn.indexer.weights_proj"] = (heads, hidden)
+
     def mlp(prefix: str, width: int) -> None:
         linears[f"{prefix}.gate_proj"] = linears[f"{prefix}.up_proj"] = (width, hidden)
         linears[f"{prefix}.down_proj"] = (hidden, width)
 
-    extra: dict[str, tuple[int, ...]] = {}
     if oracle.is_moe(config, layer):
         linears["mlp.gate"] = (config.n_routed_experts, hidden)
         if config.topk_method == "noaux_tc":
@@ -84,6 +92,8 @@ def random_weights(config, seed: int = 0, bias_mean: float = 0.0) -> dict[str, T
         noise = torch.randn(shape, generator=generator)
         if name.endswith("e_score_correction_bias"):
             out[name] = bias_mean + 0.2 * noise
+        elif name.endswith("k_norm.bias"):
+            out[name] = 0.3 * noise
         elif len(shape) == 1:
             out[name] = 1 + 0.3 * noise
         elif name.endswith("embed_tokens.weight"):

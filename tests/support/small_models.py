@@ -43,6 +43,8 @@ _V2 = {
     "scoring_func": "softmax",
     "norm_topk_prob": False,
 }
+# 16 heads: with fewer, many keys score exactly 0 (TRAPS G8). Few keys, so that short sequences are beyond them (G4).
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}
 KINDS = {
     "v3": _V3,
     "v2": _V2
@@ -59,6 +61,13 @@ KINDS = {
     | {"model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8}
     | {"rms_norm_eps": 1e-5, "rope_theta": 1000000.0},
 }
+SPARSE_KINDS = {
+    "v32": _V3 | _INDEXER | {"model_type": "deepseek_v32"},
+    "glm-5": _V3
+    | _INDEXER
+    | {"model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0}
+    | {"indexer_rope_interleave": True, "indexer_types": ("full", "shared", "full")},
+}
 # The published factors, with a context so short that tiny rotary sizes have pairs at both ends of the ramp and between.
 YARN = {
     "type": "yarn",
@@ -72,7 +81,7 @@ YARN = {
 
 
 def config(kind: str = "v3", **changes) -> DeepseekConfig:
-    return DeepseekConfig(**(_BASE | KINDS[kind] | changes))
+    return DeepseekConfig(**(_BASE | (KINDS | SPARSE_KINDS)[kind] | changes))
 
 
 def model(cfg: DeepseekConfig, seed: int = 0, bias_mean: float = 0.0, weights: dict[str, Tensor] | None = None):

@@ -27,14 +27,15 @@ def packed_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:
     return kv_lora_rank + 4 * cdiv(kv_lora_rank, GROUP) + 2 * qk_rope_head_dim
 
 
-def pack(states: Tensor, kv_lora_rank: int) -> Tensor:
+def pack(states: Tensor, kv_lora_rank: int, scale_format: str | None = None) -> Tensor:
     """Packs latents and rotated keys, side by side [..., C + R] in any floating dtype -> uint8 [..., packed bytes].
 
+    Scales are rounded up to powers of two with `scale_format="ue8m0"`, as DeepSeek-V3.2 has them.
     A NaN stays one, and an infinity makes its group NaN. The result carries no gradient.
     """
     latents, keys = states.detach().split([kv_lora_rank, states.shape[-1] - kv_lora_rank], dim=-1)
     latents = latents if latents.dtype in HIGH_PRECISION else latents.float()
-    codes, scales = quantize_rows(latents.reshape(-1, kv_lora_rank))
+    codes, scales = quantize_rows(latents.reshape(-1, kv_lora_rank), scale_format)
     keys = keys.reshape(len(codes), keys.shape[-1]).to(torch.bfloat16)
     packed = torch.cat([codes.view(torch.uint8), *(_copied(part).view(torch.uint8) for part in (scales, keys))], dim=-1)
     return packed.view(*states.shape[:-1], packed.shape[-1])

@@ -1,0 +1,116 @@
+"""The loss that trains the lightning indexer (V3.2 report, equations 3 and 4; TRAPS G6).
+
+The attention of a query, summed over heads and divided by its sum, is a distribution p over keys; the softmax of the
+indexer's scores is another. The loss is the KL divergence of the latter from p, over all keys that a query sees (the
+dense warm-up) or over those that were selected (the sparse stage). p and the indexer's inputs are constants: the loss
+trains the indexer alone, and nothing else trains the indexer.
+
+Everything is computed for a block of queries at a time, and again in the backward pass, so that neither the attention
+nor the scores of all queries and keys exist at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_kernels import topk_select
+from deepseek_kernels.common.masks import visible_keys
+
+from .key_selection import KeySelection
+from .lightning_indexer import query_blocks
+
+if TYPE_CHECKING:
+    from .sparse_attention import SparseLatentAttention
+
+__all__ = ["attention_mass", "indexer_loss"]
+
+_TRIPLES = 2**25  # (query, key, head of the indexer) of a block: 128 MB of float32 in its backward pass
+
+
+def indexer_loss(
+    attention: SparseLatentAttention,
+    x: Tensor,
+    latents: Tensor,
+    q: Tensor,
+    rope: tuple[Tensor, Tensor],
+    index_keys: Tensor,
+    states: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    ids: Tensor | None,
+    selection: KeySelection,
+) -> None:
+    """Adds the loss of one layer to `selection`, and in the dense stage the recall of its selection.
+
+    Args:
+        x, latents, rope, index_keys, mask: as for `LightningIndexer.scores`.
+        q: [B, T, N, P + R], the attention's own queries.
+        states: the attention's latents [B, S, C] and rotated keys [B, S, R].
+        ids: int32 [B, T, K], the selected keys; None for the loss over all keys.
+    """
+    indexer = attention.indexer
+    assert indexer is not None
+    batch, queries, keys = x.shape[0], x.shape[1], index_keys.shape[1]
+    x, latents, q = x.detach(), latents.detach(), q.detach()
+    with torch.no_grad():
+        expanded = attention.expand(states[0])[..., : attention.qk_nope_head_dim]  # [B, S, N, P]
+        rotated = states[1].detach()
+    weight = torch.ones(batch, queries, device=x.device) if selection.valid is None else selection.valid.float()
+    total, best, found = x.new_zeros((), dtype=torch.float32), [], []
+    for part in query_blocks(mask, batch, queries, keys, _TRIPLES // indexer.num_heads):
+        rows, stop = part.queries, part.keys
+        seen = visible_keys(part.mask, 0, part.rows, part.rows, stop, x.device).expand(batch, -1, -1)
+        if ids is not None:
+            seen = _marks(ids[:, rows], stop)
+        with torch.no_grad():
+            mass = attention_mass(q[:, rows], expanded[:, :stop], rotated[:, :stop], seen, attention.softmax_scale)
+
+        def divergence(x, latents, cos, sin, keys, mass, seen, mask=part.mask):
+            scores = indexer.scores(x, latents, (cos, sin), keys, mask).masked_fill(~seen, -torch.inf)
+            # A row without keys has no distribution, and no gradient.
+            scores = torch.where(seen.any(-1, keepdim=True), scores, 0.0)
+            logs = scores.log_softmax(-1).masked_fill(~seen, 0.0)
+            return (torch.special.xlogy(mass, mass) - mass * logs).sum(-1), scores.detach()  # [B, t]
+
+        operands = (x[:, rows], latents[:, rows], *part.of_rope(rope), index_keys[:, :stop], mass, seen)
+        terms, scores = checkpoint(divergence, *operands, use_reentrant=False)
+        total = total + (terms * weight[:, rows]).sum()
+        if ids is None:
+            best.append(_mass_of(mass, topk_select(mass.float(), indexer.top_k, part.mask)))
+            found.append(_mass_of(mass, topk_select(scores.float(), indexer.top_k, part.mask)))
+    selection.losses[attention.layer_idx] = total / weight.sum().clamp(min=1)
+    if ids is None:
+        ratio = torch.cat(found, dim=1) / torch.cat(best, dim=1).clamp(min=1e-30)
+        selection.recall[attention.layer_idx] = (ratio * weight).sum() / weight.sum().clamp(min=1)
+
+
+def attention_mass(q: Tensor, expanded: Tensor, rotated: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Returns the attention of each query, summed over heads and divided by its sum, float32 [B, t, S].
+
+    Args:
+        q: [B, t, N, P + R].
+        expanded, rotated: [B, S, N, P] and [B, S, R], the keys of each head and those of all.
+        seen: bool [B, t, S]. A query that sees nothing has no mass.
+        scale: of the scores.
+    """
+    split, total = expanded.shape[-1], torch.zeros(seen.shape, dtype=torch.float32, device=q.device)
+    nothing = ~seen.any(-1, keepdim=True)
+    for head in range(q.shape[2]):
+        own = q[:, :, head].float()
+        scores = own[..., :split] @ expanded[:, :, head].float().mT + own[..., split:] @ rotated.float().mT
+        total += (scores * scale).masked_fill(~seen, -torch.inf).masked_fill(nothing, 0.0).softmax(-1)
+    return (total / q.shape[2]).masked_fill(~seen, 0.0)
+
+
+def _marks(ids: Tensor, keys: int) -> Tensor:
+    """Marks selected keys, bool [B, t, S]."""
+    marks = torch.zeros(*ids.shape[:2], keys + 1, dtype=torch.bool, device=ids.device)
+    return marks.scatter_(-1, torch.where(ids < 0, keys, ids).long(), True)[..., :keys]
+
+
+def _mass_of(mass: Tensor, ids: Tensor) -> Tensor:
+    """Returns the mass on the keys `ids` of each query, [B, t]."""
+    return mass.gather(-1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0.0).sum(-1)

@@ -1,0 +1,57 @@
+"""Selections of keys during one pass of a model with sparse attention: shared, recorded, and learned from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["STAGES", "KeySelection"]
+
+STAGES = (None, "dense", "sparse")
+
+
+class KeySelection:
+    """The selections of one pass, by decoder layer.
+
+    Layers write to it under their own number, so that a layer that runs again in the backward pass changes nothing.
+
+    Args:
+        record: keeps the selection of every layer, not only of those whose selection another layer shares.
+        stage: None; or the stage of the indexers' training (V3.2 report, section 2.1), whose loss every layer with an
+            indexer then adds: "dense" (warm-up: attention is dense, the loss is over all keys) or "sparse" (attention
+            is sparse, the loss is over the selected keys).
+
+    Attributes:
+        ids: int32 [B, T, K] of each layer kept, as of `deepseek_kernels.topk_select`.
+        losses: float32 scalars, one for each layer with an indexer: the mean over real tokens of the KL divergence of
+            the indexer's distribution over keys from that of the attention.
+        recall: float32 scalars, of stage "dense": the attention's mass on the keys that the indexer selects, relative
+            to the mass on the best choice of as many.
+        valid: bool [B, T], False for padding, or None.
+
+    Raises:
+        ValueError: the stage is none of these.
+    """
+
+    def __init__(self, *, record: bool = False, stage: str | None = None) -> None:
+        if stage not in STAGES:
+            raise ValueError(f"expected stage None, 'dense' or 'sparse', got {stage!r}")
+        self.recording, self.stage = record, stage
+        self.ids: dict[int, Tensor] = {}
+        self.losses: dict[int, Tensor] = {}
+        self.recall: dict[int, Tensor] = {}
+        self.valid: Tensor | None = None
+
+    def of(self, layer_idx: int) -> Tensor:
+        """Returns the selection of a layer before.
+
+        Raises:
+            ValueError: it has made none.
+        """
+        if layer_idx not in self.ids:
+            raise ValueError(f"expected a selection of keys by layer {layer_idx}, which a later one shares, got none")
+        return self.ids[layer_idx]
+
+    def total_loss(self) -> Tensor | None:
+        """Returns the sum of the layers' losses, or None without any."""
+        return torch.stack(list(self.losses.values())).sum() if self.losses else None
