@@ -23,6 +23,7 @@ from ..moe.moe import Experts, Router
 from ..quant.fp8_base import FP8Layer
 from ..quant.fp8_convert import fp8_layers
 from ..quant.fp8_experts import FP8Experts
+from .adapter_targets import keep_linear_targets
 from .attention import AttentionWeights
 from .configuration import ArchConfig, ArchDeepseekV3Config, as_arch_config
 from .key_mapping import saving_conversions
@@ -73,6 +74,13 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As `PreTrainedModel.is_custom_code`; PEFT has it asked right before it converts an adapter's targets."""
+        keep_linear_targets()
+        custom: bool = super().is_custom_code()
+        return custom
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`: a folder in the published layout, replaced all at once as by `save`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import warnings
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -17,7 +17,7 @@ from twins import ours
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
-from support import small_models
+from support import oracle, small_models
 from support.small_models import error, tokens
 
 CONFIG = small_models.config("v3")
@@ -240,27 +240,68 @@ def per_expert_adapter(folder, tensors, names):
     return merged
 
 
+PARTS = {
+    "experts": (".mlp.experts.", "o_proj"),
+    "every MLP": ("gate_proj", "up_proj", "down_proj", "o_proj"),
+    "dense layers": ("layers.0.mlp.", "o_proj"),
+}
+
+
+@pytest.mark.parametrize("entry", ["PeftModel", "load_adapter"])
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("kind", ["v3", "kimi", "v2-lite", "glm"])
-def test_adapters_of_single_experts_reach_the_stacked_ones(folder_of, tmp_path, kind):
+def test_adapters_of_single_experts_and_of_dense_layers_both_load(folder_of, tmp_path, kind, parts, entry):
+    """PEFT moves `gate_proj` to the stacked experts; dense layers and shared experts keep theirs."""
     peft = pytest.importorskip("peft")
-    base = folder_of(kind)
+    base, config = folder_of(kind), small_models.config(kind)
     tensors = {k: v for file in sorted(base.glob("*.safetensors")) for k, v in load_file(file).items()}
-    merged = per_expert_adapter(tmp_path / "adapter", tensors, (".mlp.experts.", "o_proj"))
-    folder = tmp_path / "merged"
-    folder.mkdir()
-    save_file({k: v.contiguous() for k, v in merged.items()}, folder / "model.safetensors", {"format": "pt"})
-    shutil.copy(base / "config.json", folder)
-    ids = tokens(small_models.config(kind), 2, 9)
-    model = peft.PeftModel.from_pretrained(dhf.DeepseekForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    merged = per_expert_adapter(tmp_path / "adapter", tensors, PARTS[parts])
+    ids = tokens(config, 1, 9)
+    expected = oracle.run(config, merged, ids[0].tolist()).logits
+    assert error(oracle.run(config, tensors, ids[0].tolist()).logits, expected) > 0.02
+    model = dhf.DeepseekForCausalLM.from_pretrained(base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*belong to no module")
+        if entry == "PeftModel":
+            model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+        else:
+            model.load_adapter(str(tmp_path / "adapter"))
+    model.eval()
     with torch.no_grad():
-        assert error(model(ids).logits, da.load(folder)(ids).logits) <= 1e-5
+        assert error(model(ids).logits[0], expected) <= 1e-5
+        if entry == "PeftModel":  # saved as it is now, it loads again
+            model.save_pretrained(tmp_path / "again")
+            again = dhf.DeepseekForCausalLM.from_pretrained(base)
+            again = peft.PeftModel.from_pretrained(again, tmp_path / "again").eval()
+            assert error(again(ids).logits[0], expected) <= 1e-5
+            assert error(model.merge_and_unload()(ids).logits[0], expected) <= 1e-5
 
 
 def test_adapters_that_no_module_takes_are_named(folder_of, tmp_path):
-    """PEFT moves `gate_proj` to the experts altogether: adapters of dense layers and shared experts find no place."""
+    """The router has never been a linear layer."""
     peft = pytest.importorskip("peft")
     base = folder_of("v3")
     tensors = {k: v for file in sorted(base.glob("*.safetensors")) for k, v in load_file(file).items()}
-    per_expert_adapter(tmp_path / "adapter", tensors, (".mlp.", "o_proj"))
-    with pytest.warns(UserWarning, match=r"adapter tensors .*: .*layers\.0\.mlp\.(down|gate|up)_proj"):
+    per_expert_adapter(tmp_path / "adapter", tensors, ("mlp.gate.", "o_proj"))
+    with pytest.warns(UserWarning, match=r"adapter tensors .*: .*layers\.1\.mlp\.gate\.lora_A"):
         peft.PeftModel.from_pretrained(dhf.DeepseekForCausalLM.from_pretrained(base), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("targets", "linear", "stacked"),
+    [
+        (["gate_proj", "up_proj", "down_proj"], {"layers.0.mlp.", "shared_experts."}, True),
+        ("all-linear", {"layers.0.mlp.", "shared_experts."}, True),
+        (["shared_experts.down_proj"], {"shared_experts."}, False),
+        (["layers.0.mlp.down_proj", "o_proj"], {"layers.0.mlp."}, False),
+        (r".*layers\.0\..*(gate|up|down)_proj", {"layers.0.mlp."}, None),
+    ],
+)
+def test_the_targets_of_a_new_adapter_are_what_they_name(targets, linear, stacked):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(ours(CONFIG), peft.LoraConfig(r=2, target_modules=targets))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    found = {part for part in ("layers.0.mlp.", "shared_experts.") for name in adapted if f"{part}down_proj" in name}
+    assert found == linear
+    if stacked is not None:
+        assert any(name.endswith("mlp.experts") for name in adapted) == stacked
