@@ -23,7 +23,8 @@ from deepseek_arch.layout.accounting import expanded_cache_bytes
 
 from .core.report import NATIVE, OURS
 from .core.timing import interleave
-from .models.contestants import PARITY, check_same_logits, comparable, decode_actions, native_twin, random_model
+from .models.actions import decode_actions
+from .models.contestants import PARITY, check_same_logits, comparable, native_twin, random_model
 
 NEW_TOKENS = 24
 CONTEXT = 8192

@@ -45,6 +45,7 @@ COMMANDS = {
         Command("kernels", "operators.run", "Operators against torch's built-ins, at the shapes of published models."),
         Command("gpu", "gpu.run", "Every GPU check and benchmark, within ten minutes."),
         Command("model", "models.whole_model", "The whole model against transformers' on the same weights."),
+        Command("gguf", "models.gguf_file", "Writes a GGUF file of the same weights, for `model --llama-bench`."),
         Command("fp8-weights", "models.fp8_weights", "FP8 weights under high-precision activations, against a cast."),
         Command("overhead", "models.overhead", "Calls, files and time of a decode step, where operators are small."),
         Command("convert", "models.convert", "Conversion of checkpoints against copying them."),

@@ -23,6 +23,7 @@ __all__ = [
     "gpu_state",
     "load_average",
     "machine_line",
+    "page_faults",
     "peak_memory",
     "resident_memory",
 ]
@@ -127,6 +128,13 @@ def peak_memory() -> int:
 def available_memory() -> int:
     """Returns the bytes that a new process can have without swapping; 0 where the system does not say."""
     return _proc_bytes("/proc/meminfo", "MemAvailable") or 0
+
+
+def page_faults() -> int:
+    """Returns how many pages of memory the system has had to give this process, new ones for the most part."""
+    import resource  # absent on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _max_rss() -> int:

@@ -98,7 +98,7 @@ class Row:
         goal: the aim for `ratio()`, or for the value of "ours" itself if there is no baseline.
         note: a remark that a reader of the number needs.
         details: further facts, as JSON has them: for an operator its FLOPs, bytes, goal and absent contestants, or the
-            "error" that left it without results.
+            "error" that left it without results; further cells of its line in a table, as "columns".
 
     Raises:
         ValueError: `better` is neither.

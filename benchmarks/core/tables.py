@@ -58,19 +58,25 @@ def title_of(report: Report) -> str:
 
 
 def summary_table(report: Report) -> Table:
-    """Returns a table with a column for each contestant: the median (10th to 90th percentile) of every row."""
+    """Returns a table with a column for each contestant: the median (10th to 90th percentile) of every row.
+
+    Rows may have further cells: texts by column in the "columns" of their details.
+    """
     names = list(dict.fromkeys(name for row in report.rows for name in row.results))
-    rows = [("", *names, "ratio", "goal"), *(_cells(row, names) for row in report.rows)]
+    more = list(dict.fromkeys(title for row in report.rows for title in row.details.get("columns", ())))
+    rows = [("", *names, *more, "ratio", "goal"), *(_cells(row, names, more) for row in report.rows)]
     remarks = [*(f"{row.name}: {row.note}" for row in report.rows if row.note), *report.notes]
     return Table(title_of(report), rows, labels=1, remarks=remarks)
 
 
-def _cells(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+def _cells(row: Row, names: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    columns = row.details.get("columns", {})
     values = [_spread(row.results[name]) if name in row.results else "-" for name in names]
     ratio = row.ratio()
     times = "x" if row.baseline else ""
     goal = "" if row.goal is None else f"{row.goal:g}{times}"
-    return (f"{row.name} ({row.unit})", *values, "" if ratio is None else f"{ratio:.2f}x", goal)
+    beside = [columns.get(title, "") for title in more]
+    return (f"{row.name} ({row.unit})", *values, *beside, "" if ratio is None else f"{ratio:.2f}x", goal)
 
 
 def _spread(samples: Samples) -> str:

@@ -20,7 +20,7 @@ import torch
 
 from .report import OURS, Samples
 
-__all__ = ["COLD", "Timed", "copies", "interleave", "sample_times", "time_calls"]
+__all__ = ["COLD", "Clocked", "Timed", "copies", "interleave", "interleave_clocked", "sample_times", "time_calls"]
 
 SLOW = 10.0  # seconds from which a run counts even as a warm-up: warming up saves little of it
 COLD = 2**28  # bytes between two uses of one operand: several times the last-level cache of a GPU
@@ -32,9 +32,28 @@ _CPU_COPIES = 16
 # ------------------------------------------------------------------ any actions
 
 
+@dataclass(frozen=True)
+class Clocked:
+    """Seconds of the same runs on two clocks: that on the wall, and the CPU time of all threads of this process.
+
+    CPU time hardly depends on what else the machine does, but threads that wait for each other spend it too.
+    """
+
+    wall: Samples
+    cpu: Samples
+
+
 def interleave(
     actions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
 ) -> dict[str, Samples]:
+    """Times the actions as `interleave_clocked` does, and returns the seconds by the clock on the wall."""
+    clocked = interleave_clocked(actions, rounds=rounds, warmup=warmup, budget_s=budget_s)
+    return {name: one.wall for name, one in clocked.items()}
+
+
+def interleave_clocked(
+    actions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+) -> dict[str, Clocked]:
     """Times the actions in turn, A, B, A, B, ..., so that a slow minute of the machine affects all of them.
 
     Args:
@@ -46,19 +65,31 @@ def interleave(
     Returns:
         the seconds of each counted run.
     """
+    gc.collect()
+    gc.freeze()  # garbage is collected before each run, which takes 0.2 s of CPU time if it visits all of torch
+    try:
+        seconds = _interleaved(actions, rounds, warmup, budget_s)
+    finally:
+        gc.unfreeze()
+    return {name: Clocked(*map(Samples, zip(*values, strict=True))) for name, values in seconds.items()}
+
+
+def _interleaved(
+    actions: Mapping[str, Callable[[], object]], rounds: int, warmup: int, budget_s: float
+) -> dict[str, list[tuple[float, float]]]:
     spent = dict.fromkeys(actions, 0.0)
     last = dict.fromkeys(actions, 0.0)
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
     for turn in range(warmup + rounds):
         for name, action in actions.items():
             done = seconds[name]
             if done and (len(done) == rounds or spent[name] + last[name] > budget_s):
                 continue
-            last[name] = _time(action)
+            last[name], cpu = _time(action)
             spent[name] += last[name]
             if turn >= warmup or last[name] >= SLOW:
-                done.append(last[name])
-    return {name: Samples(tuple(values)) for name, values in seconds.items()}
+                done.append((last[name], cpu))
+    return seconds
 
 
 def sample_times(action: Callable[[], object], *, rounds: int, warmup: int = 1) -> Samples:
@@ -66,13 +97,14 @@ def sample_times(action: Callable[[], object], *, rounds: int, warmup: int = 1) 
     return interleave({OURS: action}, rounds=rounds, warmup=warmup)[OURS]
 
 
-def _time(action: Callable[[], object]) -> float:
+def _time(action: Callable[[], object]) -> tuple[float, float]:
+    """Returns the seconds of a run on the wall and on the CPU."""
     gc.collect()
     gc.disable()  # a collection in the middle would be charged to whichever action allocated last
     try:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         action()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
     finally:
         gc.enable()
 
@@ -125,11 +157,7 @@ def time_calls(
     """
     if device.type != "cuda":
         actions = {name: _rotating(call, inputs) for name, call in calls.items()}
-        gc.freeze()  # `interleave` collects garbage before each run, which takes 0.1 s if it visits all of torch
-        try:
-            samples = interleave(actions, rounds=rounds, budget_s=budget_s)
-        finally:
-            gc.unfreeze()
+        samples = interleave(actions, rounds=rounds, budget_s=budget_s)
         return {name: Timed(one, "clock") for name, one in samples.items()}
     runners = {name: _runner(call, inputs, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}

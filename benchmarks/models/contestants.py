@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,29 +9,21 @@ from torch import Tensor
 
 import deepseek_arch as da
 
-from ..core.report import NATIVE, OURS
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
     "DTYPES",
     "PARITY",
-    "Action",
     "allowed_difference",
     "check_same_logits",
     "comparable",
-    "decode_actions",
     "logit_differences",
     "native_config",
     "native_twin",
-    "prefill_actions",
     "random_ids",
     "random_model",
-    "training_step",
 ]
-
-Action = Callable[[], object]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARITY = 1e-4  # relative difference of float32 logits that the package allows; measured ones are near 1e-6
@@ -159,62 +150,6 @@ def logit_differences(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten()
 
 
-# ------------------------------------------------------------------ the timed actions
-
-
-def decode_actions(model: da.DeepseekLM, twin: PreTrainedModel, context: int, steps: int) -> dict[str, Action]:
-    """Returns the decoding of one more token by each model, on a cache of `context` random latents.
-
-    Every call appends a token, for which there is room `steps` times.
-    """
-    from transformers import DynamicCache
-
-    c = model.config
-    cache, native_cache = model.new_cache(1, capacity=context + steps), DynamicCache(config=twin.config)
-    generator = torch.Generator().manual_seed(2)
-    for layer in range(c.num_hidden_layers):
-        latent = torch.randn(1, 1, context, c.kv_lora_rank, generator=generator).to(model.dtype)
-        key = torch.randn(1, 1, context, c.qk_rope_head_dim, generator=generator).to(model.dtype)
-        cache.update(latent, key, layer)
-        # Their cache holds keys de-interleaved (TRAPS A2), which makes no difference to the time.
-        native_cache.update(latent, key, layer)
-    token = torch.tensor([[1]])
-
-    @torch.inference_mode()
-    def ours() -> None:
-        model(token, cache=cache, logits_to_keep=1)
-
-    @torch.inference_mode()
-    def native() -> None:
-        twin(token, past_key_values=native_cache, logits_to_keep=1)
-
-    return {OURS: ours, NATIVE: native}
-
-
-def prefill_actions(model: da.DeepseekLM, twin: PreTrainedModel, tokens: int) -> dict[str, Action]:
-    """Returns the prefill of a prompt into an empty cache by each model, with the logits of its last token."""
-    ids = random_ids(model.config.vocab_size, tokens, seed=3)
-
-    @torch.inference_mode()
-    def ours() -> None:
-        model(ids, cache=model.new_cache(1, capacity=tokens), logits_to_keep=1)
-
-    @torch.inference_mode()
-    def native() -> None:
-        twin(ids, use_cache=True, logits_to_keep=1)
-
-    return {OURS: ours, NATIVE: native}
-
-
-def training_step(model: Any, ids: Tensor) -> Tensor:
-    """Runs forward, loss and backward, leaves the gradients, and returns the loss."""
-    model.train()
-    ours = isinstance(model, da.DeepseekLM)
-    loss = model(ids, labels=ids, **({} if ours else {"use_cache": False})).loss
-    loss.backward()
-    return loss.detach()
-
-
-def random_ids(vocab_size: int, tokens: int, seed: int) -> Tensor:
-    """Returns random token ids [1, tokens]."""
-    return torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+def random_ids(vocab_size: int, tokens: int, seed: int, rows: int = 1) -> Tensor:
+    """Returns random token ids [rows, tokens]."""
+    return torch.randint(vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,8 @@
 """Tasks of the whole-model benchmarks that need a process of their own: for its memory, or to be stopped.
 
 `run_isolated("benchmarks.models.isolated_tasks", {"task": name, ...})` performs one of them. Each result is one
-repetition: the seconds of the work itself, the resident memory before the first one, and the peak so far.
+repetition: the seconds of the work itself by the wall and by the CPU, the page faults in it, the resident memory before
+the first one, and the peak so far.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..core.machine import peak_memory, resident_memory
+from ..core.machine import page_faults, peak_memory, resident_memory
 from ..core.workers import work
 
 __all__ = ["perform"]
@@ -34,10 +35,10 @@ def perform(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     action = _TASKS[settings["task"]](settings)
     before = resident_memory()
     for _ in range(settings.get("repeats", 1)):
-        start = time.perf_counter()
+        start, cpu, faults = time.perf_counter(), time.process_time(), page_faults()
         result = action()
-        seconds = time.perf_counter() - start
-        yield {"seconds": seconds, "before": before, "peak": peak_memory()}
+        seconds, cpu, faults = time.perf_counter() - start, time.process_time() - cpu, page_faults() - faults
+        yield {"seconds": seconds, "cpu": cpu, "faults": faults, "before": before, "peak": peak_memory()}
         del result
 
 
@@ -75,7 +76,8 @@ def _touch(model: Any) -> Any:
 def _train(settings: dict[str, Any]) -> Callable[[], object]:
     import deepseek_arch as da
 
-    from .contestants import DTYPES, native_twin, random_model, training_step
+    from .actions import training_step
+    from .contestants import DTYPES, native_twin, random_model
 
     model: Any = random_model(da.DeepseekConfig.from_dict(settings["config"]), DTYPES[settings["dtype"]])
     if settings["native"]:

@@ -22,7 +22,8 @@ from ..core.machine import load_average
 from ..core.report import NATIVE, OURS, RESULTS, Report, Row, Samples
 from ..core.tables import print_progress, show_and_save
 from ..core.timing import interleave
-from .contestants import DTYPES, Action, comparable, native_twin, random_model
+from .actions import Action
+from .contestants import DTYPES, comparable, native_twin, random_model
 
 __all__ = ["PARTS", "Settings", "count_calls", "decode_step", "files_of", "main", "run", "visited_files"]
 
