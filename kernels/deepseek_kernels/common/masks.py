@@ -10,10 +10,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["as_dense", "causal_mask", "check_visibility", "is_spans", "visible_keys"]
+__all__ = ["as_dense", "causal_mask", "check_visibility", "is_spans", "kernel_arguments", "visible_keys"]
 
 
 def is_spans(mask: Tensor | None) -> bool:
@@ -76,3 +78,17 @@ def check_visibility(mask: Tensor | None, batch: int, queries: int, keys: int) -
         raise ValueError(
             f"expected a mask for all heads, [T, S] or [B, 1, T, S], got {list(mask.shape)} for {list(full)}"
         )
+
+
+def kernel_arguments(mask: Tensor | None, batch: int, queries: int, keys: int) -> dict[str, Any]:
+    """Returns the arguments MASK, `mask` and `mask_strides` of a kernel for a mask that `check_visibility` accepts.
+
+    Strides are those of batch, query and key, in bytes, and zeros where the mask is not dense.
+    """
+    if mask is None:
+        return {"MASK": "causal", "mask": None, "mask_strides": (0, 0, 0)}
+    if is_spans(mask):
+        return {"MASK": "spans", "mask": mask.contiguous(), "mask_strides": (0, 0, 0)}
+    full = mask.expand(batch, 1, queries, keys)
+    strides = full.stride(0), full.stride(2), full.stride(3)
+    return {"MASK": "dense", "mask": full.view(torch.uint8), "mask_strides": strides}

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from ... import dispatch
 from ...common.masks import check_visibility
-from ..packed_index_keys import packed_index_bytes
+from ..packed_index_keys import index_keys_aligned, packed_index_bytes
 from . import reference
+from .configs import MOST_HEADS, MOST_WIDTH
 
 __all__ = ["indexer_scores"]
 
-dispatch.register("indexer_scores")
-dispatch.register("indexer_scores_fp8")
+dispatch.register("indexer_scores", "triton")
+# The same kernel on FP8 operands. 8.9: the first with products of e4m3.
+dispatch.register("indexer_scores_fp8", "triton", capability=(8, 9))
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
 
 def indexer_scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -47,8 +51,12 @@ def indexer_scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None
     _check(q, keys, weights)
     check_visibility(mask, q.shape[0], q.shape[1], keys.shape[1])
     packed = keys.dtype == torch.uint8
-    dispatch.pick("indexer_scores_fp8" if packed else "indexer_scores", q.device)
-    return reference.scores(q, keys, weights, mask)
+    op = "indexer_scores_fp8" if packed else "indexer_scores"
+    if dispatch.pick(op, q.device, _unsupported(q, keys, weights)) != "triton":
+        return reference.scores(q, keys, weights, mask)
+    from . import launch
+
+    return launch.scores(q, keys, weights, mask)
 
 
 def _check(q: Tensor, keys: Tensor, weights: Tensor) -> None:
@@ -68,3 +76,17 @@ def _check(q: Tensor, keys: Tensor, weights: Tensor) -> None:
         raise ValueError(
             f"expected weights {wide} [{batch}, {queries}, {heads}], got {weights.dtype} {list(weights.shape)}"
         )
+
+
+def _unsupported(q: Tensor, keys: Tensor, weights: Tensor) -> str | None:
+    """Returns the reason why the kernels cannot take these operands, or None."""
+    heads, width = q.shape[2:]
+    if q.dtype not in _DTYPES:
+        return f"its queries are bfloat16, float16, float32 or float8_e4m3fn, got {q.dtype}"
+    if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or weights.requires_grad):
+        return "it has no gradient"
+    if not 1 <= heads <= MOST_HEADS or not 1 <= width <= MOST_WIDTH:
+        return f"it has 1 to {MOST_HEADS} heads of 1 to {MOST_WIDTH} values, got {heads} of {width}"
+    if keys.dtype == torch.uint8 and not index_keys_aligned(keys, width):
+        return f"its packed keys begin at multiples of 4 bytes and so do their scales, got strides {keys.stride()}"
+    return None

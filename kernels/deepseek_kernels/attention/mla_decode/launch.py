@@ -16,7 +16,7 @@ from torch import Tensor
 from ...common.descriptors import with_scratch
 from ...common.fp8 import GROUP
 from ...common.host import capability, cdiv, power_of_two, processors, rows_readable
-from ...common.masks import is_spans
+from ...common.masks import kernel_arguments
 from ..packed_latents import views
 from . import kernel
 from .configs import SUM_COLUMNS, SUM_ROWS, SUM_STEP, config_for, splits_for
@@ -27,13 +27,7 @@ __all__ = ["decode", "decode_paged"]
 @torch.library.custom_op("deepseek_kernels::mla_decode_triton", mutates_args=())
 def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
     batch, queries, keys = *q.shape[:2], states.shape[1]
-    arguments: dict[str, Any] = {"MASK": "causal", "PAGE": 0}
-    if mask is not None and is_spans(mask):
-        arguments |= {"MASK": "spans", "mask": mask.contiguous()}
-    elif mask is not None:
-        full = mask.expand(batch, 1, queries, keys)
-        strides = full.stride(0), full.stride(2), full.stride(3)
-        arguments |= {"MASK": "dense", "mask": full.view(torch.uint8), "mask_strides": strides}
+    arguments = {"PAGE": 0, **kernel_arguments(mask, batch, queries, keys)}
     return _decode(q, states, kv_lora_rank, scale, keys, arguments)
 
 

@@ -16,7 +16,7 @@ from ...common.fp8 import GROUP, HIGH_PRECISION
 from ...common.host import cdiv
 from ...quant.hadamard_quantize import hadamard_quantize
 
-__all__ = ["pack_index_keys", "packed_index_bytes", "split_index_keys"]
+__all__ = ["index_key_views", "index_keys_aligned", "pack_index_keys", "packed_index_bytes", "split_index_keys"]
 
 
 def packed_index_bytes(width: int) -> int:
@@ -43,4 +43,20 @@ def split_index_keys(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Splits uint8 [..., packed bytes] into codes [..., D] float8_e4m3fn and scales [..., ceil(D / 128)], copies."""
     codes, scales = packed.split([width, packed.shape[-1] - width], dim=-1)
     codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in (codes, scales))
+    return codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
+
+
+def index_keys_aligned(packed: Tensor, width: int) -> bool:
+    """Tells if `index_key_views` can be made of these bytes: if each key's scales begin where a float32 may."""
+    # torch.compile knows no offsets; tensors that it makes begin where their memory does.
+    offset = 0 if torch.compiler.is_compiling() else packed.storage_offset()
+    return packed.stride(-1) == 1 and all(number % 4 == 0 for number in (width, offset, *packed.stride()[:-1]))
+
+
+def index_key_views(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Views uint8 [..., packed bytes] as codes [..., D] float8_e4m3fn and scales [..., ceil(D / 128)] float32.
+
+    The bytes must be aligned (`index_keys_aligned`).
+    """
+    codes, scales = packed[..., :width], packed[..., width:]
     return codes.view(torch.float8_e4m3fn), scales.view(torch.float32)
