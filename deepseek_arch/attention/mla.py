@@ -23,6 +23,7 @@ from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
 from ..layers.norm import RMSNorm, normalize
+from ..layers.rope import Rotation
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -99,7 +100,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: Any | None = None,
     ) -> Tensor:
@@ -129,7 +130,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Returns the linear layers that alone read the input."""
         return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
 
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, x: Tensor, rope: Rotation) -> Tensor:
         """Projects x [B, T, H] to queries [B, T, N, P + R], the last R of each head rotated."""
         if self.q_lora_rank is None:
             projection = self.q_proj
@@ -143,9 +144,7 @@ class MultiHeadLatentAttention(nn.Module):
         own = is_plain_linear(projection) and not _differentiated(q)
         return rope_(q, *rope) if own else rotate(q, *rope)
 
-    def append_to_cache(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> Tensor | tuple[Tensor, Tensor]:
         """Appends the tokens' latents and keys to the cache and returns all that it holds.
 
         Latents are cached after their norm; the rotated key is shared by all heads and not normed (TRAPS A4, B3).
@@ -165,7 +164,7 @@ class MultiHeadLatentAttention(nn.Module):
         latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
         return latents[:, 0], keys[:, 0]
 
-    def latents_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None) -> tuple[Tensor, Tensor]:
+    def latents_and_keys(self, x: Tensor, rope: Rotation, cache: Any | None) -> tuple[Tensor, Tensor]:
         """Returns latents [B, S, C] and rotated keys [B, S, R] of all tokens, after `append_to_cache`."""
         return _latents_and_keys(self.append_to_cache(x, rope, cache), cache)
 
