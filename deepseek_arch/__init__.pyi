@@ -59,6 +59,7 @@ from .moe.token_dropping import TokenDropping as TokenDropping
 # Many devices
 from .layout.parallel_layout import LayoutError as LayoutError
 from .layout.parallel_layout import ParallelLayout as ParallelLayout
+from .models.global_loss import global_loss as global_loss
 from .planning.inference import InferencePlan as InferencePlan
 from .planning.inference import InferenceSetup as InferenceSetup
 from .planning.inference import plan_inference as plan_inference

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_kernels import topk_select
 from deepseek_kernels.common.masks import visible_keys
 
+from ..layers.rope import Rotation
 from .key_selection import KeySelection
 from .lightning_indexer import query_blocks
 
@@ -36,7 +37,7 @@ def indexer_loss(
     x: Tensor,
     latents: Tensor,
     q: Tensor,
-    rope: tuple[Tensor, Tensor],
+    rope: Rotation,
     index_keys: Tensor,
     states: tuple[Tensor, Tensor],
     mask: Tensor | None,
@@ -69,7 +70,7 @@ def indexer_loss(
             mass = attention_mass(q[:, rows], expanded[:, :stop], rotated[:, :stop], seen, attention.softmax_scale)
 
         def divergence(x, latents, cos, sin, keys, mass, seen, mask=part.mask):
-            scores = indexer.scores(x, latents, (cos, sin), keys, mask).masked_fill(~seen, -torch.inf)
+            scores = indexer.scores(x, latents, Rotation(cos, sin), keys, mask).masked_fill(~seen, -torch.inf)
             # A row without keys has no distribution, and no gradient.
             scores = torch.where(seen.any(-1, keepdim=True), scores, 0.0)
             logs = scores.log_softmax(-1).masked_fill(~seen, 0.0)

@@ -22,7 +22,7 @@ from deepseek_kernels.common.masks import is_spans
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
-from ..layers.rope import rotate_first
+from ..layers.rope import Rotation, rotate_first
 
 __all__ = ["KeyNorm", "LightningIndexer", "QueryBlock", "query_blocks"]
 
@@ -97,14 +97,12 @@ class LightningIndexer(nn.Module):
             dtype=dtype,
         )
 
-    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor], packed: bool = False) -> Tensor:
+    def keys(self, x: Tensor, rope: Rotation, packed: bool = False) -> Tensor:
         """Returns the keys of tokens x [B, T, H] -> [B, T, D], or their bytes as `pack_index_keys` makes them."""
         keys = rotate_first(self.k_norm(self.wk(x)), *rope, self.rope_interleaved)
         return pack_index_keys(keys) if packed else keys
 
-    def scores(
-        self, x: Tensor, latents: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def scores(self, x: Tensor, latents: Tensor, rope: Rotation, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the score of every key for each of T queries, float32 [B, T, S], -inf for keys they do not see.
 
         Args:
@@ -126,9 +124,7 @@ class LightningIndexer(nn.Module):
         return indexer_scores(q, keys, weights, mask)
 
     @torch.no_grad()
-    def select(
-        self, x: Tensor, latents: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def select(self, x: Tensor, latents: Tensor, rope: Rotation, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the keys of each query, int32 [B, T, K] as of `topk_select`; arguments as for `scores`.
 
         Scores exist for a block of queries at a time.
@@ -162,9 +158,10 @@ class QueryBlock:
     def __init__(self, queries: slice, keys: int, mask: Tensor | None) -> None:
         self.queries, self.rows, self.keys, self.mask = queries, queries.stop - queries.start, keys, mask
 
-    def of_rope(self, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def of_rope(self, rope: Rotation) -> Rotation:
         """Returns the block's cosines and sines."""
-        return rope[0][:, self.queries], rope[1][:, self.queries]
+        cos, sin = rope
+        return Rotation(cos[:, self.queries], sin[:, self.queries])
 
 
 def query_blocks(

@@ -24,6 +24,7 @@ from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
 from ..layers.norm import RMSNorm, normalize
+from ..layers.rope import Rotation
 
 __all__ = ["MultiHeadLatentAttention", "differentiated", "is_hooked", "latents_and_keys"]
 
@@ -104,7 +105,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: Any | None = None,
     ) -> Tensor:
@@ -138,7 +139,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Returns the linear layers that alone read the input."""
         return (self.q_proj if self.q_lora_rank is None else self.q_a_proj), self.kv_a_proj_with_mqa
 
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, x: Tensor, rope: Rotation) -> Tensor:
         """Projects x [B, T, H] to queries [B, T, N, P + R], the last R of each head rotated."""
         if self.q_lora_rank is None:
             projection = self.q_proj
@@ -148,7 +149,7 @@ class MultiHeadLatentAttention(nn.Module):
             q = projection(normalize(self.q_a_layernorm, self.q_a_proj(x), projection))
         return self.rotated_queries(projection, q, rope)
 
-    def rotated_queries(self, projection: nn.Module, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def rotated_queries(self, projection: nn.Module, q: Tensor, rope: Rotation) -> Tensor:
         """Returns the output of a query projection by heads, [B, T, N, P + R], the last R of each rotated."""
         # Under tensor parallelism a rank holds a share of the heads, so their number is the projection's.
         q = q.reshape(*q.shape[:2], q.shape[2] // self.qk_head_dim, self.qk_head_dim)
@@ -156,9 +157,7 @@ class MultiHeadLatentAttention(nn.Module):
         own = is_plain_linear(projection) and not differentiated(q)
         return rope_(q, *rope) if own else rotate(q, *rope)
 
-    def append_to_cache(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> Tensor | tuple[Tensor, Tensor]:
         """Appends the tokens' latents and keys to the cache and returns all that it holds.
 
         Latents are cached after their norm; the rotated key is shared by all heads and not normed (TRAPS A4, B3).
@@ -178,7 +177,7 @@ class MultiHeadLatentAttention(nn.Module):
         latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
         return latents[:, 0], keys[:, 0]
 
-    def latents_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None) -> tuple[Tensor, Tensor]:
+    def latents_and_keys(self, x: Tensor, rope: Rotation, cache: Any | None) -> tuple[Tensor, Tensor]:
         """Returns latents [B, S, C] and rotated keys [B, S, R] of all tokens, after `append_to_cache`."""
         return latents_and_keys(self.append_to_cache(x, rope, cache), cache)
 

@@ -22,6 +22,7 @@ from deepseek_kernels import rope as rotate
 
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
+from ..layers.rope import Rotation
 from .indexer_loss import indexer_loss
 from .key_selection import KeySelection
 from .lightning_indexer import LightningIndexer, query_blocks
@@ -78,7 +79,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: Any | None = None,
         selection: KeySelection | None = None,
@@ -119,9 +120,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         out = self.attend(q, states, mask, cache) if ids is None else self.attend_selected(q, states, ids, mask, cache)
         return self.o_proj(out.flatten(-2))
 
-    def append_to_cache(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> Tensor | tuple[Tensor, Tensor]:
         """Appends as the base class; with `simulate_fp8`, latents as FP8 has them."""
         if not self.simulate_fp8:
             return super().append_to_cache(x, rope, cache)
@@ -135,9 +134,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         latents, keys = cache.update(latent[:, None], key[:, None], self.layer_idx)
         return latents[:, 0], keys[:, 0]
 
-    def _index_keys(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Any | None, stage: str | None
-    ) -> Tensor | None:
+    def _index_keys(self, x: Tensor, rope: Rotation, cache: Any | None, stage: str | None) -> Tensor | None:
         """Returns the indexer's keys of all tokens, the cached ones included; without a gradient to x (TRAPS G6)."""
         if self.indexer is None:
             return None
@@ -150,7 +147,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         self,
         x: Tensor,
         latents: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         index_keys: Tensor | None,
         mask: Tensor | None,
         selection: KeySelection | None,

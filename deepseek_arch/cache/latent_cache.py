@@ -16,6 +16,7 @@ from torch import Tensor
 from deepseek_kernels.attention.latent_write import latent_write
 from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 
+from ..layers.rope import Rotation
 from .index_keys import IndexKeys
 
 __all__ = ["LatentCache", "key_mask_for_slots", "spans_up_to"]
@@ -220,7 +221,7 @@ class LatentCache:
         tokens = buffer[:, : place.longest]
         return tokens.index_put((rows, slots), stored) if stored.requires_grad else tokens
 
-    def write(self, kv: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor], layer_idx: int) -> Tensor:
+    def write(self, kv: Tensor, weight: Tensor, eps: float, rope: Rotation, layer_idx: int) -> Tensor:
         """Normalizes latents, rotates keys and appends both, as `update_states`, in one pass.
 
         Args:

@@ -15,16 +15,20 @@ class DraftLength:
     Args:
         most: drafts at most.
         adapt: False always drafts `most`, but for a step in 64 without drafts, which is timed for comparison.
+        cost: of a draft, relative to a step without drafts, in place of measured times: ranks that share collectives
+            have clocks of their own, and have to choose alike.
     """
 
     _MEMORY = 0.95
     _PRIOR = 0.8  # optimistic, so that a position that was never tried is tried
     _EXPLORE = 12  # steps after which a neighbour of the best length is measured again
 
-    def __init__(self, most: int, adapt: bool = True) -> None:
-        self.most, self.adapt = most, adapt
+    def __init__(self, most: int, adapt: bool = True, cost: float | None = None) -> None:
+        self.most, self.adapt, self.cost = most, adapt, cost
         self.rates = [self._PRIOR] * most
         self.seconds: list[float | None] = [None] * (most + 1)
+        if cost is not None:
+            self.seconds = [1 + cost * count for count in range(most + 1)]
         self._plain: list[float] = []
         self._step = 0
 
@@ -55,9 +59,10 @@ class DraftLength:
         """Takes in a step: its drafts, its time, and by position how many drafts were looked at and accepted."""
         if count == 0:
             self._plain.append(seconds)
-        known = self.seconds[count]
-        # The least of two counts too: the first time of a length includes work that is done once.
-        self.seconds[count] = seconds if known is None else min(seconds, 0.8 * known + 0.2 * seconds)
+        if self.cost is None:
+            known = self.seconds[count]
+            # The least of two counts too: the first time of a length includes work that is done once.
+            self.seconds[count] = seconds if known is None else min(seconds, 0.8 * known + 0.2 * seconds)
         for position, (a, d) in enumerate(zip(accepted, looked_at, strict=True)):
             weight = self._MEMORY**d
             if d:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..models.causal_lm import DeepseekLM
-from ..models.outputs import TrunkOutput
+from ..models.outputs import MTPStep, TrunkOutput
 from .sampling import Sampler
 
 __all__ = ["Drafter"]
@@ -55,13 +55,18 @@ class Drafter:
             self.starts = (self.lengths - self.modules).clamp(min=0)
             self.trail = self.trail[:, ready:]
 
-    def _apply(self, module: int, hidden: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def prefill_modules(self, width: int, chunk: int) -> list[int]:
+        """Returns how many modules `prefill` runs after each piece of prompts of `width` tokens."""
+        return [self.modules if min(start + chunk, width) > self.modules else 0 for start in range(0, width, chunk)]
+
+    def _apply(self, module: int, hidden: Tensor, ends: Tensor, head: bool = False) -> tuple[Tensor, Tensor | None]:
         """Runs one module on the columns of `hidden`, whose last belongs to position `ends` - 1.
 
         Columns of positions that its cache holds are passed over.
 
         Returns:
-            As `DeepseekLM.mtp_states`.
+            The hidden state [B, W, H] for the next module, and with `head` the logits [B, vocab_size] of the last
+            column.
         """
         cache, width = self.caches[module], hidden.shape[1]
         positions = ends[:, None] - width + torch.arange(width, device=ends.device)  # [B, W]
@@ -70,7 +75,10 @@ class Drafter:
         with cache.append(width, valid) as slots:
             mask = cache.spans(slots, valid)
             rope = self.model.model.rope(slots)
-            return self.model.mtp_states(hidden, ids, module, rope=rope, mask=mask, cache=cache)
+            step = MTPStep(hidden, ids, module, rope, mask, cache)
+            # Through `forward`, so that what wraps the model (FSDP) runs too.
+            out = self.model(mtp_step=step, logits_to_keep=1, return_logits=head)
+            return out.hidden_states, None if out.logits is None else out.logits[:, -1]
 
     def draft(self, count: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
         """Drafts `count` tokens behind the known ones.
@@ -92,9 +100,9 @@ class Drafter:
             if step >= self.modules:
                 # The last module again, one position on: its output at a position stands for the next one's state.
                 hidden, ends = hidden[:, -1:], ends + 1
-            hidden, normed = self._apply(module, hidden, ends)
-            if step < count:
-                token, probabilities = sampler.choose(self.model.lm_head(normed[:, -1]))
+            hidden, logits = self._apply(module, hidden, ends, head=step < count)
+            if logits is not None:
+                token, probabilities = sampler.choose(logits)
                 self.history[rows, self.lengths + 1 + step] = token
                 drafts.append(token)
                 if probabilities is not None:

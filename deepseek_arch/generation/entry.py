@@ -15,6 +15,7 @@ from .plain import decode_plain
 from .report import SpeculationReport
 from .routing_rollout import check_recording
 from .settings import GenerationSettings
+from .shared_steps import SharedSteps, many_ranks
 from .speculative import decode_with_drafts
 
 __all__ = ["generate"]
@@ -46,6 +47,9 @@ def generate(
 ) -> Tensor | tuple[Tensor, SpeculationReport]:
     """Continues prompts.
 
+    A model whose parameters are split over ranks is run by all of them together: each continues its own prompts, and
+    those that are done go on making passes until all are.
+
     Args:
         input_ids: integers [B, T]; prompts of different length are padded, on the left or on the right.
         attention_mask: [B, T], nonzero for prompt tokens.
@@ -64,7 +68,8 @@ def generate(
         callback: called with the new tokens [B] of each step, as they come.
         prefill_chunk: tokens of the prompt to run at a time (default: all), to bound the memory of long prompts.
         cache_format: "fp8" for a cache of fewer bytes, see `DeepseekLM.new_cache`.
-        adaptive: True lets the length of drafts follow the measured acceptance and times, up to `mtp_depth`; False
+        adaptive: True lets the length of drafts follow the measured acceptance and times (on several ranks, the number
+            of layers that a draft runs in place of times, so that all choose alike), up to `mtp_depth`; False
             drafts `mtp_depth`, but for a step in 64 without drafts, whose time the report needs. Default: True, except
             when sampling with a seed, since the tokens that are drawn depend on the length.
         compiled: fixes all work of a decoding step beforehand: as a CUDA graph on a GPU, with `torch.compile`
@@ -110,6 +115,8 @@ def generate(
     input_ids, seed, drafts = input_ids.long(), given["seed"], given["mtp_depth"]
     if record_routing:
         check_recording(model, given["max_new_tokens"], compiled)
+    if compiled and SharedSteps(model).shared:
+        raise ValueError("expected compiled=False for a model that is split over ranks, got True")
     ends = end_tokens(model, eos_token_id, input_ids.device)
     settings = GenerationSettings(
         given["max_new_tokens"],
@@ -133,7 +140,10 @@ def generate(
             new = input_ids[:, :0]
         elif drafts:
             adapt = (seed is None or temperature == 0) if adaptive is None else adaptive
-            new = decode_with_drafts(model, input_ids, attention_mask, settings, DraftLength(drafts, adapt), report)
+            # A draft is one decoder layer more, and the head again.
+            cost = 1 / model.config.num_hidden_layers if many_ranks() else None
+            length = DraftLength(drafts, adapt, cost)
+            new = decode_with_drafts(model, input_ids, attention_mask, settings, length, report)
         else:
             new = decode_plain(model, input_ids, attention_mask, settings, report)
     tokens = torch.cat((input_ids, new), dim=1)

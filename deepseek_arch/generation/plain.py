@@ -16,6 +16,7 @@ from .report import SpeculationReport
 from .routing_rollout import RolloutRouting, valid_tokens
 from .sampling import token_logprobs
 from .settings import GenerationSettings
+from .shared_steps import SharedSteps
 
 __all__ = ["decode_plain"]
 
@@ -42,7 +43,7 @@ def decode_plain(
     columns: list[Tensor] = []
     logprobs: list[Tensor] = []
     logits = _prefill(model, input_ids, attention_mask, cache, settings.prefill_chunk, routing)
-    step = _decode_step(model, cache, settings, prompt)
+    step, shared = _decode_step(model, cache, settings, prompt), SharedSteps(model)
     while True:
         # Every row's next token; a row that has ended gets padding.
         fresh, probabilities = sampler.choose(logits)
@@ -59,15 +60,20 @@ def decode_plain(
             done = done | ending
         running = len(rows) - int(done.sum()) if len(settings.end_tokens) else len(rows)
         last = not running or len(columns) == settings.new_tokens
+        ended = shared.all_done(last)
         # The pass that gives the logits of the token after; at the end for the sake of its routing alone. A row that
         # has ended goes on with what it sampled, since the padding token need not be in the vocabulary.
         if routing is not None:
             out = model(fresh[:, None], cache=cache, record_routing=True)
             routing.add(out.routing, rows, torch.tensor([prompt + len(columns) - 1], device=device))
             logits = out.logits[:, -1]
-        elif not last:
+        elif not ended:
             logits = step(fresh)
         if last:
+            while not ended:  # other ranks need this one in their passes
+                ended = shared.all_done(True)
+                if routing is not None or not ended:
+                    step(fresh)
             break
         report.add_step(running, running, [], [], 0.0)
         keep = settings.rows_to_keep(done)

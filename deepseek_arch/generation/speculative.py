@@ -20,8 +20,6 @@ from torch import Tensor
 
 from ..cache.latent_cache import LatentCache
 from ..models.causal_lm import DeepseekLM
-from ..models.outputs import TrunkOutput
-from ..moe.routing import Routing
 from ..moe.routing_record import RoutingRecord
 from .draft_length import DraftLength
 from .drafter import Drafter
@@ -31,6 +29,7 @@ from .report import SpeculationReport
 from .routing_rollout import RolloutRouting, valid_tokens
 from .sampling import Sampler
 from .settings import GenerationSettings
+from .shared_steps import SharedSteps
 
 __all__ = ["accept", "decode_with_drafts"]
 
@@ -50,12 +49,15 @@ def decode_with_drafts(
     """
     text, check = NewTokens(len(input_ids), settings), settings.finite_check(model)
     routing = RolloutRouting() if settings.record_routing else None
-    batch = _prefill(model, input_ids, attention_mask, settings, length.most, text, check, routing)
+    shared = SharedSteps(model)
+    batch = _prefill(model, input_ids, attention_mask, settings, length.most, text, check, routing, shared)
     while True:
         finished = text.finished(batch.rows)
         text.emit(batch.rows[~finished])
         done = bool(finished.all())
-        if done and (routing is None or bool(batch.recorded.all())):
+        wanted = 0 if done else min(length.next(), text.missing(batch.rows[~finished]) - 1)
+        count, ended = shared.agree(wanted, done and (routing is None or bool(batch.recorded.all())))
+        if ended:
             break
         keep = None if done else settings.rows_to_keep(finished if routing is None else batch.recorded)
         if keep is not None:
@@ -64,18 +66,17 @@ def decode_with_drafts(
         started = time.perf_counter()
 
         # 1. Draft tokens behind the newest one, for all rows as many.
-        count = 0 if done else min(length.next(), text.missing(batch.rows[~finished]) - 1)
         drafts, drawn_from = batch.drafter.draft(count, batch.sampler)
         # 2. Run the main model once, on the newest token and the drafts.
         before, window = batch.drafter.lengths, torch.cat((batch.newest[:, None], drafts), dim=1)
-        main, record = _run(model, window, None, batch.cache, routing is not None)
-        logits = model.lm_head(main.hidden_states)
+        out = model(window, cache=batch.cache, record_routing=routing is not None, return_trunk=True)
+        logits, record = out.logits, out.routing
         # 3. Accept the drafts that it agrees with, and one token more.
         accepted, follow, finite = accept(drafts, drawn_from, logits, batch.sampler)
         check(finite, ignored=finished[:, None])
         gained = (accepted + 1).masked_fill(finished, 0)
         # 4. Roll back: every cache forgets its row's rejected drafts.
-        batch.drafter.advance(main, gained, drafted=count > 0)
+        batch.drafter.advance(out.trunk, gained, drafted=count > 0)
         batch.cache.rewind(batch.drafter.lengths)
         batch.set_newest(torch.where(finished, batch.newest, follow))
 
@@ -193,6 +194,7 @@ def _prefill(
     text: NewTokens,
     check: FiniteCheck,
     routing: RolloutRouting | None,
+    shared: SharedSteps,
 ) -> _Batch:
     """Runs the prompts through the main model and the MTP modules, and takes the first new token of every row."""
     ids, valid, places = _left_padded(input_ids, attention_mask)
@@ -208,14 +210,17 @@ def _prefill(
     slots = settings.capacity(width)
     cache = model.new_cache(len(ids), slots, format=settings.cache_format)
     drafter = Drafter(model, most, history, slots)
+    shared.check_prompts(most, drafter.prefill_modules(width, settings.prefill_chunk))
     for start in range(0, width, settings.prefill_chunk):
         part = slice(start, start + settings.prefill_chunk)
         mask = None if valid is None else valid[:, part]
-        main, record = _run(model, ids[:, part], mask, cache, routing is not None)
-        drafter.prefill(main, mask)
-        if record is not None and routing is not None:
-            routing.add(record, rows, places[:, part], mask)
-    logits = model.lm_head(main.hidden_states[:, -1:])
+        out = model(
+            ids[:, part], mask, cache=cache, logits_to_keep=1, record_routing=routing is not None, return_trunk=True
+        )
+        drafter.prefill(out.trunk, mask)
+        if out.routing is not None and routing is not None:
+            routing.add(out.routing, rows, places[:, part], mask)
+    logits = out.logits
     sampler = settings.sampler(len(ids))
     _, newest, finite = accept(ids[:, :0], None, logits, sampler)
     check(finite, ignored=torch.zeros_like(finite))
@@ -224,15 +229,6 @@ def _prefill(
     batch = _Batch(cache, drafter, sampler, rows, prompts, newest, nothing, input_ids.shape[1])
     batch.set_newest(newest)
     return batch
-
-
-def _run(
-    model: DeepseekLM, ids: Tensor, valid: Tensor | None, cache: LatentCache, record: bool
-) -> tuple[TrunkOutput, RoutingRecord | None]:
-    """One pass of the main model."""
-    routing = Routing((ids.shape[0], ids.shape[1]), valid, record=True) if record else None
-    main = model.model(ids, valid, cache=cache, routing=routing)
-    return main, None if routing is None else routing.record
 
 
 def _count(

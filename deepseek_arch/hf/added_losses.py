@@ -26,20 +26,25 @@ class AddedLosses:
     """Losses beside that of the next token, unweighted, and their weighted sum.
 
     Attributes:
-        aux_loss: balance loss, where router logits were asked for.
+        aux_loss: balance loss of the main model, where router logits were asked for.
+        mtp_aux_loss: mean over MTP modules of theirs, its factor included, where router logits were asked for.
         mtp_losses, mtp_accuracy: float32 [D] by depth, where MTP modules ran.
         total: what training adds to the loss; None where there are no labels, or nothing is to be added.
     """
 
     aux_loss: Tensor | None = None
+    mtp_aux_loss: Tensor | None = None
     mtp_losses: Tensor | None = None
     mtp_accuracy: Tensor | None = None
     total: Tensor | None = None
 
     @property
     def mtp_loss(self) -> Tensor | None:
-        """Mean over depths."""
-        return None if self.mtp_losses is None else self.mtp_losses.mean()
+        """Mean over depths, with the balance losses of the modules where they were computed."""
+        if self.mtp_losses is None:
+            return None
+        mean = self.mtp_losses.mean()
+        return mean if self.mtp_aux_loss is None else mean + self.mtp_aux_loss.to(mean.device)
 
 
 def added_losses(
@@ -67,8 +72,8 @@ def added_losses(
         added.mtp_losses, added.mtp_accuracy, more = prediction_losses(
             model, outputs.trunk, input_ids, labels, valid, balanced=added.aux_loss is not None
         )
-        if added.aux_loss is not None and more is not None:
-            added.aux_loss = added.aux_loss + more.to(added.aux_loss.device)
+        if more is not None:
+            added.mtp_aux_loss = model.router_aux_loss_coef * more
     targets = labels if labels is not None else shift_labels
     if targets is None:
         return added

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from deepseek_kernels.common.masks import as_dense, causal_mask
 
 from ..attention.mla import MultiHeadLatentAttention
+from ..layers.rope import Rotation
 
 __all__ = []
 
@@ -30,9 +31,7 @@ class DeepseekAttention(MultiHeadLatentAttention):
 
     norm_consumers = MultiHeadLatentAttention.norm_consumers  # which `forward` below does not change
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: Any | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, mask: Tensor | None = None, cache: Any | None = None) -> Tensor:
         """As the base class."""
         if self.config is None or self.config._attn_implementation != "eager":
             return super().forward(x, rope, mask, cache)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.deepseek_config import DeepseekConfig
+from ..layers.rope import Rotation
 from ..models.main_model import DecoderLayer
 from ..models.mtp_layer import MTPLayer
 from ..moe.routing import Routing
@@ -31,7 +32,7 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         past_key_values: Any | None = None,
         routing: Routing | None = None,
@@ -52,7 +53,7 @@ class DeepseekMTPLayer(GradientCheckpointingLayer, MTPLayer):
         self,
         hidden: Tensor,
         next_embeddings: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: Any | None = None,
         routing: Routing | None = None,

@@ -61,10 +61,10 @@ def prediction_losses(
         trunk: the main model's output for the same tokens.
         input_ids, labels: [B, T].
         valid: bool [B, T], False for padding; None where nothing is.
-        balanced: computes their balance loss too, which training adds to the main model's.
+        balanced: computes their balance loss too.
 
     Returns:
-        losses and accuracies float32 [D], and the balance loss without its factor, or None.
+        losses and accuracies float32 [D], and the mean of the balance losses without their factor, or None.
     """
     config = core_config(model.config)
     loss = replace(BalanceLoss.from_config(config), sequence=1.0) if balanced else None
@@ -83,4 +83,6 @@ def prediction_losses(
     )
     if routing is not None:
         routing.commit()
-    return losses, accuracy, None if routing is None else routing.total_loss()
+    first = config.num_hidden_layers
+    total = None if routing is None else routing.total_loss(range(first, first + len(model.mtp)))
+    return losses, accuracy, None if total is None else total / len(model.mtp)

@@ -32,7 +32,7 @@ class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
 
     Attributes:
         mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted, where
-            `config.mtp_loss_weight` and labels ask for it.
+            `config.mtp_loss_weight` and labels ask for it; with router logits, their balance loss is added.
         mtp_losses, mtp_accuracy: float32 [D], by depth: the loss, and the share of right guesses.
         routing: every routing decision of the main model, when `record_routing` was asked for.
     """

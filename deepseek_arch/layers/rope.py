@@ -8,6 +8,8 @@ other cache contents.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..config.json_format import rope_type
 from ..config.yarn import Yarn
 
-__all__ = ["RotaryEmbedding", "inverse_frequencies", "rotate_first"]
+__all__ = ["RotaryEmbedding", "Rotation", "inverse_frequencies", "rotate_first"]
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -66,6 +68,32 @@ def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None = None, device
     return base / yarn.factor * (1 - smooth) + base * smooth
 
 
+class Rotation:
+    """Cosines and sines of positions, which unpack like a tuple of two.
+
+    No tuple, since what wraps a layer casts the tensors among its arguments and in their tuples (FSDP2's mixed
+    precision, autocasts of accelerate), and angles in 16 bits turn positions of a long text into each other.
+
+    Attributes:
+        cos, sin: float32 [B, T, dim / 2].
+    """
+
+    __slots__ = ("cos", "sin")
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.cos, self.sin))
+
+    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> Rotation:
+        """Returns the same on another device, as accelerate's hooks ask; a dtype is not taken."""
+        device = kwargs.get("device", device)
+        if device is None or isinstance(device, torch.dtype):
+            return self
+        return Rotation(self.cos.to(torch.device(device)), self.sin.to(torch.device(device)))
+
+
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of positions.
 
@@ -108,13 +136,13 @@ class RotaryEmbedding(nn.Module):
             dynamic=(factor, config.max_position_embeddings) if kind == "dynamic" else None,
         )
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, position_ids: Tensor) -> Rotation:
         """Returns cosines and sines of positions [B, T], float32 [B, T, dim / 2] each."""
         frequencies = inverse_frequencies(self.dim, self.theta, self.yarn, position_ids.device) / self.linear
         if self.dynamic is not None:
             frequencies = self._slowed(frequencies, position_ids)
         angles = position_ids[..., None].float() * frequencies
-        return angles.cos() * self._factor, angles.sin() * self._factor
+        return Rotation(angles.cos() * self._factor, angles.sin() * self._factor)
 
     def _slowed(self, frequencies: Tensor, position_ids: Tensor) -> Tensor:
         """Returns the frequencies of theta grown with the length, where that is beyond the trained context."""

@@ -13,6 +13,7 @@ from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
+from ..layers.rope import Rotation
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Experts, Router
 from ..moe.routing import Routing
@@ -23,8 +24,8 @@ from .losses import cross_entropy, head_losses, ignore
 from .main_model import DeepseekModel
 from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
-from .mtp_loss import shift_labels
-from .outputs import CausalLMOutput, TrunkOutput
+from .mtp_loss import count_targets, shift_labels
+from .outputs import CausalLMOutput, MTPStep, TrunkOutput
 from .unused_mtp import connect
 
 __all__ = ["DeepseekLM"]
@@ -164,6 +165,8 @@ class DeepseekLM(nn.Module):
         replay_routing: RoutingRecord | None = None,
         return_logits: bool = True,
         selection: KeySelection | None = None,
+        return_trunk: bool = False,
+        mtp_step: MTPStep | None = None,
     ) -> CausalLMOutput:
         """Runs one forward pass, for training or inference.
 
@@ -187,10 +190,15 @@ class DeepseekLM(nn.Module):
                 without bias, hooks or adapters) logits are then made for a chunk of tokens at a time only.
             selection: of a model with sparse attention, records which keys were selected, or computes the loss of the
                 indexers (returned as `indexer_loss`, no part of `loss`).
+            return_trunk: returns the main model's output as `trunk`.
+            mtp_step: runs one MTP module and the head instead of the main model, with the last `logits_to_keep`
+                positions; `hidden_states` is then the input of the next module, and no other argument counts.
 
         Raises:
             ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
         """
+        if mtp_step is not None:
+            return self._mtp_output(mtp_step, logits_to_keep, return_logits)
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
         if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
@@ -234,12 +242,37 @@ class DeepseekLM(nn.Module):
                     recompute=self.model.gradient_checkpointing and self.training,
                 )
                 out.mtp_loss = out.mtp_losses.mean()
+            if self.training:
+                depths = 0 if out.mtp_losses is None else len(self.mtp)
+                out.counts = count_targets(labels, padding, main.documents, depths)
         if routing is not None:
             routing.commit()
-            out.routing, out.aux_loss = routing.record, routing.total_loss()
-            if out.loss is not None and out.aux_loss is not None:
-                out.loss = out.loss + out.aux_loss
+            out.routing = routing.record
+            self._add_balance_losses(out, routing)
+        out.trunk = main if return_trunk else None
         return out
+
+    def _mtp_output(self, step: MTPStep, logits_to_keep: int | Tensor, return_logits: bool) -> CausalLMOutput:
+        rest = {"rope": step.rope, "mask": step.mask, "cache": step.cache}
+        hidden, normed = self.mtp_states(step.hidden, step.next_ids, step.depth, **rest)
+        kept = normed if isinstance(logits_to_keep, Tensor) else normed[:, -logits_to_keep:]
+        return CausalLMOutput(self.lm_head(kept) if return_logits else None, hidden_states=hidden)
+
+    def _add_balance_losses(self, out: CausalLMOutput, routing: Routing) -> None:
+        """Adds each balance loss to the loss that trains its layers.
+
+        Those of MTP modules belong to `mtp_loss`: where that is not trained on, nothing runs their layers backward, and
+        what shards parameters gathers none for them.
+        """
+        first = self.config.num_hidden_layers
+        out.aux_loss = routing.total_loss(range(first))
+        if out.loss is not None and out.aux_loss is not None:
+            out.loss = out.loss + out.aux_loss
+        each = [routing.total_loss((first + depth,)) for depth in range(len(self.mtp))]
+        if out.mtp_loss is not None and any(loss is not None for loss in each):
+            zero = out.mtp_loss.new_zeros(())
+            out.mtp_aux_losses = torch.stack([zero if loss is None else loss.to(zero.device) for loss in each])
+            out.mtp_loss = out.mtp_loss + out.mtp_aux_losses.mean()
 
     def _routing(
         self, tokens: Tensor | None, mask: Tensor | None, record: bool, replay: RoutingRecord | None
@@ -279,7 +312,7 @@ class DeepseekLM(nn.Module):
         next_ids: Tensor,
         depth: int = 0,
         *,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
         routing: Routing | None = None,
@@ -306,7 +339,7 @@ class DeepseekLM(nn.Module):
         next_ids: Tensor,
         depth: int = 0,
         *,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
         routing: Routing | None = None,

@@ -19,7 +19,7 @@ from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import MLP, Embedding
 from ..layers.norm import RMSNorm, add_and_normalize, normalize
-from ..layers.rope import RotaryEmbedding
+from ..layers.rope import RotaryEmbedding, Rotation
 from ..moe.moe import MoE
 from ..moe.routing import Routing
 from .outputs import TrunkOutput
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: Any | None = None,
         routing: Routing | None = None,
@@ -124,7 +124,7 @@ class DeepseekModel(nn.Module):
     def _run(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None,
         cache: LatentCache | None,
         routing: Routing | None,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
+from ..layers.rope import Rotation
 from ..moe.routing import Routing
 from .mtp_loss import mtp_losses
 from .outputs import TrunkOutput
@@ -30,7 +31,7 @@ def mtp_step(
     config: DeepseekConfig,
     hidden: Tensor,
     embeddings: Tensor,
-    rope: tuple[Tensor, Tensor],
+    rope: Rotation,
     mask: Tensor | None = None,
     cache: LatentCache | None = None,
     routing: Routing | None = None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
+from ..layers.rope import Rotation
 from ..moe.routing import Routing
 from .main_model import DecoderLayer
 
@@ -46,7 +47,7 @@ class MTPLayer(DecoderLayer):
         self,
         hidden: Tensor,
         next_embeddings: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rotation,
         mask: Tensor | None = None,
         cache: Any | None = None,
         routing: Routing | None = None,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.routing import Routing
-from .losses import head_losses, ignore
+from .losses import IGNORE, head_losses, ignore
+from .outputs import LossCounts
 
-__all__ = ["mtp_losses", "mtp_weight", "shift_labels", "shift_left"]
+__all__ = ["count_targets", "mtp_losses", "mtp_weight", "shift_labels", "shift_left"]
 
 
 def mtp_losses(
@@ -60,6 +61,20 @@ def mtp_losses(
         states.append(normed)
         targets.append(ignore(shift_labels(labels, depth + 2, documents), padding))
     return head_losses(head, states, targets, detached=detached)
+
+
+def count_targets(
+    labels: Tensor, padding: Tensor | None = None, documents: Tensor | None = None, depths: int = 0
+) -> LossCounts:
+    """Counts what the losses of a pass are means over; arguments as those of `mtp_losses`."""
+    real = torch.ones_like(labels) if padding is None else (~padding).long()
+    targets, rows = [], []
+    for depth in range(-1, depths):  # -1 for the main model
+        ahead = ignore(shift_labels(labels, depth + 2, documents), padding)
+        routed = shift_labels(real, depth + 1, documents, ignore=0) != 0
+        targets.append((ahead != IGNORE).sum())
+        rows.append(routed.any(-1).sum())
+    return LossCounts(torch.stack(targets), torch.stack(rows))
 
 
 def mtp_weight(tokens: float, first: float = 0.3, later: float = 0.1, change: float = 10e12) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..layers.rope import Rotation
 from ..moe.routing_record import RoutingRecord
 
-__all__ = ["CausalLMOutput", "TrunkOutput"]
+__all__ = ["CausalLMOutput", "LossCounts", "MTPStep", "TrunkOutput"]
 
 
 @dataclass
@@ -24,9 +26,40 @@ class TrunkOutput:
 
     hidden_states: Tensor
     pre_norm: Tensor
-    rope: tuple[Tensor, Tensor]
+    rope: Rotation
     mask: Tensor | None
     documents: Tensor | None
+
+
+@dataclass(frozen=True)
+class MTPStep:
+    """Inputs of one pass of an MTP module, as those of `DeepseekLM.mtp_forward`; no tuple, so that wrappers cast none.
+
+    Attributes:
+        hidden: [B, T, H].
+        next_ids: int [B, T].
+        depth: number of the module, from 0.
+        rope, mask, cache: the main model's angles and mask for the same positions, and a cache from `new_mtp_cache`.
+    """
+
+    hidden: Tensor
+    next_ids: Tensor
+    depth: int
+    rope: Rotation
+    mask: Tensor | None = None
+    cache: Any | None = None
+
+
+class LossCounts(NamedTuple):
+    """Numbers that the losses of a pass are means over.
+
+    Attributes:
+        targets: int64 [1 + D], targets of the next token, then of each MTP module.
+        sequences: int64 [1 + D], rows with a token that the main model routes, then each MTP module.
+    """
+
+    targets: Tensor
+    sequences: Tensor
 
 
 @dataclass
@@ -39,15 +72,19 @@ class CausalLMOutput:
             `aux_loss`. Losses are means over this call. Accumulated over calls they are those of one call with all rows
             if every call has as many targets; else weight each by its own number (targets for `loss` and, by depth, for
             `mtp_losses`; rows for `aux_loss`).
-        aux_loss: in training mode, the sum over layers of `DeepseekLM.balance_loss`, its factors included.
-        mtp_loss: mean over depths of the cross-entropy of the tokens further ahead, unweighted and not part of `loss`,
-            when labels and input_ids were given, no cache was, and the model has MTP modules. Train on
-            `loss + weight * mtp_loss`; `mtp_loss.mtp_weight` is V3's schedule of the weight.
-        mtp_losses, mtp_accuracy: float32 [D], by depth: its loss, and how often its best guess was right.
+        aux_loss: in training mode, the sum over decoder layers of `DeepseekLM.balance_loss`, its factors included.
+        mtp_loss: mean over depths of the cross-entropy of the tokens further ahead and, in training mode, of the MTP
+            modules' balance losses; unweighted and not part of `loss`. Given when labels and input_ids were, no cache
+            was, and the model has MTP modules. Train on `loss + weight * mtp_loss`; `mtp_loss.mtp_weight` is V3's
+            schedule of the weight.
+        mtp_losses, mtp_accuracy: float32 [D], by depth: its cross-entropy, and how often its best guess was right.
+        mtp_aux_losses: float32 [D], in training mode, by depth: its balance loss, factors included.
+        counts: numbers that these means are over, in training mode with labels.
         hidden_states: [B, T, H], the main model's output after the final norm.
         indexer_loss: sum over layers of `KeySelection.losses`, when a stage of the indexers' training was asked for; no
             part of `loss`.
         routing: every routing decision, with `record_routing`.
+        trunk: output of the main model, with `return_trunk`.
     """
 
     logits: Tensor | None
@@ -56,6 +93,9 @@ class CausalLMOutput:
     mtp_loss: Tensor | None = None
     mtp_losses: Tensor | None = None
     mtp_accuracy: Tensor | None = None
+    mtp_aux_losses: Tensor | None = None
+    counts: LossCounts | None = None
     hidden_states: Tensor | None = None
     indexer_loss: Tensor | None = None
     routing: RoutingRecord | None = None
+    trunk: TrunkOutput | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter_state import save_biases_with_adapters
 from .expert_load import ExpertLoad
 from .moe import Router
+from .summed_loads import SummedLoads
 
 __all__ = ["LoadBalancer", "expert_loads", "routers"]
 
@@ -33,7 +34,9 @@ class LoadBalancer:
     Routers count, in training mode, the tokens that they really route; `step`, called after the optimizer's, moves each
     `e_score_correction_bias` against the load and empties the counts. Calling it once per optimizer step makes the
     update independent of gradient accumulation and recomputation (TRAPS D1, D3). Where torch.distributed runs, counts
-    are summed over `group` first (TRAPS D2). Routers are looked up in each step, so that they may be wrapped meanwhile.
+    are summed over `group` first (TRAPS D2), all of them in one collective. A rank may hold a part of the layers (a
+    pipeline stage): counts of the same decoder layer are summed, whatever its module is called there. Routers are
+    looked up in each step, so that they may be wrapped meanwhile, on all ranks alike.
 
     Adapters of PEFT that are on the model save the moved biases with them (`adapter_state`), or a warning says that
     they do not. For it the first step sets their `bias` to "all", which has effects of its own, and says so.
@@ -47,7 +50,7 @@ class LoadBalancer:
         group: the process group of all ranks that see different tokens; None for the default one.
 
     Raises:
-        ValueError: an unknown form, a rate that is not finite, or a model without routers.
+        ValueError: an unknown form, a rate that is not finite, or a model without routers on the only rank.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class LoadBalancer:
         if form not in ("sign", "centred"):
             raise ValueError(f"expected form 'sign' or 'centred', got {form!r}")
         self._model = model
-        if not self.routers:
+        if not self.routers and not _distributed():  # a pipeline stage of dense layers takes part all the same
             raise ValueError(f"expected a model with routers, got {type(model).__name__} without any")
         self.rate, self.form, self.group = rate, form, group
+        self._over_ranks = SummedLoads()
         self.steps = 0
         if not callable(rate):
             _check_rate(rate)
@@ -79,19 +83,18 @@ class LoadBalancer:
         Warns if no router has counted a token: none ran in training mode with gradients since the last step.
 
         Raises:
-            ValueError: the schedule gives a rate that is not finite; nothing is changed.
+            ValueError: the schedule gives a rate that is not finite, or ranks hold routers that cannot be told apart;
+                nothing is changed.
         """
         rate = _check_rate(self.rate(self.steps) if callable(self.rate) else self.rate)
         loads, all_routers = {}, self.routers
+        counted = {name: router.load for name, router in all_routers.items()}
+        if _distributed():
+            counted = self._over_ranks.sum(self._model, all_routers, self.group)
         if rate:
             save_biases_with_adapters(self._model, all_routers)
         for name, router in all_routers.items():
-            load = router.load
-            if _distributed():
-                if load is None:  # every rank takes part, whether it saw tokens or not
-                    load = torch.zeros(router.num_experts, dtype=torch.int64, device=router.weight.device)
-                torch.distributed.all_reduce(load, group=self.group)
-            router.load = None
+            load, router.load = counted[name], None
             if load is None or not int(load.sum()):
                 continue
             loads[name] = load
@@ -99,7 +102,7 @@ class LoadBalancer:
             if bias is not None and rate:
                 bias += rate * self._direction(load).to(bias.device)
         self.steps += 1
-        if not loads:
+        if not loads and all_routers:
             warnings.warn(
                 "no router has counted a token since the last step, so that no bias was moved: expected forward passes "
                 "in training mode, with gradients, through this package's routers",

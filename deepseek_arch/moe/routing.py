@@ -6,7 +6,7 @@ Notation: B rows, T tokens a row, E experts, K chosen per token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -138,12 +138,10 @@ class Routing:
                 counts = self.counts[layer]
                 router.load = counts if router.load is None else router.load.to(counts.device) + counts
 
-    def total_loss(self) -> Tensor | None:
-        """Returns the sum of the layers' balance losses, or None where none was computed."""
-        if not self.losses:
-            return None
-        losses = list(self.losses.values())
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+    def total_loss(self, layers: Container[int]) -> Tensor | None:
+        """Returns the sum of the balance losses of these layers, or None where none was computed."""
+        losses = [loss for layer, loss in self.losses.items() if layer in layers]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 
 
 @torch.no_grad()

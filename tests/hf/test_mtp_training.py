@@ -140,12 +140,14 @@ def test_recomputation_changes_nothing(reentrant):
 
 
 def test_mtp_modules_are_balanced_too():
-    """Counted without the tokens that read nothing; their balance loss in `aux_loss`, as the core has it (TRAPS F9)."""
+    """Counted without the tokens that read nothing; their balance loss in `mtp_loss`, as the core has it (TRAPS F9)."""
     model, core = weighted(), small_models.model(CONFIG).train()
     ids = tokens(CONFIG, 2, 9)
     out = model(ids, labels=ids, output_router_logits=True)
     expected = core(ids, labels=ids)
     assert error(out.aux_loss * model.router_aux_loss_coef, expected.aux_loss) < SAME
+    assert error(out.mtp_loss, expected.mtp_loss) < SAME
+    assert error(out.mtp_loss - out.mtp_losses.mean(), expected.mtp_aux_losses.mean()) < 1e-2  # 1e-4 of a loss of 4
     assert error(out.loss, expected.loss + 0.3 * expected.mtp_loss) < SAME
     loads = {name: router.load for name, router in routers(model).items()}
     assert [int(load.sum()) for load in loads.values()] == [18 * 3, 18 * 3, 16 * 3, 14 * 3]

@@ -99,7 +99,7 @@ def test_batches_of_different_length_are_weighed_by_what_their_means_are_over():
     def by_targets(out, rows):
         # Rows of n tokens have n - 1 next tokens and n - 2, n - 3 further ahead.
         share = [float((lengths[rows] - k).sum() / (lengths - k).sum()) for k in (1, 2, 3)]
-        depths = out.mtp_losses @ torch.tensor(share[1:]) / 2
+        depths = out.mtp_losses @ torch.tensor(share[1:]) / 2 + out.mtp_aux_losses.mean() * len(rows) / 4
         return share[0] * (out.loss - out.aux_loss) + out.aux_loss * len(rows) / 4 + 0.3 * depths
 
     whole = _accumulated(lambda out, rows: out.loss + 0.3 * out.mtp_loss, 1, ids, mask)

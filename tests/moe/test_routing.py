@@ -140,7 +140,8 @@ def test_what_pads_changes_nothing_in_the_prediction_layers(pad):
         out = lm(ids, mask, labels=ids)
         (out.loss + out.mtp_loss).backward()
         gates = [layer.mlp.gate for layer in (*lm.model.layers[1:], *lm.mtp)]
-        results.append((out.aux_loss, [gate.load for gate in gates], [gate.weight.grad for gate in gates]))
+        balance = out.aux_loss + out.mtp_aux_losses.sum()
+        results.append((balance, [gate.load for gate in gates], [gate.weight.grad for gate in gates]))
     (aux, loads, grads), (other_aux, other_loads, other_grads) = results
     assert torch.equal(aux, other_aux)
     assert all(torch.equal(a, b) for a, b in zip(loads, other_loads, strict=True))

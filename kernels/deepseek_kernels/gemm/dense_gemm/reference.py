@@ -14,7 +14,7 @@ __all__ = ["dense_gemm_expanded"]
 # A custom operator rather than an autograd.Function: opaque to torch.compile, so that compiled code takes the same
 # path instead of the slow product that the blocks are there to avoid.
 @torch.library.custom_op("deepseek_kernels::dense_gemm_expanded", mutates_args=())
-def dense_gemm_expanded(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor) -> Tensor:
     return multiply(x, weight)
 
 
@@ -27,4 +27,4 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight
     return grad_x, grad_weight
 
 
-connect_product(dense_gemm_expanded, _backward)
+dense_gemm_expanded = connect_product(_product, _backward)

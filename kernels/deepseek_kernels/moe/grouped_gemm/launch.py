@@ -62,7 +62,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> T
 
 
 @torch.library.custom_op("deepseek_kernels::grouped_gemm_triton", mutates_args=())
-def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return product(x, weight, functools.partial(tile_table, ends, x.shape[0]))
 
 
@@ -75,4 +75,4 @@ def _backward(
     return grad_x, _weight_gradient(grad, x, weight, ends) if need_weight else weight.new_empty(0)
 
 
-connect_product(grouped_gemm, _backward)
+grouped_gemm = connect_product(_product, _backward)

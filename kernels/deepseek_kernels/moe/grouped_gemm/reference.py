@@ -22,7 +22,7 @@ def _groups(ends: Tensor) -> list[slice]:
 # Custom operators, because the loops' bounds are data: torch.compile sees opaque nodes. No element that a product
 # writes is zeroed before: the weights' gradient is as large as all experts.
 @torch.library.custom_op("deepseek_kernels::grouped_gemm", mutates_args=())
-def grouped_gemm_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     expands = half_products.expands(x)
     *groups, unassigned = _groups(ends)
@@ -66,4 +66,4 @@ def _weight_gradient(grad: Tensor, x: Tensor, groups: list[slice], out: Tensor) 
             torch.mm(grad[rows].T, x[rows], out=out[expert])
 
 
-connect_product(grouped_gemm_reference, _backward)
+grouped_gemm_reference = connect_product(_product, _backward)

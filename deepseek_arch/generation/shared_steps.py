@@ -1,0 +1,69 @@
+"""Decoding on several ranks that run the model's collectives together.
+
+Parameters that are split over ranks (FSDP, tensor and expert parallelism) make each pass of the model a collective, so
+every rank has to make as many passes, of as many MTP modules. What a rank would decide by its own clock or its own
+texts is decided for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["SharedSteps", "many_ranks"]
+
+
+def many_ranks() -> bool:
+    """Returns True where a process group of several ranks runs: they may share collectives, and so no clock counts."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return torch.distributed.get_world_size() > 1
+
+
+class SharedSteps:
+    """Number of passes, and of drafts in each, that ranks agree on.
+
+    Ranks that hold whole models of their own, and single processes, decide for themselves.
+
+    Args:
+        model: parameters that are DTensors make its passes collectives.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        meshes = {p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")} if many_ranks() else set()
+        self.shared = bool(meshes)
+        only = next(iter(meshes)) if len(meshes) == 1 else None
+        # Ranks of several meshes, or of one with several axes, are all those there are.
+        self.group: Any = only.get_group() if only is not None and only.ndim == 1 else None
+
+    def agree(self, drafts: int, done: bool) -> tuple[int, bool]:
+        """Returns the most drafts that a rank wants in the next pass, and whether all ranks are done."""
+        if not self.shared:
+            return drafts, done
+        device = torch.accelerator.current_accelerator() if torch.distributed.get_backend() == "nccl" else "cpu"
+        state = torch.tensor([drafts, not done], device=device)
+        torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX, group=self.group)
+        most, running = state.tolist()
+        return most, not running
+
+    def all_done(self, done: bool) -> bool:
+        """Returns True if all ranks are done."""
+        return self.agree(0, done)[1]
+
+    def check_prompts(self, depth: int, passes: list[int]) -> None:
+        """Checks that ranks draft as many tokens, and run their prompts in as many passes, each of as many modules.
+
+        Raises:
+            ValueError: on every rank, where they would not.
+        """
+        if not self.shared:
+            return
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(self.group)
+        torch.distributed.all_gather_object(gathered, (depth, passes), group=self.group)
+        if any(other != gathered[0] for other in gathered):
+            raise ValueError(
+                "expected the same mtp_depth on all ranks, and prompts that take as many passes of the model, got "
+                f"{gathered} (drafts, and MTP modules after each pass): pad the prompts, or choose prefill_chunk"
+            )
