@@ -99,7 +99,7 @@ class LightningIndexer(nn.Module):
 
     def keys(self, x: Tensor, rope: Rotation, packed: bool = False) -> Tensor:
         """Returns the keys of tokens x [B, T, H] -> [B, T, D], or their bytes as `pack_index_keys` makes them."""
-        keys = rotate_first(self.k_norm(self.wk(x)), *rope, self.rope_interleaved)
+        keys = rotate_first(self.k_norm(self.wk(x)), rope.cos, rope.sin, self.rope_interleaved)
         return pack_index_keys(keys) if packed else keys
 
     def scores(self, x: Tensor, latents: Tensor, rope: Rotation, keys: Tensor, mask: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class LightningIndexer(nn.Module):
             mask: None (causal), spans or bool.
         """
         q = self.wq_b(latents).unflatten(-1, (self.num_heads, self.head_dim))
-        q = rotate_first(q, *rope, self.rope_interleaved)  # [B, T, G, D]
+        q = rotate_first(q, rope.cos, rope.sin, self.rope_interleaved)  # [B, T, G, D]
         weights = self.weights_proj(x) * (self.num_heads**-0.5 * self.head_dim**-0.5)
         if keys.dtype == torch.uint8:
             rows = q.reshape(-1, self.head_dim)

@@ -229,8 +229,7 @@ def _read_indexer_types(data: dict[str, Any], problems: list[str]) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
             problems.append(f"expected {name} to be an integer from 0 to {_MOST_LAYERS}, got {value!r:.200}")
             return
-    whole = isinstance(layers, int) and not isinstance(layers, bool) and 0 < layers <= _MOST_LAYERS
-    if frequency > 1 and whole:
+    if frequency > 1 and isinstance(layers, int) and not isinstance(layers, bool) and 0 < layers <= _MOST_LAYERS:
         owns = (max(i - offset + 1, 0) % frequency == 0 for i in range(layers))
         data["indexer_types"] = ["full" if own else "shared" for own in owns]
 

@@ -253,8 +253,9 @@ class DeepseekLM(nn.Module):
         return out
 
     def _mtp_output(self, step: MTPStep, logits_to_keep: int | Tensor, return_logits: bool) -> CausalLMOutput:
-        rest = {"rope": step.rope, "mask": step.mask, "cache": step.cache}
-        hidden, normed = self.mtp_states(step.hidden, step.next_ids, step.depth, **rest)
+        hidden, normed = self.mtp_states(
+            step.hidden, step.next_ids, step.depth, rope=step.rope, mask=step.mask, cache=step.cache
+        )
         kept = normed if isinstance(logits_to_keep, Tensor) else normed[:, -logits_to_keep:]
         return CausalLMOutput(self.lm_head(kept) if return_logits else None, hidden_states=hidden)
 
