@@ -191,7 +191,9 @@ def _specs(
         scale = TensorSpec(scale_name(slot.name), "F32", block_grid(slot.shape, block_size))
         return [TensorSpec(slot.name, "F8_E4M3", slot.shape), scale]
     source = "model.embed_tokens.weight" if slot.parameter in fp8_weights.parameters else slot.parameter
-    return [TensorSpec(slot.name, DTYPE_NAMES[state[source].dtype], slot.shape)]
+    dtype = state[source].dtype
+    dtype = torch.promote_types(dtype, torch.float32) if slot.float32 else dtype
+    return [TensorSpec(slot.name, DTYPE_NAMES[dtype], slot.shape)]
 
 
 def _tensors(
@@ -209,7 +211,7 @@ def _tensors(
             return tensor, scale
         return (dequantize_blocks(tensor, scale, fp8_weights.block_size, DTYPES[specs[0].dtype]),)
     if len(specs) == 1:
-        return (tensor,)
+        return (tensor.to(DTYPES[specs[0].dtype]),)
     assert config.quantization_config is not None and config.weight_block_size is not None
     try:
         return quantize_blocks(tensor, config.weight_block_size, scale_format_of(config.quantization_config))

@@ -74,7 +74,7 @@ def write_checkpoint(
 
 
 def _specs(slot: TensorSlot, block_size: tuple[int, int], format: str) -> list[TensorSpec]:
-    if slot.name.endswith(".e_score_correction_bias"):
+    if slot.float32:
         return [TensorSpec(slot.name, "F32", slot.shape)]
     if not slot.fp8 or format == "bf16":
         return [TensorSpec(slot.name, "BF16", slot.shape)]
@@ -89,8 +89,9 @@ def _random(slot: TensorSlot, seed: int, std: float) -> Tensor:
     noise = torch.randn(slot.shape, generator=generator, device="cpu", dtype=torch.float32)
     if name.endswith(".e_score_correction_bias"):
         return noise * 0.1  # both signs, large enough to change which experts are chosen
-    if len(slot.shape) == 1:
-        return (1 + noise * 0.1).bfloat16()  # norms
+    if len(slot.shape) == 1:  # norms, in values of bfloat16 also where they are stored in float32
+        values = (noise * 0.1 + (not name.endswith(".bias"))).bfloat16()
+        return values.float() if slot.float32 else values
     return (noise * std).bfloat16()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config.deepseek_config import DeepseekConfig
-from .published_tensors import Weight, layer_weights, mtp_weights
+from .published_tensors import Weight, layer_weights, mtp_weights, published_dtype
 from .subset import Subset, select_subset
 
 __all__ = ["TensorSlot", "is_stray", "layer_of", "layout", "scale_name"]
@@ -43,6 +43,7 @@ class TensorSlot:
         parameter: the entry of the model's state dict that holds it.
         index: where in a stacked parameter: expert, first row, end row. None for the whole parameter.
         fp8: stored as FP8 in an FP8 checkpoint.
+        float32: stored as float32 in every published checkpoint, whatever the model's dtype (V3.2's norms).
         repeats: a second copy of what `parameter` holds already: compared, not loaded, and allowed to be absent.
     """
 
@@ -53,6 +54,7 @@ class TensorSlot:
     parameter: str
     index: tuple[int, int, int] | None = None
     fp8: bool = False
+    float32: bool = False
     repeats: bool = False
 
     @property
@@ -121,7 +123,8 @@ def layout(chosen: Subset | DeepseekConfig) -> Iterator[TensorSlot]:
     ):
         tied = name == "lm_head.weight" and c.tie_word_embeddings
         parameter = "model.embed_tokens.weight" if tied else name
-        yield TensorSlot(name, shape, shape[0], name, parameter, repeats=tied)
+        wide = name == "model.norm.weight" and published_dtype(c, "norm", False) == "F32"
+        yield TensorSlot(name, shape, shape[0], name, parameter, float32=wide, repeats=tied)
     for layer, new_layer in chosen.layer_pairs:
         depth = layer - c.num_hidden_layers
         ours = f"model.layers.{new_layer}." if depth < 0 else f"mtp.{depth}."
@@ -146,7 +149,8 @@ def _slots(weight: Weight, prefix: str, new_prefix: str, ours: str, chosen: Subs
         yield TensorSlot(prefix + name, shape, shape[0], new_prefix + name, parameter, repeats=True)
     else:
         rows = (chosen.config.n_routed_experts or 0) if name in _PER_EXPERT_ROWS else shape[0]
-        yield TensorSlot(prefix + name, shape, rows, new_prefix + name, ours + name, None, fp8)
+        wide = published_dtype(chosen.source, weight.kind, False) == "F32"
+        yield TensorSlot(prefix + name, shape, rows, new_prefix + name, ours + name, None, fp8, wide)
 
 
 def scale_name(name: str) -> str:
