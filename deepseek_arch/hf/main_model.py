@@ -22,6 +22,7 @@ from ..moe.routing import Routing
 from ..moe.routing_record import RoutingRecord
 from .attention_mask import FirstTokens, attention_mask_for, document_starts, real_tokens
 from .base import DeepseekPreTrainedModel
+from .cache_check import check_holds_latents
 from .key_mapping import register_conversions
 from .layers import DeepseekDecoderLayer
 from .outputs import DeepseekModelOutput
@@ -85,7 +86,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, or outputs that would be recorded without
-                gradients.
+                gradients, or a cache of something else than latents (prefix tuning).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -100,6 +101,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             raise ValueError("expected causal attention, got is_causal=False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        check_holds_latents(past_key_values, self.config.kv_lora_rank)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = x.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -9,7 +9,7 @@ import pytest
 from transformers import DeepseekV3ForCausalLM
 
 import deepseek_arch.hf as dhf
-from support.balance_oracle import balance_loss_of
+from support.balance_oracle import balance_loss_of, watched_balance
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -92,12 +92,15 @@ def test_sft_with_adapters_on_attention_and_experts(checkpoint, tokenizer, tmp_p
     assert trained and all(p.abs().sum() > 0 for p in trained)
 
 
-def test_sft_with_a_balance_loss(checkpoint, tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("loss_type", ["nll", "chunked_nll", "dft"])
+def test_sft_with_a_balance_loss(checkpoint, tokenizer, tmp_path, loss_type, capsys):
     """V3's sequence-wise loss of the batch that was trained on, not Mixtral's, which TRL computes (TRAPS R7)."""
-    batches = []
+    batches, given = [], {"loss_type": loss_type}
     with dhf.registered():
-        trainer, losses = sft(checkpoint, tokenizer, tmp_path / "with", batches=batches, router_aux_loss_coef=0.01)
-        _, plain = sft(checkpoint, tokenizer, tmp_path / "without")
+        trainer, losses = sft(
+            checkpoint, tokenizer, tmp_path / "with", batches=batches, router_aux_loss_coef=0.01, **given
+        )
+        _, plain = sft(checkpoint, tokenizer, tmp_path / "without", **given)
     balance = [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
     fresh = dhf.DeepseekForCausalLM.from_pretrained(checkpoint)
     gates = [layer.mlp.gate for layer in fresh.model.layers[1:]]
@@ -131,15 +134,19 @@ def test_grpo_two_steps(checkpoint, tokenizer, tmp_path, how, capsys):
             peft_config=adapters,
         )
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        trainer.train()
-    policy = trainer.model.get_base_model() if adapters is not None else trainer.model
-    assert type(policy) is dhf.DeepseekForCausalLM
+        policy = trainer.model.get_base_model() if adapters is not None else trainer.model
+        assert type(policy) is dhf.DeepseekForCausalLM
+        gates = [layer.mlp.gate for layer in policy.model.layers[1:]]
+        with watched_balance(policy.model, gates, policy.config.num_experts_per_tok) as balance:
+            trainer.train()
     if how == "reference model":
         assert type(trainer.ref_model) is dhf.DeepseekForCausalLM
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all(math.isfinite(entry["loss"]) for entry in logs)
     if how == "balance loss":
-        assert logs[0]["aux_loss"] >= 1
+        assert len(balance) == 2  # one batch a step
+        for entry, expected in zip(logs, balance, strict=True):
+            assert entry["aux_loss"] == pytest.approx(expected, rel=2e-4)  # logged to four digits
     moved = [name for name, p in trainer.model.named_parameters() if p.requires_grad and not p.equal(before[name])]
     assert any("o_proj" in name for name in moved)
     assert not any("mtp." in name for name in moved)

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 import deepseek_arch.hf as dhf
 from support import small_models
+from support.balance_oracle import watched_balance
 from support.small_models import tokens
 
 accelerate = pytest.importorskip("accelerate")
@@ -104,12 +105,16 @@ def test_sft_with_biases_and_a_balance_loss(folder_of, tokenizer, tmp_path, accu
             callbacks=[callback],
         )
         before = biases(trainer.model)
-        trainer.train()
+        gates = [layer.mlp.gate for layer in trainer.model.model.layers[1:]]
+        with watched_balance(trainer.model.model, gates, CONFIG.num_experts_per_tok) as balance:
+            trainer.train()
     assert type(trainer.model) is dhf.DeepseekForCausalLM
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 2
-    for entry in logs:
-        assert math.isfinite(entry["loss"]) and entry["aux_loss"] >= 1 and entry["max_violation"] > 0
+    assert len(logs) == 2 and len(balance) == 2 * accumulation
+    for step, entry in enumerate(logs):
+        assert math.isfinite(entry["loss"]) and entry["max_violation"] > 0
+        expected = sum(balance[step * accumulation : (step + 1) * accumulation]) / accumulation
+        assert entry["aux_loss"] == pytest.approx(expected, rel=2e-4)  # logged to four digits
     main = {name: bias for name, bias in biases(trainer.model).items() if not name.startswith("mtp.")}
     assert len(main) == 2 and all(len(steps) == 2 for steps in callback.history.shares.values())
     for name, bias in main.items():

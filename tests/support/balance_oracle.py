@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_arch.moe.moe import Router
 
@@ -47,3 +48,35 @@ def balance_loss_of(gates: list[Router], top_k: int, mask: Tensor, call: Callabl
             hook.remove()
     assert len(seen) == len(gates)
     return sum(sequence_balance_loss(seen[i], gate.weight.detach(), top_k, mask) for i, gate in enumerate(gates))
+
+
+@contextmanager
+def watched_balance(main_model: nn.Module, gates: list[Router], top_k: int) -> Iterator[list[float]]:
+    """Collects the loss of every call of a main model with gradients, from what the routers' hooks see meanwhile.
+
+    Args:
+        main_model: called with `attention_mask`, where tokens are padding.
+        gates: its routers; their weights are taken as they are in the call.
+    """
+    losses: list[float] = []
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def see(index: int) -> Callable[[Router, tuple], None]:
+        return lambda gate, args: seen.update({index: (args[0].detach().clone(), gate.weight.detach().clone())})
+
+    def close(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if torch.is_grad_enabled() and module.training:
+            hidden = seen[0][0]
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones(hidden.shape[:2], dtype=torch.long) if mask is None else mask
+            assert len(seen) == len(gates) and mask.shape == hidden.shape[:2]
+            losses.append(sum(sequence_balance_loss(x, weight, top_k, mask) for x, weight in seen.values()))
+        seen.clear()
+
+    hooks = [gate.register_forward_pre_hook(see(index)) for index, gate in enumerate(gates)]
+    hooks.append(main_model.register_forward_hook(close, with_kwargs=True))
+    try:
+        yield losses
+    finally:
+        for hook in hooks:
+            hook.remove()

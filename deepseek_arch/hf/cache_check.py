@@ -1,0 +1,28 @@
+"""Check of a cache that comes from outside: it has to hold latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["check_holds_latents"]
+
+
+def check_holds_latents(cache: Any, kv_lora_rank: int) -> None:
+    """Checks what a cache already has in its first layer; an empty one, and one that hides its tensors, pass.
+
+    Raises:
+        ValueError: there are keys of heads, as PEFT's prefix tuning puts them there.
+    """
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or keys.dtype == torch.uint8:
+        return
+    heads, width = keys.shape[1], keys.shape[3]
+    if keys.shape[2] and (heads, width) != (1, kv_lora_rank):
+        raise ValueError(
+            f"expected a cache of latents, [B, 1, S, {kv_lora_rank}], got keys [B, {heads}, S, {width}]: prefix tuning "
+            "learns keys and values of heads, which latent attention does not cache; PEFT's prompt tuning and "
+            "p-tuning learn virtual tokens for any model (PromptTuningConfig, PromptEncoderConfig)"
+        )
