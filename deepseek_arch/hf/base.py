@@ -26,6 +26,7 @@ from ..quant.fp8_experts import FP8Experts
 from .adapter_targets import keep_linear_targets
 from .attention import AttentionWeights
 from .configuration import ArchConfig, ArchDeepseekV3Config, as_arch_config
+from .fp8_cuts import StoredInFP8, check_cuts, check_version
 from .key_mapping import saving_conversions
 from .layers import DeepseekDecoderLayer
 from .other_quantizers import has_other_quantizer, make_linears_plain
@@ -44,6 +45,7 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
     """
 
     config: ArchConfig
+    stored_in_fp8: StoredInFP8 | None = None
     config_class = ArchDeepseekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -60,6 +62,20 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
         super().__init__(as_arch_config(config))
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+        """As transformers, which calls this before it reads weights, and checks the cuts of FP8 weights.
+
+        Raises:
+            ValueError: on every rank, if a cut lies inside a block, or transformers cuts codes without their scales.
+        """
+        if model.stored_in_fp8 is not None:
+            check_version(distributed_config)
+        model = super().maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
+        if model.stored_in_fp8 is not None:
+            check_cuts(model, model.stored_in_fp8)
+        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only through transformers' functions, which leave alone what has been loaded.

@@ -8,7 +8,7 @@ Our quantizer has a method name of its own (`fp8_config`), so that other models'
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ from .fp8_conversions import (
     dequantizing_converter,
     fp8_converters,
 )
+from .fp8_cuts import StoredInFP8
 from .state_dict_hooks import accept_published_experts
 
 __all__ = ["DeepseekFP8Quantizer"]
@@ -40,6 +41,8 @@ class DeepseekFP8Quantizer(HfQuantizer):
     """Builds FP8 layers for tensors that are FP8 in the files, or puts dequantization before the weight conversions."""
 
     quantization_config: DeepseekFP8Config
+    # With it, transformers' parallel plans cut the scales of stacked experts as they cut the codes.
+    serialized_names: ClassVar = {"weight": ["weight", scale_name("weight")]}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -66,11 +69,12 @@ class DeepseekFP8Quantizer(HfQuantizer):
         alone = sorted(n for n in tensors if n.endswith(suffix) and n.removesuffix(suffix) not in codes)
         if alone:
             raise ValueError(f"expected FP8 tensors beside the scales, got scales alone: {', '.join(alone[:8])}")
-        if not self.quantization_config.dequantize:
-            config = self.quantization_config
-            stored = None if checkpoint_files is None else codes
-            kept = parameters_in_fp8(model, stored, set(tensors))
-            keep_fp8(model, config.blocks, kept, scale_format_of(config.published))
+        config = self.quantization_config
+        stored = None if checkpoint_files is None else codes
+        in_fp8 = parameters_in_fp8(model, stored, set(tensors), in_part=config.dequantize)
+        model.stored_in_fp8 = StoredInFP8(frozenset(in_fp8), config.blocks, kept=not config.dequantize)
+        if not config.dequantize:
+            keep_fp8(model, config.blocks, in_fp8, scale_format_of(config.published))
             accept_published_experts(model)
         return model
 
@@ -122,16 +126,19 @@ class DeepseekFP8Quantizer(HfQuantizer):
         return True
 
 
-def parameters_in_fp8(model: PreTrainedModel, codes: set[str] | None, stored: set[str]) -> set[str]:
+def parameters_in_fp8(
+    model: PreTrainedModel, codes: set[str] | None, stored: set[str], in_part: bool = False
+) -> set[str]:
     """Returns the model's parameters that are FP8 both in the published layout and in these files.
 
     Args:
         codes: names of the files' FP8 tensors, published or (from `save_original_format=False`) our own; of a
             main model alone without "model.". None where the files are unknown: then as the layout says.
         stored: names of all their tensors.
+        in_part: takes stacked experts of which only some are FP8, too.
 
     Raises:
-        ValueError: a layer's experts are FP8 only in part.
+        ValueError: without `in_part`, a layer's experts are FP8 only in part.
     """
     own = {name for name, _ in model.named_parameters()}
     kept: set[str] = set()
@@ -148,7 +155,7 @@ def parameters_in_fp8(model: PreTrainedModel, codes: set[str] | None, stored: se
         if slot.index is not None:
             partly.setdefault(parameter.rpartition(".")[0], set()).add(in_fp8)
     mixed = sorted(name for name, kinds in partly.items() if len(kinds) == 2)
-    if mixed:
+    if mixed and not in_part:
         raise ValueError(
             f"expected a layer's experts to be all FP8 or none, got some of {', '.join(mixed[:8])}; "
             "quantization_config=DeepseekFP8Config(dequantize=True) loads them"
