@@ -33,7 +33,12 @@ _CPU_COPIES = 16
 
 
 def interleave(
-    actions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, budget_s: float = math.inf
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    budget_s: float = math.inf,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Samples]:
     """Times the actions in turn, A, B, A, B, ..., so that a slow minute of the machine affects all of them.
 
@@ -42,6 +47,7 @@ def interleave(
         rounds: counted runs of each, at most.
         warmup: runs before them that do not count, unless they take longer than `SLOW`.
         budget_s: an action with a counted run is not run again if its total, warm-up included, would exceed this.
+        clock: default `time.perf_counter`; `time.process_time` counts this process's threads alone, where others run.
 
     Returns:
         the seconds of each counted run.
@@ -54,7 +60,7 @@ def interleave(
             done = seconds[name]
             if done and (len(done) == rounds or spent[name] + last[name] > budget_s):
                 continue
-            last[name] = _time(action)
+            last[name] = _time(action, clock or time.perf_counter)
             spent[name] += last[name]
             if turn >= warmup or last[name] >= SLOW:
                 done.append(last[name])
@@ -66,13 +72,13 @@ def sample_times(action: Callable[[], object], *, rounds: int, warmup: int = 1) 
     return interleave({OURS: action}, rounds=rounds, warmup=warmup)[OURS]
 
 
-def _time(action: Callable[[], object]) -> float:
+def _time(action: Callable[[], object], clock: Callable[[], float]) -> float:
     gc.collect()
     gc.disable()  # a collection in the middle would be charged to whichever action allocated last
     try:
-        start = time.perf_counter()
+        start = clock()
         action()
-        return time.perf_counter() - start
+        return clock() - start
     finally:
         gc.enable()
 
