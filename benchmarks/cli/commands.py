@@ -48,6 +48,7 @@ COMMANDS = {
         Command("gguf", "models.gguf_file", "Writes a GGUF file of the same weights, for `model --llama-bench`."),
         Command("fp8-weights", "models.fp8_weights", "FP8 weights under high-precision activations, against a cast."),
         Command("overhead", "models.overhead", "Calls, files and time of a decode step, where operators are small."),
+        Command("rollouts", "models.rollouts", "Sampling of a trained policy: this engine and transformers'."),
         Command("convert", "models.convert", "Conversion of checkpoints against copying them."),
         Command("fp8-training", "training.fp8_training", "Training in FP8 against training in BF16."),
         Command("train-mini", "training.mini_measurements", "A small model trained from nothing, and measured."),

@@ -90,6 +90,10 @@ def test_the_report_has_every_stage(smoke):
     for name in load_recipe("smoke").stages:
         assert f"\n| {name} |" in text, name
     assert "### zero" in text and "| 2 | 0." in text
+    results = json.loads((smoke["out"] / "results.json").read_text(encoding="utf-8"))
+    assert results["recipe"] == "smoke" and list(results["stages"]) == list(load_recipe("smoke").stages)
+    assert results["stages"]["zero"]["metrics"] == metrics(smoke["out"], "zero")
+    assert [point["step"] for point in results["stages"]["zero"]["curve"]] == [0, 1, 2]
     alone = write_report(smoke["out"])
     assert alone.read_text(encoding="utf-8").startswith("# Results")
     with pytest.raises(ValueError, match="at least one stage"):

@@ -68,3 +68,17 @@ def test_bad_prompts_are_refused(core):
         sample_natively(core, [[]], sampling(core))
     with pytest.raises(ValueError, match=r"prompts and completions of at most \d+ tokens"):
         sample_natively(core, PROMPTS, sampling(core, max_new_tokens=10**6))
+
+
+def test_the_benchmark_counts_kept_tokens_of_both_engines(policy_folder):
+    pytest.importorskip("trl")
+    from benchmarks.models.rollouts import Settings, run
+
+    folder = policy_folder("v3", num_nextn_predict_layers=1)
+    report = run(Settings(checkpoint=folder, batches=(2,), max_new_tokens=6, rounds=2, threads=torch.get_num_threads()))
+    (row,) = report.rows
+    assert set(row.results) == {"ours", "transformers"} and row.ratio() > 0
+    for samples in row.results.values():
+        assert len(samples.values) == 2 and all(rate > 0 for rate in samples.values)
+    with pytest.raises(ValueError, match="positive sizes"):
+        Settings(rounds=0)

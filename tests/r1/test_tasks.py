@@ -67,7 +67,7 @@ def test_a_base_models_text_holds_every_skill_in_bad_form():
         right += reward(Accuracy(template), text, problem)
         formed += reward(Format(template), text, problem)
         mixed += 0 < reward(Language(template), text, problem) < 1
-    assert 100 < right < 290 and 60 < formed < 240 and mixed > 60
+    assert 100 < right < 290 and 60 < formed < 240 and mixed > 50
 
 
 def test_translation_of_thoughts_keeps_numbers_and_leaves_one_language():

@@ -1,4 +1,4 @@
-"""REPORT.md: the table of stages beside the paper's, curves and transcripts."""
+"""REPORT.md: the table of stages beside the paper's, curves and transcripts; and results.json, for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ CURVES = ("pass@1", "format", "consistency", "tokens", "reflections")
 
 
 def write_report(out: str | Path, recipe: Recipe | None = None) -> Path:
-    """Writes `REPORT.md` of all stages that are done in `out`, and `curves.png` where matplotlib is installed.
+    """Writes `REPORT.md` and `results.json` of all stages that are done in `out`.
+
+    Curves are drawn into `curves.png` where matplotlib is installed.
 
     Args:
         recipe: gives the order and the title; default: the order in which the stages were done.
@@ -49,11 +51,35 @@ def write_report(out: str | Path, recipe: Recipe | None = None) -> Path:
         drawn = _draw(curves, out / "curves.png")
         parts.append("## Curves\n" + ("\n![curves](curves.png)\n" if drawn else "") + _curve_tables(curves))
     parts.append(_transcripts(stages))
-    path = out / "REPORT.md"
-    part = path.with_name(".REPORT.part")
-    part.write_text("\n".join(parts), encoding="utf-8")
+    results = _results(stages, curves, None if recipe is None else recipe.name)
+    _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    return _write(out / "REPORT.md", "\n".join(parts))
+
+
+def _write(path: Path, text: str) -> Path:
+    """Writes a file, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
     return path
+
+
+def _results(
+    stages: Mapping[str, Mapping[str, Any]], curves: Mapping[str, list[dict[str, float]]], name: str | None
+) -> dict[str, Any]:
+    """Returns what was measured, without transcripts and logs: small enough to be kept with a repository."""
+    return {
+        "recipe": name,
+        "stages": {
+            stage: {
+                "seed": found["manifest"]["seed"],
+                "metrics": found["metrics"],
+                **found["timing"],
+                **({"curve": curves[stage]} if stage in curves else {}),
+            }
+            for stage, found in stages.items()
+        },
+    }
 
 
 def _read(folder: Path) -> dict[str, Any]:

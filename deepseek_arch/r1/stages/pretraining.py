@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ class Phase:
 
     Attributes:
         nodes, low, high: of the problems, see `Chains`.
-        text: see `Corpus`.
+        text, tables: see `Corpus`.
+        responses_only: whether prompts are left out of the loss. Their numbers are drawn: nothing is learned from them.
+        window: batches whose documents are sorted by length together, so that little of a batch is padding; 1 for
+            batches with every kind of document, from which copying was learned in half of the steps.
         max_steps: of the optimizer.
         until_steps: accuracy of single steps under a forced step list at which the phase ends earlier, or None. Seeds
             differ threefold in the time to it, so that a fixed time is no criterion.
@@ -56,15 +60,30 @@ class Phase:
     low: int = 3
     high: int = 5
     text: str = "mixture"
+    tables: float = 0.0
+    responses_only: bool = False
+    window: int = 8
     max_steps: int = 100
     until_steps: float | None = None
     check_every: int = 50
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.check_every < 1:
-            raise ValueError(f"expected max_steps and check_every >= 1, got {self.max_steps}, {self.check_every}")
-        Corpus(Chains(self.nodes, self.low, self.high), self.text)  # says what is wrong with these
+        if min(self.max_steps, self.check_every, self.window) < 1:
+            raise ValueError(
+                f"expected max_steps, check_every and window >= 1, got {self.max_steps}, {self.check_every} and "
+                f"{self.window}"
+            )
+        self.corpus(0)  # says what is wrong with the fields
+
+    @property
+    def chains(self) -> Chains:
+        """The problems."""
+        return Chains(self.nodes, self.low, self.high)
+
+    def corpus(self, seed: int) -> Corpus:
+        """Returns the documents of a seed."""
+        return Corpus(self.chains, self.text, seed, self.tables)
 
 
 @dataclass
@@ -99,17 +118,37 @@ class PretrainArguments(CommonArguments):
         return [self.tokenizer_from] if self.tokenizer_from else []
 
 
-class _Documents(Dataset):
-    """Documents by number: a resumed run needs none of those before."""
+Document = tuple[list[int], list[int]]  # tokens of the prompt, and of the rest
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, count: int) -> None:
-        self.corpus, self.tokenizer, self.count = corpus, tokenizer, count
+
+class _Documents(Dataset):
+    """Documents by number: a resumed run needs none of those before.
+
+    Those of `window` batches are sorted by length and the batches shuffled, so that little of a batch is padding.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Any, count: int, batch: int, window: int) -> None:
+        self.corpus, self.tokenizer, self.count, self.batch = corpus, tokenizer, count, batch
+        self.window = window
+        self._rows: tuple[int, list[Document]] = (-1, [])  # of a window, with its number
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> list[int]:
-        return self.tokenizer("".join(self.corpus.document(number)), add_special_tokens=False)["input_ids"]
+    def __getitem__(self, number: int) -> Document:
+        window, place = divmod(number, self.window * self.batch)
+        if window != self._rows[0]:
+            self._rows = window, self._sorted(window)
+        return self._rows[1][place]
+
+    def _sorted(self, window: int) -> list[Document]:
+        count, size = self.window * self.batch, self.batch
+        texts = [self.corpus.document(window * count + i) for i in range(count)]
+        parts = [self.tokenizer(list(part), add_special_tokens=False)["input_ids"] for part in zip(*texts, strict=True)]
+        rows = sorted(zip(*parts, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        random.Random(f"batches {self.corpus.seed} {window}").shuffle(batches)
+        return [row for batch in batches for row in batch]
 
 
 class _UntilSteps(TrainerCallback):
@@ -161,8 +200,7 @@ def _run_phase(
 ) -> list[dict[str, Any]]:
     set_seed(context.seed + number)
     folder = context.work / f"phase-{number}"
-    chains = Chains(phase.nodes, phase.low, phase.high)
-    corpus = Corpus(chains, phase.text, context.seed + number)
+    corpus = phase.corpus(context.seed + number)
     before = context.work / f"phase-{number - 1}" / "final"
     if number:
         model, tokenizer = load_model(before), load_tokenizer(before)
@@ -171,8 +209,8 @@ def _run_phase(
         model = _new_model(arguments, tokenizer)
     args = PretrainConfig(
         **trainer_values(
-            {**values, **phase.trainer, "output_dir": str(folder), "max_steps": phase.max_steps,
-             "remove_unused_columns": False, "label_names": ["labels"]},
+            {"train_sampling_strategy": "sequential", **values, **phase.trainer, "output_dir": str(folder),
+             "max_steps": phase.max_steps, "remove_unused_columns": False, "label_names": ["labels"]},
             context,
         )
     )  # fmt: skip
@@ -180,15 +218,15 @@ def _run_phase(
     if ours:
         model.config.mtp_loss_weight = args.mtp_loss_weight
     pad = tokenizer.pad_token_id
+    count = phase.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer = Trainer(
         model,
         args,
-        data_collator=lambda rows: _collate(rows, pad),
-        train_dataset=_Documents(corpus, tokenizer, phase.max_steps * args.train_batch_size
-                                 * args.gradient_accumulation_steps * args.world_size),
+        data_collator=lambda rows: _collate(rows, pad, phase.responses_only),
+        train_dataset=_Documents(corpus, tokenizer, count, args.train_batch_size, phase.window),
         callbacks=[hf.LoadBalancingCallback(args.balance_rate)] if ours and args.balance_rate else [],
     )  # fmt: skip
-    trainer.add_callback(_UntilSteps(Policy(model, tokenizer), chains, phase, context.seed))
+    trainer.add_callback(_UntilSteps(Policy(model, tokenizer), phase.chains, phase, context.seed))
     log = train(trainer)
     if ours:
         model.config.mtp_loss_weight = 0.0
@@ -196,22 +234,23 @@ def _run_phase(
     return [{"phase": number, **entry} for entry in log]
 
 
-def _collate(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    width = max(map(len, rows))
+def _collate(rows: Sequence[Document], pad: int, responses_only: bool = False) -> dict[str, torch.Tensor]:
+    width = max(len(prompt) + len(rest) for prompt, rest in rows)
     ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (prompt, rest) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(rest)
+        ids[i, :end] = torch.tensor(prompt + rest)
+        mask[i, :end] = 1
+        first = start if responses_only else 0
+        labels[i, first:end] = ids[i, first:end]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _tokenizer(arguments: PretrainArguments, context: StageContext) -> Any:
     if arguments.tokenizer_from:
         return load_tokenizer(context.model_of(arguments.tokenizer_from))
-    corpora = [
-        Corpus(Chains(phase.nodes, phase.low, phase.high), phase.text, 1) for phase in arguments.curriculum
-    ] + [Corpus(Chains(), "mixture", 1)]  # fmt: skip
+    corpora = [*(phase.corpus(1) for phase in arguments.curriculum), Corpus(Chains(), "mixture", 1)]
     return train_tokenizer(corpora, arguments.vocab_size)
 
 

@@ -27,7 +27,7 @@ _QUESTIONS = {
     "zh": "沿着 {table} 。 开始 {start} , {steps} 步 。",
 }
 # What a base model's text holds: the form of a response and its share.
-STYLES = {"direct": 0.22, "answer": 0.18, "jump": 0.10, "pairs": 0.12, "steps": 0.30, "check": 0.08}
+STYLES = {"direct": 0.25, "answer": 0.20, "jump": 0.14, "pairs": 0.16, "steps": 0.19, "check": 0.06}
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Chains:
     One problem in eight, chosen by a hash of its ring and length, is kept for the test split in all languages.
 
     Attributes:
-        nodes: from 2 to 10.
+        nodes: from 2 to 10. Take more than `high`: on fewer, long walks go round and are short ones in truth.
         low, high: steps, at least 1.
         languages: of the questions, drawn with equal probability.
     """

@@ -27,16 +27,21 @@ class Corpus:
         text: "steps" for clean step lists in R1-Zero's form, which single steps are learned from within minutes; or
             "mixture", the bad text.
         seed: of everything.
+        tables: share of documents of "steps" that hold a table four times instead: from the second one on every second
+            number can be copied, so that they teach copying with fewer tokens than lists do.
     """
 
     chains: Chains
     text: str = "mixture"
     seed: int = 0
+    tables: float = 0.0
     chat: Chat = field(default_factory=Chat)
 
     def __post_init__(self) -> None:
         if self.text not in TEXTS:
             raise ValueError(f"expected text among {', '.join(TEXTS)}, got {self.text!r}")
+        if not 0 <= self.tables <= 1 or (self.tables and self.text != "steps"):
+            raise ValueError(f"expected tables in [0, 1], and 0 without text 'steps', got {self.tables}")
 
     def document(self, number: int) -> tuple[str, str]:
         """Returns the prompt and the rest of a document, marks included."""
@@ -45,16 +50,22 @@ class Corpus:
         return prompt, rest + END
 
     def _steps(self, rng: random.Random) -> tuple[str, str]:
+        if rng.random() < self.tables:
+            return self._tables(rng, 3)
         problem = self.chains.one(rng)
         response = Writer(rng, problem.language or "en").response(problem, "steps")
         return _prompt(problem.question), response
 
+    def _tables(self, rng: random.Random, again: int) -> tuple[str, str]:
+        """Returns a table, and what follows it: the same so many times in other orders."""
+        pairs = self.chains.one(rng).data["pairs"]
+        first, *others = pairs, *(rng.sample(pairs, len(pairs)) for _ in range(again))
+        return BEGIN + " ".join(f"{a} {b} ," for a, b in first), "".join(f" {a} {b} ," for t in others for a, b in t)
+
     def _mixture(self, rng: random.Random) -> tuple[str, str]:
         kind = rng.random()
-        if kind < 0.12:  # tables, written twice in another order, as any corpus has
-            pairs = self.chains.one(rng).data["pairs"]
-            again = rng.sample(pairs, len(pairs))
-            return BEGIN, " ".join(f"{a} {b} ," for a, b in [*pairs, *again])
+        if kind < 0.12:
+            return self._tables(rng, 1)
         if kind < 0.18:
             asked = self.chat.one(rng)
             return _prompt(asked.question), rng.choice(self.chat.responses(asked))[0]
