@@ -59,7 +59,8 @@ class DeepseekMTPLayer(GradientCheckpointingLayer, MTPLayer):
         mask: Tensor | None = None,
         cache: Any | None = None,
         routing: Routing | None = None,
+        selection: KeySelection | None = None,
     ) -> tuple[Tensor, ...]:
         """As `MTPLayer.forward`, and returns what `routing` kept beside the rest, as the decoder layers do."""
-        out = MTPLayer.forward(self, hidden, next_embeddings, rope, mask, cache, routing)
+        out = MTPLayer.forward(self, hidden, next_embeddings, rope, mask, cache, routing, selection)
         return out if routing is None else (*out, *routing.differentiable(self.layer_idx))
