@@ -20,6 +20,8 @@ from .models.outputs import CausalLMOutput as CausalLMOutput
 from .models.live_weights import ParameterMatrices as ParameterMatrices
 from .models.live_weights import published_tensors as published_tensors
 from .attention.mla import MultiHeadLatentAttention as MultiHeadLatentAttention
+from .attention.sparse_attention import SparseLatentAttention as SparseLatentAttention
+from .attention.lightning_indexer import LightningIndexer as LightningIndexer
 from .moe.moe import Experts as Experts
 from .moe.moe import MoE as MoE
 from .moe.moe import Router as Router
@@ -27,6 +29,13 @@ from .layers.linear import MLP as MLP
 from .layers.linear import Linear as Linear
 from .layers.norm import RMSNorm as RMSNorm
 from .layers.rope import RotaryEmbedding as RotaryEmbedding
+
+# Sparse attention and its training
+from .attention.key_selection import KeySelection as KeySelection
+from .models.indexer_training import indexer_warm_up as indexer_warm_up
+from .models.indexer_training import sparse_from_dense as sparse_from_dense
+from .models.indexer_training import sparse_training as sparse_training
+from .models.indexer_training import train_only_indexers as train_only_indexers
 
 # Caches and decoding
 from .cache.latent_cache import LatentCache as LatentCache

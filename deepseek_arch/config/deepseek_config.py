@@ -266,6 +266,9 @@ class DeepseekConfig:
         for name in ("architectures", "eos_token_id", "indexer_types"):
             if isinstance(getattr(self, name), list):
                 changes[name] = tuple(getattr(self, name))
+        types = changes.get("indexer_types", self.indexer_types)
+        if isinstance(types, tuple) and len(types) == self.num_hidden_layers and set(types) == {"full"}:
+            changes["indexer_types"] = None  # what it means
         for name in ("rope_scaling", "quantization_config", "extra"):
             if isinstance(getattr(self, name), Mapping):
                 changes[name] = dict(getattr(self, name))

@@ -18,7 +18,9 @@ from .classifiers import DeepseekForSequenceClassification, DeepseekForTokenClas
 from .configuration import (
     ArchDeepseekV2Config,
     ArchDeepseekV3Config,
+    ArchDeepseekV32Config,
     ArchGlm4MoeLiteConfig,
+    ArchGlmMoeDsaConfig,
     ArchKimiK2Config,
     as_arch_config,
 )
@@ -32,7 +34,9 @@ from .replaying import replaying
 __all__ = [
     "ArchDeepseekV2Config",
     "ArchDeepseekV3Config",
+    "ArchDeepseekV32Config",
     "ArchGlm4MoeLiteConfig",
+    "ArchGlmMoeDsaConfig",
     "ArchKimiK2Config",
     "DeepseekFP8Config",
     "DeepseekFP8Quantizer",

@@ -19,7 +19,15 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing
 
-__all__ = ["FirstTokens", "attention_mask_for", "document_starts", "real_tokens"]
+__all__ = ["FirstTokens", "as_visibility", "attention_mask_for", "document_starts", "only_mask", "real_tokens"]
+
+
+def only_mask(attention_mask: Any) -> Tensor | None:
+    """Returns the mask in a table by kinds of layers, as generate makes it for a static cache, or what is no table."""
+    if not isinstance(attention_mask, dict):
+        return cast("Tensor | None", attention_mask)
+    (mask,) = attention_mask.values()  # all layers of these models are of one kind
+    return cast("Tensor | None", mask)
 
 
 def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -170,3 +178,24 @@ class FirstTokens:
     def update(self, latent: Tensor, rotated_key: Tensor, layer_idx: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
         latents, keys = self.cache.update(latent, rotated_key, layer_idx, **kwargs)
         return latents[:, :, : self.tokens], keys[:, :, : self.tokens]
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        held: Tensor = self.cache.update_indexer(keys, layer_idx)
+        return held[:, : self.tokens]
+
+
+def as_visibility(mask: Tensor | None) -> Tensor | None:
+    """Returns a mask for sparse attention, which selects among the keys that a query sees: never an additive one.
+
+    Args:
+        mask: as `attention_mask_for` returns it.
+
+    Raises:
+        ValueError: the additive mask weighs keys, with values other than 0 and those that hide a key.
+    """
+    if mask is None or not mask.is_floating_point():
+        return mask
+    seen = mask > torch.finfo(mask.dtype).min / 2
+    if not is_tracing(mask) and bool((mask.masked_fill(~seen, 0) != 0).any()):
+        raise ValueError("expected an additive mask of 0 and the least number with sparse attention, got other values")
+    return seen

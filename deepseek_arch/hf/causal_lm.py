@@ -17,6 +17,7 @@ from ..models.unused_mtp import connect
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Router
 from .added_losses import added_losses, own_losses, replaces_the_head
+from .attention_mask import only_mask
 from .base import DeepseekPreTrainedModel
 from .configuration import core_config
 from .key_mapping import register_conversions
@@ -47,9 +48,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     Attributes:
         mtp_detached: True lets their loss train them alone, and neither the main model nor the embedding and the head
             that they share with it (TRAPS F12).
-
-    Raises:
-        UnsupportedModelError: a model that cannot be built (sparse attention).
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -112,7 +110,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as the main model's, or a weight that is negative or has nothing to weigh.
         """
-        weight = 0.0
+        attention_mask, weight = only_mask(attention_mask), 0.0
         if labels is not None and input_ids is not None and past_key_values is None:
             weight = loss_weight(self)
         outputs: DeepseekModelOutput = self.model(

@@ -16,7 +16,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, PreTrainedConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    Glm4MoeLiteConfig,
+    GlmMoeDsaConfig,
+    PreTrainedConfig,
+)
 
 from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
 from .fp8_config import FP8_METHOD, PUBLISHED_METHOD
@@ -27,7 +34,9 @@ __all__ = [
     "ArchConfig",
     "ArchDeepseekV2Config",
     "ArchDeepseekV3Config",
+    "ArchDeepseekV32Config",
     "ArchGlm4MoeLiteConfig",
+    "ArchGlmMoeDsaConfig",
     "ArchKimiK2Config",
     "as_arch_config",
     "core_config",
@@ -38,10 +47,6 @@ __all__ = [
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # ... and those that a config has fields for, although they are about the load.
 _FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
-_SPARSE = (
-    "{model_type} selects its keys with sparse attention, which these modules do not have; "
-    "use transformers' own class for it (its configuration and parameter counts are supported here)"
-)
 
 
 class ArchConfig(PreTrainedConfig):
@@ -94,12 +99,8 @@ class ArchConfig(PreTrainedConfig):
 
         Raises:
             ConfigError: the fields describe no model of this family.
-            UnsupportedModelError: they describe one that cannot be built.
         """
-        core = DeepseekConfig.from_dict(self.to_dict())
-        if core.is_sparse_attention:
-            raise UnsupportedModelError(_SPARSE.format(model_type=self.model_type))
-        return core
+        return DeepseekConfig.from_dict(self.to_dict())
 
 
 def _expert_names(native: type[PreTrainedConfig]) -> dict[str, str]:
@@ -151,8 +152,38 @@ class ArchGlm4MoeLiteConfig(ArchConfig, Glm4MoeLiteConfig):
     output_router_logits: bool = False
 
 
+@strict
+class ArchDeepseekV32Config(ArchConfig, DeepseekV32Config):
+    """DeepSeek-V3.2, V3.2-Exp, V3.2-Speciale."""
+
+    model_type = "deepseek_v32"
+    published_prefix = "DeepseekV32"
+    attribute_map = _expert_names(DeepseekV32Config)
+
+    output_router_logits: bool = False
+
+
+@strict
+class ArchGlmMoeDsaConfig(ArchConfig, GlmMoeDsaConfig):
+    """GLM-5."""
+
+    model_type = "glm_moe_dsa"
+    published_prefix = "GlmMoeDsa"
+    attribute_map = _expert_names(GlmMoeDsaConfig)
+
+    output_router_logits: bool = False
+
+
 CONFIG_CLASSES: dict[str, type[ArchConfig]] = {
-    cls.model_type: cls for cls in (ArchDeepseekV2Config, ArchDeepseekV3Config, ArchKimiK2Config, ArchGlm4MoeLiteConfig)
+    cls.model_type: cls
+    for cls in (
+        ArchDeepseekV2Config,
+        ArchDeepseekV3Config,
+        ArchDeepseekV32Config,
+        ArchKimiK2Config,
+        ArchGlm4MoeLiteConfig,
+        ArchGlmMoeDsaConfig,
+    )
 }
 
 
@@ -160,12 +191,10 @@ def config_class(model_type: str | None) -> type[ArchConfig]:
     """Returns our config class for a published model type.
 
     Raises:
-        UnsupportedModelError: there is none; for V3.2 the message names sparse attention as missing.
+        UnsupportedModelError: there is none.
     """
     if model_type in CONFIG_CLASSES:
         return CONFIG_CLASSES[model_type]
-    if model_type == "deepseek_v32":
-        raise UnsupportedModelError(_SPARSE.format(model_type=model_type))
     raise UnsupportedModelError(f"expected model_type to be one of {', '.join(CONFIG_CLASSES)}, got {model_type!r}")
 
 

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..attention.key_selection import KeySelection
 from ..attention.masking import document_numbers
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.norm import RMSNorm
@@ -20,7 +21,7 @@ from ..layers.rope import RotaryEmbedding
 from ..models.outputs import TrunkOutput
 from ..moe.routing import Routing
 from ..moe.routing_record import RoutingRecord
-from .attention_mask import FirstTokens, attention_mask_for, document_starts, real_tokens
+from .attention_mask import FirstTokens, as_visibility, attention_mask_for, document_starts, only_mask, real_tokens
 from .base import DeepseekPreTrainedModel
 from .cache_check import check_holds_latents
 from .key_mapping import register_conversions
@@ -35,14 +36,12 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
     Args:
         config: one of our configs, transformers' own for the same family, or a `DeepseekConfig`.
-
-    Raises:
-        UnsupportedModelError: a model that cannot be built (sparse attention).
     """
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
         super().__init__(config)
         core = self.config.to_core()
+        self._is_sparse = core.is_sparse_attention
         self.padding_idx = self.config.pad_token_id
         self.vocab_size = core.vocab_size
         self.embed_tokens = nn.Embedding(core.vocab_size, core.hidden_size, self.padding_idx)
@@ -102,11 +101,15 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         check_holds_latents(past_key_values, self.config.kv_lora_rank)
+        attention_mask = only_mask(attention_mask)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = x.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         starts = document_starts(batch, tokens, past, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         mask = attention_mask_for(self.config, x, attention_mask, position_ids, past_key_values, starts)
+        chosen = {}
+        if self._is_sparse:
+            mask, chosen = as_visibility(mask), {"selection": KeySelection()}
         valid = real_tokens(attention_mask, tokens)
         documents = None
         if return_trunk:
@@ -127,7 +130,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if self.training or record_routing or replay is not None or logits:
             routing = Routing((batch, tokens), valid, record=record_routing, replay=replay, keep_logits=logits)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            out = layer(x, rope, mask=mask, past_key_values=cache, routing=routing)
+            out = layer(x, rope, mask=mask, past_key_values=cache, routing=routing, **chosen)
             if isinstance(out, tuple):
                 assert routing is not None
                 out, *kept = out

@@ -61,10 +61,10 @@ def register(*model_types: str) -> None:
     Classes imported by name, transformers' own among them, are not changed. Repeating the call changes nothing.
 
     Args:
-        model_types: families (default: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite).
+        model_types: families (default: deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2, glm4_moe_lite, glm_moe_dsa).
 
     Raises:
-        UnsupportedModelError: a family that these modules cannot compute, such as deepseek_v32 (sparse attention).
+        UnsupportedModelError: a family that these modules cannot compute.
     """
     classes = {model_type: config_class(model_type) for model_type in model_types or CONFIG_CLASSES}
     for model_type, own in classes.items():

@@ -59,7 +59,7 @@ class StrictLoading:
         Raises:
             ValueError: tensors are missing, have other shapes than the config says (unless
                 `ignore_mismatched_sizes`), or cannot be converted; the message names them.
-            UnsupportedModelError: a model that cannot be built (sparse attention, another architecture).
+            UnsupportedModelError: a model that cannot be built (another architecture).
         """
         if config is None or isinstance(config, str | PathLike):
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)

@@ -218,7 +218,6 @@ class DeepseekLM(nn.Module):
         else:
             kept = hidden[:, logits_to_keep]
         out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
-        out.indexer_loss = None if selection is None else selection.total_loss()
         if labels is not None:
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
             labels = ignore(labels, padding)
@@ -240,11 +239,13 @@ class DeepseekLM(nn.Module):
                     routing=routing,
                     detached=self.mtp_detached,
                     recompute=self.model.gradient_checkpointing and self.training,
+                    selection=selection,
                 )
                 out.mtp_loss = out.mtp_losses.mean()
             if self.training:
                 depths = 0 if out.mtp_losses is None else len(self.mtp)
                 out.counts = count_targets(labels, padding, main.documents, depths)
+        out.indexer_loss = None if selection is None else selection.total_loss()
         if routing is not None:
             routing.commit()
             out.routing = routing.record

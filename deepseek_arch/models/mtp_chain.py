@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..attention.key_selection import KeySelection
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.rope import Rotation
@@ -39,6 +40,7 @@ def mtp_step(
     depth: int = 0,
     detached: bool = False,
     recompute: bool = False,
+    selection: KeySelection | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs one module.
 
@@ -50,6 +52,7 @@ def mtp_step(
         depth: the module's number, from 0.
         detached: treats the embeddings as constants.
         recompute: runs the module again in the backward pass instead of keeping its activations.
+        selection: of a model with sparse attention, gets what the module selects and the loss of its indexer.
 
     Returns:
         [B, T, H] for the next module (`config.mtp_chain`, TRAPS F3), and [B, T, H] for the head.
@@ -57,10 +60,11 @@ def mtp_step(
     embeddings = embeddings.detach() if detached else embeddings
     if detached and getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled():
         hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()  # for `use_reentrant=True`
+    chosen = {} if selection is None else {"selection": selection}
     if recompute:
         out = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False)
     else:
-        out = module(hidden, embeddings, rope, mask=mask, cache=cache, routing=routing)
+        out = module(hidden, embeddings, rope, mask=mask, cache=cache, routing=routing, **chosen)
     hidden, normed, *kept = out
     if kept and routing is not None:
         routing.replace(config.num_hidden_layers + depth, kept)
@@ -80,6 +84,7 @@ def mtp_chain_losses(
     routing: Routing | None = None,
     detached: bool = False,
     recompute: bool = False,
+    selection: KeySelection | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the losses and accuracies of all modules, float32 [D] each; see `mtp_losses`.
 
@@ -90,6 +95,7 @@ def mtp_chain_losses(
         input_ids, labels: int [B, T].
         padding: bool [B, T], True for padding, or None where nothing is.
         detached: trains the modules alone: the main model, its embedding and its head are constants (TRAPS F12).
+        selection: as for `mtp_step`.
     """
 
     def run(hidden: Tensor, next_ids: Tensor, depth: int, part: Routing | None) -> tuple[Tensor, Tensor]:
@@ -104,6 +110,7 @@ def mtp_chain_losses(
             depth=depth,
             detached=detached,
             recompute=recompute,
+            selection=selection,
         )
 
     return mtp_losses(

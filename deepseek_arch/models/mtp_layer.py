@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.key_selection import KeySelection
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
@@ -51,18 +52,19 @@ class MTPLayer(DecoderLayer):
         mask: Tensor | None = None,
         cache: Any | None = None,
         routing: Routing | None = None,
+        selection: KeySelection | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs one step of the causal chain.
 
         Args:
             hidden: [B, T, H], h_i of the main model or of the module before.
             next_embeddings: [B, T, H], the embedding of the token `depth + 1` after position i.
-            rope, mask, cache, routing: as for the decoder layers; positions are those of h_i (TRAPS F4).
+            rope, mask, cache, routing, selection: as for the decoder layers; positions are those of h_i (TRAPS F4).
 
         Returns:
             The block's output [B, T, H], and the same after `shared_head.norm`, from which the main model's head makes
             the logits of the token `depth + 2` after position i.
         """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(hidden)), dim=-1)  # [B, T, 2 H]
-        hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing)
+        hidden = super().forward(self.eh_proj(joined), rope, mask, cache, routing, selection)
         return hidden, self.shared_head(hidden)

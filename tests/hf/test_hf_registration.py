@@ -127,15 +127,7 @@ def test_our_classes_need_no_registration(folder_of):
             assert type(cls.from_pretrained(folder_of(kind))) is cls
 
 
-def test_sparse_attention_is_refused_by_name(folder_of, edited):
-    with pytest.raises(da.UnsupportedModelError, match="sparse attention"):
-        dhf.register("deepseek_v32")
-    indexer = {"model_type": "deepseek_v32", "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
-    folder = edited(folder_of("v3"), lambda tensors, config: config.update(indexer))
-    with pytest.raises(da.UnsupportedModelError, match="sparse attention"):
-        dhf.DeepseekForCausalLM.from_pretrained(folder)
-    with pytest.raises(da.UnsupportedModelError, match="sparse attention"):
-        dhf.DeepseekModel(small_models.config("v3", **indexer))
+def test_other_families_are_refused_by_name():
     with pytest.raises(da.UnsupportedModelError, match="got 'llama'"):
         dhf.register("llama")
 

@@ -203,11 +203,13 @@ def attention(
     x: Tensor,
     positions: Tensor | None = None,
     selected: list[list[int]] | None = None,
+    shown: list[Tensor] | None = None,
 ) -> Tensor:
     """Computes causal latent attention of one document, [T, H] -> [T, H], with the keys and values of every head.
 
     Args:
         selected: the keys that each query attends to, None for all before it and itself.
+        shown: gets the weights [T, T] of every head.
     """
     tokens, heads = x.shape[0], config.num_attention_heads
     nope, rope, v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -237,6 +239,8 @@ def attention(
         key = torch.cat([kv[:, head, :nope], shared_key], -1)
         scores = (q[:, head] @ key.T * softmax_scale(config)).masked_fill(future, -math.inf)
         outputs.append(torch.softmax(scores, -1) @ kv[:, head, nope:])
+        if shown is not None:
+            shown.append(torch.softmax(scores, -1))
     return _linear(weights, prefix + "o_proj", torch.cat(outputs, -1))
 
 

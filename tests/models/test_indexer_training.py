@@ -1,0 +1,155 @@
+"""Both stages of the indexers' training: losses and gradients against the float64 oracle, and what they do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deepseek_arch as da
+from deepseek_arch.attention import indexer_loss as module
+from support import oracle, published, small_models
+from support.small_models import SPARSE_KINDS, config, error, tokens
+
+TOKENS = 19  # index_topk is 6
+
+
+def make(kind: str, **changes):
+    cfg = config(kind, **changes)
+    weights = published.random_weights(cfg)
+    return small_models.model(cfg, weights=weights), weights
+
+
+def divergences(cfg, weights, ids: list[int], stage: str) -> dict[int, torch.Tensor]:
+    """Returns each layer's loss of one document: the mean over its queries; of the dense stage with dense attention."""
+    weights = {name: w if w.dtype == torch.float64 else w.double() for name, w in weights.items()}
+    x, out, losses = weights["model.embed_tokens.weight"][ids], oracle.Output(*[torch.empty(0)] * 2), {}
+    for layer in range(cfg.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        h = oracle._norm(x, weights[prefix + "input_layernorm.weight"], cfg.rms_norm_eps)
+        keys = [list(range(t + 1)) for t in range(len(ids))]
+        if stage == "sparse":
+            own = oracle.has_indexer(cfg, layer)
+            keys = oracle.select_keys(cfg, weights, prefix + "self_attn.", h) if own else out.selected[layer - 1]
+        out.selected[layer], shown = keys, []
+        attended = oracle.attention(cfg, weights, prefix + "self_attn.", h, selected=keys, shown=shown)
+        if oracle.has_indexer(cfg, layer):
+            mass = torch.stack(shown).sum(0).detach()
+            mass = mass / mass.sum(-1, keepdim=True)
+            constants = {n: w if ".indexer." in n else w.detach() for n, w in weights.items()}
+            scores = oracle.index_scores(cfg, constants, prefix + "self_attn.", h.detach())
+            terms = []
+            for t, own_keys in enumerate(keys):
+                p, logs = mass[t, own_keys], scores[t, own_keys].log_softmax(-1)
+                terms.append((torch.special.xlogy(p, p) - p * logs).sum())
+            losses[layer] = torch.stack(terms).mean()
+        x = x + attended
+        h = oracle._norm(x, weights[prefix + "post_attention_layernorm.weight"], cfg.rms_norm_eps)
+        moe = oracle.is_moe(cfg, layer)
+        x = x + (oracle.moe(cfg, weights, prefix + "mlp.", h)[0] if moe else oracle._mlp(weights, prefix + "mlp.", h))
+    return losses
+
+
+def run(lm, ids, stage, mask=None):
+    selection = da.KeySelection(stage=stage)
+    out = lm(ids, mask, selection=selection)
+    return out, selection
+
+
+@pytest.fixture(params=[False, True], ids=["", "blocks"])
+def blocks(request, monkeypatch) -> None:
+    if request.param:  # two queries at a time
+        monkeypatch.setattr(module, "_TRIPLES", 2 * 16 * TOKENS)
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_losses_and_gradients_equal_the_oracle(kind, stage, blocks):
+    lm, weights = make(kind)
+    ids = tokens(lm.config, 1, TOKENS)
+    out, selection = run(lm, ids, stage)
+    leaves = {name: w.double().requires_grad_() for name, w in weights.items()}
+    want = divergences(lm.config, leaves, ids[0].tolist(), stage)
+    assert selection.losses.keys() == want.keys()
+    for layer, loss in want.items():
+        assert error(selection.losses[layer], loss) < 1e-5
+    torch.stack(list(want.values())).sum().backward()
+    out.indexer_loss.backward()
+    for name, grad in published.published_gradients(lm).items():
+        if ".indexer." in name:
+            assert error(grad, leaves[name].grad) < 1e-4, name
+        else:
+            assert grad is None, name  # the loss trains indexers alone
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_padding_and_other_rows_do_not_count(kind, stage):
+    lm, _ = make(kind)
+    ids, mask = tokens(lm.config, 2, TOKENS), torch.ones(2, TOKENS, dtype=torch.long)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        out, _ = run(lm, ids, stage, mask)
+        alone = [run(lm, ids[0:1, 5:], stage)[0].indexer_loss, run(lm, ids[1:2], stage)[0].indexer_loss]
+    want = (alone[0] * (TOKENS - 5) + alone[1] * TOKENS) / (2 * TOKENS - 5)
+    assert error(out.indexer_loss, want) < 1e-5
+
+
+def test_the_warm_up_attends_to_all_keys():
+    lm, weights = make("v32")
+    dense = {"model_type": "deepseek_v3", "index_topk": None, "index_n_heads": None, "index_head_dim": None}
+    plain = small_models.model(
+        lm.config.replace(**dense), weights={n: w for n, w in weights.items() if ".indexer." not in n}
+    )
+    ids = tokens(lm.config, 2, TOKENS)
+    with torch.no_grad():
+        out, selection = run(lm, ids, "dense")
+        assert torch.equal(out.logits, plain(ids).logits)
+    for recall in selection.recall.values():
+        assert 0.2 < float(recall) < 1  # random indexers
+
+
+def test_stages_of_a_dense_model(tmp_path):
+    """From V3 to V3.2: the same weights; the warm-up raises the recall, and sparse attention then loses little."""
+    dense = small_models.model(config("v3", num_nextn_predict_layers=1))
+    ids = tokens(dense.config, 4, 40)
+    with torch.no_grad():
+        before = dense(ids, labels=ids).loss
+    state = {name: t.clone() for name, t in dense.state_dict().items()}
+    lm = da.sparse_from_dense(dense, index_topk=6, index_n_heads=16, index_head_dim=16)
+    assert lm.config.model_type == "deepseek_v32"
+    parameters = da.train_only_indexers(lm)
+    assert len(parameters) == 5 * 4  # three layers and an MTP module
+    optimizer, losses, recalls = torch.optim.AdamW(parameters, lr=1e-2), [], []
+    for _ in range(30):
+        loss, selection = da.indexer_warm_up(lm, ids)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        recalls.append(min(map(float, selection.recall.values())))
+    assert set(selection.losses) == {0, 1, 2, 3}
+    assert losses[-1] < 0.7 * losses[0] and recalls[-1] > recalls[0] + 0.05
+    for name, tensor in lm.state_dict().items():
+        if ".indexer." not in name:
+            assert torch.equal(tensor, state[name]), name
+    lm.requires_grad_(True)
+    out = da.sparse_training(lm, ids, labels=ids)
+    (out.loss + out.mtp_loss + out.indexer_loss).backward()
+    assert float(out.loss) != float(before)
+    da.save(lm, tmp_path)
+    assert da.load(tmp_path).config.index_topk == 6
+
+
+def test_mistakes_are_named():
+    dense = small_models.model(config("v3"))
+    with pytest.raises(ValueError, match="expected no KeySelection"):
+        da.indexer_warm_up(dense, tokens(dense.config, 1, 8))
+    with pytest.raises(ValueError, match="got one without an indexer"):
+        da.train_only_indexers(dense)
+    with pytest.raises(ValueError, match="expected a deepseek_v3 with dense attention"):
+        da.sparse_from_dense(small_models.model(config("v32")))
+    lm, _ = make("v32")
+    lm.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="expected no gradient checkpointing"):
+        da.indexer_warm_up(lm, tokens(lm.config, 1, 8))
