@@ -40,12 +40,12 @@ def document_numbers(position_ids: Tensor | None, valid: Tensor | None = None) -
     """
     if position_ids is None or position_ids.shape[-1] < 2:
         return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts = (position_ids != position_ids.roll(1, -1) + 1) & ~_first_column(position_ids)
     if valid is not None:
-        starts = starts & valid[:, 1:] & valid[:, :-1]
+        starts = starts & valid & valid.roll(1, -1)
     if not torch.compiler.is_compiling() and not bool(starts.any()):
         return None
-    return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))
+    return starts.long().cumsum(-1)
 
 
 def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None, batch: int) -> Tensor | None:
@@ -70,7 +70,7 @@ def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None,
     index = torch.arange(tokens, device=device)
     starts = index.expand(batch, -1) == 0 if documents is None else _changes(documents).expand(batch, -1)
     if valid is not None:
-        begins = valid & (starts | ~torch.nn.functional.pad(valid[:, :-1], (1, 0)))
+        begins = valid & (starts | ~valid.roll(1, -1) | _first_column(valid))
         if torch.compiler.is_compiling() or not _one_run_each(begins, starts):
             return _dense(documents, valid)
         starts = starts | _changes(valid)
@@ -82,7 +82,16 @@ def attention_mask_for_documents(documents: Tensor | None, valid: Tensor | None,
 
 def _changes(x: Tensor) -> Tensor:
     """Marks where a value of [B, T] differs from the one before it, and the first; bool."""
-    return torch.nn.functional.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
+    return (x != x.roll(1, -1)) | _first_column(x)
+
+
+def _first_column(x: Tensor) -> Tensor:
+    """Marks the first column of [B, T]; bool [T].
+
+    With it, a comparison of neighbours rolls a whole row. A slice of T - 1 columns would bind an exported program with
+    a symbolic T to lengths where T - 1 is not 1.
+    """
+    return torch.arange(x.shape[1], device=x.device) == 0
 
 
 def _one_run_each(begins: Tensor, starts: Tensor) -> bool:

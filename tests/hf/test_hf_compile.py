@@ -25,8 +25,8 @@ class Logits(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids).logits
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +70,28 @@ def test_training_compiles_with_every_loss():
         assert error(got.grad, expected.grad) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("make", [core, ours])
-def test_export_with_dynamic_batch_and_length(make):
+@pytest.mark.parametrize(
+    ("make", "masked", "strict"),
+    [(core, False, False), (core, True, False), (core, True, True), (ours, False, False), (ours, True, False)],
+)
+def test_export_with_dynamic_batch_and_length(make, masked, strict):
+    """From one token on, also fewer than the sample has: no size of the program is compared with a number."""
     module = Logits(make(CONFIG).eval()).eval()
-    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=1, max=4096)}
+
+    def arguments(batch, length):
+        ids = tokens(CONFIG, batch, length)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+        return (ids, mask) if masked else (ids,)
+
+    shapes = {"input_ids": sizes} | ({"attention_mask": sizes} if masked else {})
     with torch.no_grad():
-        program = torch.export.export(
-            module, (tokens(CONFIG, 2, 8),), strict=False, dynamic_shapes={"input_ids": sizes}
-        )
-        for batch, length in ((3, 11), (2, 64)):  # no fewer tokens than the sample: torch guards on that
-            ids = tokens(CONFIG, batch, length)
-            assert error(program.module()(ids), module(ids)) < TOLERANCE
+        program = torch.export.export(module, arguments(2, 8), strict=strict, dynamic_shapes=shapes).module()
+        for batch, length in ((3, 11), (2, 64), (1, 1), (2, 2), (1, 3), (5, 7)):
+            given = arguments(batch, length)
+            real = given[-1].bool() if masked else torch.ones_like(given[0], dtype=torch.bool)
+            assert error(program(*given)[real], module(*given)[real]) < TOLERANCE, (batch, length)
 
 
 class Decoding(torch.nn.Module):

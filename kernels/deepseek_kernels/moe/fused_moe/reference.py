@@ -36,10 +36,12 @@ def takes_few(x: Tensor, expert_ids: Tensor) -> bool:
 
     With fewer rows for an expert than MIN_ROWS, `grouped_gemm` takes the built-in product too.
     """
-    few = 0 < x.shape[0] < MIN_ROWS and expert_ids.shape[1] > 0
-    if not few or x.device.type != "cpu" or not type(x) is type(expert_ids) is Tensor:
+    if x.device.type != "cpu" or not type(x) is type(expert_ids) is Tensor:
         return False
+    # Asked before the sizes: a comparison of a symbolic size would bind the traced program to one side of it.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not (0 < x.shape[0] < MIN_ROWS and expert_ids.shape[1] > 0):
         return False
     # A mode or a function transform traces what is called, and would keep these ids as constants.
     return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
