@@ -277,7 +277,8 @@ def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     In float32 where the CPU has no 16-bit products.
     """
     rows = x.flatten(0, 1).transpose(0, 1)  # [N, B T, K]
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not dispatch.native_half_matmul():
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    if half and not dispatch.native_half_matmul(x.dtype):
         out = torch.bmm(rows.float(), weight.float()).to(x.dtype)
     else:
         out = torch.bmm(rows, weight)

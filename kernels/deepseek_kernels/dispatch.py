@@ -6,7 +6,7 @@ library is built (see `common.cpu`), and the reference elsewhere, and says why o
 `use_backend`, never falls back: if it cannot run, the call raises and says why. Operators that a backend does not
 implement have no choice to make and run their reference.
 
-A reference takes one of two paths with 16-bit floats on a CPU, as the processor multiplies them or not:
+A reference takes one of two paths with floats of a 16-bit dtype on a CPU, as the processor multiplies them or not:
 `native_half_matmul` decides, `use_native_half_matmul` overrides it, and `describe` says which applies.
 """
 
@@ -24,7 +24,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .common import cpu
+from .common import cpu, float32_products
 
 __all__ = [
     "BACKENDS",
@@ -207,18 +207,27 @@ def _triton_installed() -> bool:
 
 
 # An x86 CPU without AVX-512 has no products of 16-bit floats: torch then computes a bfloat16 product one dot product at
-# a time, 5 to 6 times slower (from about 16 rows on) than expanding the operands to float32.
-_PROCESSOR_HAS_HALF_MATMUL = not (
-    platform.machine().lower() in ("x86_64", "amd64")
-    and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
-)
-_native_half_matmul: bool = _PROCESSOR_HAS_HALF_MATMUL  # a plain global, as `_backend`
+# a time, 5 to 6 times slower (from about 16 rows on) than expanding the operands to float32. Those of float16 need
+# instructions (AVX512-FP16, AMX-FP16) that most CPUs with AVX-512 lack, where they are 4 times slower than float32.
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_PROCESSOR_HAS_HALF_MATMUL = not (_X86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"))
 
 
-def native_half_matmul() -> bool:
-    """Tells if operands of bfloat16 and float16 are multiplied as they are on a CPU: `use_native_half_matmul`'s, else
-    as the processor has such products or not."""
-    return _native_half_matmul
+def _processor_has_float16_matmul() -> bool:
+    if not _X86:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+# Plain globals, as `_backend`.
+_native_bfloat16: bool = _PROCESSOR_HAS_HALF_MATMUL
+_native_float16: bool = _PROCESSOR_HAS_HALF_MATMUL and _processor_has_float16_matmul()
+
+
+def native_half_matmul(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Tells if operands of this 16-bit dtype are multiplied as they are on a CPU: `use_native_half_matmul`'s, else as
+    the processor has such products or not."""
+    return _native_float16 if dtype == torch.float16 else _native_bfloat16
 
 
 @contextmanager
@@ -228,12 +237,13 @@ def use_native_half_matmul(native: bool) -> Iterator[None]:
     Every processor computes both, one of them slowly: this shows on one machine what another computes. A backward pass
     follows what is in force when it runs. Operands in float32 and on other devices are not concerned.
     """
-    global _native_half_matmul
-    previous, _native_half_matmul = _native_half_matmul, native
+    global _native_bfloat16, _native_float16
+    previous = _native_bfloat16, _native_float16
+    _native_bfloat16 = _native_float16 = native
     try:
         yield
     finally:
-        _native_half_matmul = previous
+        _native_bfloat16, _native_float16 = previous
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -293,4 +303,7 @@ def _half_products(op: str) -> str:
     how = f"CPU {instructions} has {'16-bit' if _PROCESSOR_HAS_HALF_MATMUL else 'no 16-bit'} products"
     if native != _PROCESSOR_HAS_HALF_MATMUL:
         how += f", use_native_half_matmul({native}) is in force"
-    return f"{how}: {_HALF_PRODUCTS[op][native]}"
+    how += f": {_HALF_PRODUCTS[op][native]}"
+    if native and not native_half_matmul(torch.float16):
+        how += f"; it has none of float16: {_HALF_PRODUCTS[op][False]}"
+    return how + ("; large products of float32 by oneDNN" if float32_products.prefers_onednn() else "")

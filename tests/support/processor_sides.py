@@ -9,18 +9,21 @@ import functools
 import sys
 from collections.abc import Iterator
 
+import torch
+
 from deepseek_kernels import dispatch
 
 _native_half_matmul = dispatch.native_half_matmul
-_asked = False
+_asked: torch.dtype | None = None
 
 
 @functools.wraps(_native_half_matmul)
-def _asking() -> bool:
-    """Records that a test asked. The record is only written here, so that Dynamo traces it without a guard."""
+def _asking(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Records the dtype that a test asked for. The record is only written here, so that Dynamo traces it without a
+    guard."""
     global _asked
-    _asked = True
-    return _native_half_matmul()
+    _asked = dtype
+    return _native_half_matmul(dtype)
 
 
 def install() -> None:
@@ -34,12 +37,12 @@ def sides() -> Iterator[str]:
     Each is in force until the next one is requested.
     """
     global _asked
-    _asked = False
+    _asked = None
     yield _name(_native_half_matmul())
-    if _asked:
+    if (asked := _asked) is not None:
         _forget_compiled()
-        with dispatch.use_native_half_matmul(not _native_half_matmul()):
-            yield _name(_native_half_matmul())
+        with dispatch.use_native_half_matmul(not _native_half_matmul(asked)):
+            yield _name(_native_half_matmul(asked))
         _forget_compiled()
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .float32_products import product
 
 __all__ = ["HALF", "MIN_ROWS", "add_weight_gradient", "expands", "input_gradient", "multiply", "weight_gradient"]
 
@@ -27,7 +28,7 @@ _BLOCK = 512  # weight rows expanded at a time: 4 MB of float32 at K = 2048
 
 def expands(x: Tensor) -> bool:
     """Tells if products of x are to be computed here, whatever their number of rows."""
-    return x.dtype in HALF and x.device.type == "cpu" and not dispatch.native_half_matmul()
+    return x.dtype in HALF and x.device.type == "cpu" and not dispatch.native_half_matmul(x.dtype)
 
 
 def _outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
@@ -48,7 +49,7 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, weight.shape[0], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        out[:, rows] = wide @ weight[rows].float().T
+        out[:, rows] = product(wide, weight[rows].float())
     return out
 
 
@@ -68,7 +69,7 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
     wide = x.float()
     for start in range(0, grad.shape[1], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        out[rows] = grad[:, rows].float().T @ wide
+        out[rows] = product(grad[:, rows].float().T, wide.T)
 
 
 @_outside_autocast

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...common import float32_products
 from ...common.host import cdiv
 
 __all__ = ["FEW_ROWS", "Expansion", "decode_into", "multiply", "product"]
@@ -159,13 +160,13 @@ def multiply(expansion: Expansion, x: Tensor, weight: Tensor, scale: Tensor, out
             else:
                 own.mul_(factor)
         if not few:
-            out[:, first:end] = x @ wide.to(x.dtype).T
+            out[:, first:end] = float32_products.product(x, wide.to(x.dtype))
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float32 or x.device.type != "cpu":
         return x.dtype
-    return x.dtype if dispatch.native_half_matmul() else torch.float32
+    return x.dtype if dispatch.native_half_matmul(x.dtype) else torch.float32
 
 
 def _groups(rows: int, ends: Tensor | None) -> Iterator[tuple[int, slice]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...common import half_products
+from ...common.float32_products import by_onednn, product
 from .backward import Results, accumulator, connect
 
 __all__ = ["CHUNK_BYTES", "Step", "by_segment", "linear_cross_entropy_reference", "walk"]
@@ -84,18 +85,25 @@ def by_segment(values: Tensor, segments: Sequence[int]) -> Tensor:
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if half_products.expands(x) and x.shape[0] >= half_products.MIN_ROWS:
         out.copy_(half_products.multiply(x, weight))
+    elif by_onednn(x, weight):
+        out.copy_(product(x, weight))
     else:
         torch.mm(x, weight.T, out=out)
 
 
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return half_products.input_gradient(grad, weight) if half_products.expands(grad) else torch.mm(grad, weight)
+    if half_products.expands(grad):
+        return half_products.input_gradient(grad, weight)
+    return product(grad, weight.T) if by_onednn(grad, weight.T) else torch.mm(grad, weight)
 
 
 def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """`total` [V, H] += grad [rows, V].T @ x [rows, H]: float32 sums of half-precision products, never rounded."""
     if x.dtype == total.dtype:
-        total.addmm_(grad.T, x)
+        if by_onednn(grad.T, x.T):
+            total += product(grad.T, x.T)
+        else:
+            total.addmm_(grad.T, x)
     elif x.device.type == "cuda":
         torch.addmm(total, grad.T, x, out_dtype=total.dtype, out=total)
     elif half_products.expands(x):

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...common import half_products
 from ...common.autograd import connect_product
+from ...common.float32_products import by_onednn, product
 
 __all__ = ["grouped_gemm_reference"]
 
@@ -28,7 +28,7 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     *groups, unassigned = _groups(ends)
     for expert, rows in enumerate(groups):
         if count := rows.stop - rows.start:
-            multiply = half_products.multiply if expands and count >= half_products.MIN_ROWS else F.linear
+            multiply = half_products.multiply if expands and count >= half_products.MIN_ROWS else product
             out[rows] = multiply(x[rows], weight[expert])
     out[unassigned] = 0
     return out
@@ -49,10 +49,14 @@ def _backward(
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, groups: list[slice], out: Tensor) -> None:
-    multiply = half_products.input_gradient if half_products.expands(grad) else torch.mm
+    expands = half_products.expands(grad)
     for expert, rows in enumerate(groups):
-        if rows.stop > rows.start:
-            out[rows] = multiply(grad[rows], weight[expert])
+        if rows.stop == rows.start:
+            continue
+        if expands:
+            out[rows] = half_products.input_gradient(grad[rows], weight[expert])
+        else:
+            out[rows] = product(grad[rows], weight[expert].T)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, groups: list[slice], out: Tensor) -> None:
@@ -62,6 +66,8 @@ def _weight_gradient(grad: Tensor, x: Tensor, groups: list[slice], out: Tensor) 
             out[expert] = 0  # an expert without rows has a gradient, and it is zero (TRAPS C15)
         elif expands:
             half_products.weight_gradient(grad[rows], x[rows], out[expert])
+        elif by_onednn(grad[rows].T, x[rows].T):
+            out[expert] = product(grad[rows].T, x[rows].T)
         else:
             torch.mm(grad[rows].T, x[rows], out=out[expert])
 
