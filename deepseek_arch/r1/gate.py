@@ -33,8 +33,10 @@ class Gate:
 
     Attributes:
         steps: accuracy of single steps under a forced, right step list.
-        full_lists: share of samples at temperature 1 whose thoughts hold all steps. 0.03 is enough with a format reward
-            of 0.2; with one of 1.0 the policy locks into short well-formed thoughts below about 0.1.
+        full_lists: share of samples at temperature 1 whose thoughts hold all steps and whose answer is right. 0.03 is
+            enough with a format reward of 0.2; with one of 1.0 the policy locks into short well-formed thoughts below
+            about 0.1. Lists alone do not count: a base whose best guess was right in 98 % of single steps drew wrong
+            ones in its own lists, and learned only their form.
         pass_at: share of problems with a right answer among `samples` of them.
         samples, problems, seed: of what is measured.
     """
@@ -83,19 +85,18 @@ def measure(policy: Predictor, task: ProblemSet, template: Template, gate: Gate,
     made = sample_texts(policy, problems, template, gate.samples, sampling)
     judge = Accuracy(template, task)
     right = [
-        any(judge.judge(text, problem) == 1.0 for text, _, _ in rows)
-        for problem, rows in zip(problems, made, strict=True)
+        [judge.judge(text, problem) == 1.0 for text, _, _ in rows] for problem, rows in zip(problems, made, strict=True)
     ]
     forced, whole = getattr(task, "forced_steps", None), getattr(task, "full_list", None)
     lists = [
-        bool(whole(template.parse(text).thought or text, problem))
-        for problem, rows in zip(problems, made, strict=True)
-        for text, _, _ in rows
+        found and bool(whole(template.parse(text).thought or text, problem))
+        for problem, rows, grades in zip(problems, made, right, strict=True)
+        for (text, _, _), found in zip(rows, grades, strict=True)
     ] if whole else []  # fmt: skip
     result = GateResult(
         step_accuracy(policy, problems, template, forced) if forced else None,
         sum(lists) / len(lists) if lists else None,
-        sum(right) / len(right),
+        sum(map(any, right)) / len(right),
     )
     low = [
         f"{name} {found:.3f} < {least}"

@@ -178,9 +178,10 @@ def test_acceptance_is_by_position():
 def test_the_gate_measures_steps_and_lists():
     problems = {ZERO.prompt(p.question): p for p in TASK.draw(8, 555)}
 
-    def lists(prompt, number):  # one sample in four lists all steps
+    def lists(prompt, number):  # one sample in four lists all steps, and one all of them to a wrong answer
         thought, answer = TASK.solve(problems[prompt])
-        return f"<think> {thought} </think> <answer> {answer} </answer>" if number % 4 == 0 else "so"
+        answer = answer if number % 4 == 0 else "none"
+        return f"<think> {thought} </think> <answer> {answer} </answer>" if number % 4 < 2 else "so"
 
     policy = Scripted(lists)
     gate = Gate(steps=0.9, full_lists=0.25, pass_at=1.0, samples=4, problems=8)

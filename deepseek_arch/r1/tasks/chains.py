@@ -27,7 +27,7 @@ _QUESTIONS = {
     "zh": "沿着 {table} 。 开始 {start} , {steps} 步 。",
 }
 # What a base model's text holds: the form of a response and its share.
-STYLES = {"direct": 0.25, "answer": 0.20, "jump": 0.14, "pairs": 0.16, "steps": 0.19, "check": 0.06}
+STYLES = {"direct": 0.24, "answer": 0.20, "jump": 0.12, "pairs": 0.14, "steps": 0.22, "check": 0.08}
 
 
 @dataclass
