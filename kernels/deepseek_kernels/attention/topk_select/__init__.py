@@ -11,10 +11,11 @@ from torch import Tensor
 from ... import dispatch
 from ...common.masks import check_visibility
 from . import reference
+from .configs import MOST, MOST_CHOSEN
 
 __all__ = ["topk_select"]
 
-dispatch.register("topk_select")
+dispatch.register("topk_select", "triton")
 
 
 def topk_select(scores: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
@@ -40,5 +41,17 @@ def topk_select(scores: Tensor, top_k: int, mask: Tensor | None = None) -> Tenso
     if top_k < 1:
         raise ValueError(f"expected top_k >= 1, got {top_k}")
     check_visibility(mask, *scores.shape)
-    dispatch.pick("topk_select", scores.device)
-    return reference.select(scores.detach(), top_k, mask)
+    if dispatch.pick("topk_select", scores.device, _unsupported(scores, top_k)) != "triton":
+        return reference.select(scores.detach(), top_k, mask)
+    from . import launch
+
+    return launch.select(scores.detach(), top_k, mask)
+
+
+def _unsupported(scores: Tensor, top_k: int) -> str | None:
+    """Returns the reason why the kernels cannot take these operands, or None."""
+    if scores.dtype != torch.float32:
+        return f"its scores are float32, got {scores.dtype}"
+    if scores.shape[2] > MOST and top_k > MOST_CHOSEN:
+        return f"it selects at most {MOST_CHOSEN} of more than {MOST} keys, got {top_k} of {scores.shape[2]}"
+    return None
