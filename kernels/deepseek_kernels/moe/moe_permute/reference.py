@@ -29,8 +29,8 @@ def _combine(y: Tensor, weights: Tensor | None, inverse: Tensor) -> Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
     total = torch.zeros(inverse.shape[0], y.shape[1], dtype=wide, device=y.device)
     for choice in range(inverse.shape[1]):
-        rows = y.index_select(0, inverse[:, choice]).to(wide)
-        total = total + rows if weights is None else total + rows * weights[:, choice, None]
+        rows = y.index_select(0, inverse[:, choice]).to(wide)  # a copy: it may be written
+        total += rows if weights is None else rows.mul_(weights[:, choice, None])
     return total.to(y.dtype)
 
 
