@@ -42,6 +42,7 @@ class Settings:
     layers: Annotated[int, "decoder layers, without experts"] = 2
     contexts: Annotated[tuple[int, ...], "cached tokens to decode on"] = (2048, 4096, 8192, 32768, 65536)
     prompts: Annotated[tuple[int, ...], "tokens of the prompts"] = (4096, 8192)
+    only: Annotated[tuple[str, ...], "decode, prompt or both"] = ("decode", "prompt")
     repeats: Annotated[int, "steps of a measurement, after one that does not count"] = 3
     dtype: Annotated[str, "bf16 or fp32"] = "bf16"
     threads: Annotated[int, "threads of torch"] = 2
@@ -53,6 +54,8 @@ class Settings:
         sizes = (self.layers, self.repeats, self.threads, self.memory, self.limit_s, *self.contexts, *self.prompts)
         if min(sizes) <= 0 or self.dtype not in ("bf16", "fp32"):
             raise ValueError(f"expected positive sizes and dtype bf16 or fp32, got {self}")
+        if not set(self.only) <= {"decode", "prompt"}:
+            raise ValueError(f"expected only decode and prompt, got {', '.join(self.only)}")
 
 
 def model_config(settings: Settings) -> da.DeepseekConfig:
@@ -80,7 +83,7 @@ def run(settings: Settings, *, on_row: Callable[[Row], None] = lambda row: None)
     busy, rows = load_average(), []
     jobs = [(f"decode at {n}", "decode", n) for n in settings.contexts]
     jobs += [(f"prompt of {n}", "prompt", n) for n in settings.prompts]
-    for name, kind, tokens in jobs:
+    for name, kind, tokens in (job for job in jobs if job[1] in settings.only):
         for row in _rows(settings, name, kind, tokens):
             rows.append(row)
             on_row(row)

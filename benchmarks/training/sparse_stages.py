@@ -1,6 +1,6 @@
 """A small model from dense to sparse attention, in the two stages of the V3.2 report: an example to start from.
 
-    python -m benchmarks.training.sparse_stages --steps 200 --warm-up 100 --sparse 50
+    python -m benchmarks.training.sparse_stages --steps 150 --warm-up 60 --sparse 60
 
 A model with dense attention learns to look things up: which member of a group a row has, of which it has shown many.
 It then gets indexers.
@@ -36,9 +36,9 @@ class Settings:
         ValueError: a size that is not positive, or as many selected keys as tokens.
     """
 
-    steps: Annotated[int, "steps of training with dense attention"] = 300
-    warm_up: Annotated[int, "steps of the dense warm-up"] = 100
-    sparse: Annotated[int, "steps of the sparse stage"] = 50
+    steps: Annotated[int, "steps of training with dense attention"] = 150
+    warm_up: Annotated[int, "steps of the dense warm-up"] = 60
+    sparse: Annotated[int, "steps of the sparse stage"] = 60
     batch: Annotated[int, "rows of a batch"] = 16
     sequence: Annotated[int, "tokens of a row"] = 128
     index_topk: Annotated[int, "keys of a query"] = 8
@@ -68,8 +68,8 @@ class Stages:
     losses: dict[str, float]
 
     def __str__(self) -> str:
-        lines = [f"recall of the best {'':10} {self.recall[0]:.3f} -> {self.recall[-1]:.3f} by the warm-up"]
-        lines += [f"loss, {name:24} {loss:.4f}" for name, loss in self.losses.items()]
+        lines = [f"recall of the best mass: {self.recall[0]:.3f} -> {self.recall[-1]:.3f} by the warm-up"]
+        lines += [f"loss, {name:30} {loss:.4f}" for name, loss in self.losses.items()]
         return "\n".join(lines)
 
 

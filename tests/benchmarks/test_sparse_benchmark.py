@@ -10,23 +10,22 @@ from benchmarks.models.sparse_attention import DENSE, Settings, model_config, ru
 from benchmarks.training import sparse_stages
 
 
-def test_all_contestants_are_measured(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "name"), [("decode", "decode at 40"), pytest.param("prompt", "prompt of 20", marks=pytest.mark.slow)]
+)
+def test_all_contestants_are_measured(part, name, tmp_path):
     pytest.importorskip("transformers")
     from support import small_models
 
     path = tmp_path / "config.json"
     path.write_text(json.dumps(small_models.config("v32").to_dict()))
     settings = Settings(
-        preset=str(path), layers=1, contexts=(40,), prompts=(20,), repeats=1, dtype="fp32", threads=1, memory=64
+        preset=str(path), layers=1, contexts=(40,), prompts=(20,), only=(part,), dtype="fp32", threads=1, memory=64
     )
     assert model_config(settings).is_sparse_attention
     report = run(settings)
-    names = [row.name for row in report.rows]
-    assert names == [
-        f"{what}{unit}"
-        for what in ("decode at 40", "prompt of 20")
-        for unit in ("", ", CPU time", ", memory beyond the weights")
-    ]
+    units = ("", ", CPU time", ", memory beyond the weights")
+    assert [row.name for row in report.rows] == [name + unit for unit in units]
     for row in report.rows:
         assert set(row.results) == {"ours", DENSE, "transformers"} and not row.note
 
@@ -34,6 +33,8 @@ def test_all_contestants_are_measured(tmp_path):
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="positive sizes"):
         Settings(contexts=(0,))
+    with pytest.raises(ValueError, match="expected only decode and prompt, got train"):
+        Settings(only=("train",))
     with pytest.raises(ValueError, match="expected a model with sparse attention, got deepseek-v3"):
         model_config(Settings(preset="deepseek-v3"))
     with pytest.raises(ValueError, match="less selected keys than tokens"):
