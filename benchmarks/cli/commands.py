@@ -47,6 +47,9 @@ COMMANDS = {
         Command("model", "models.whole_model", "The whole model against transformers' on the same weights."),
         Command("gguf", "models.gguf_file", "Writes a GGUF file of the same weights, for `model --llama-bench`."),
         Command("fp8-weights", "models.fp8_weights", "FP8 weights under high-precision activations, against a cast."),
+        Command(
+            "sparse", "models.sparse_attention", "Sparse attention against dense and transformers', at V3.2's widths."
+        ),
         Command("overhead", "models.overhead", "Calls, files and time of a decode step, where operators are small."),
         Command("rollouts", "models.rollouts", "Sampling of a trained policy: this engine and transformers'."),
         Command("convert", "models.convert", "Conversion of checkpoints against copying them."),

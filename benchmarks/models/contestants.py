@@ -45,7 +45,7 @@ def random_model(config: da.DeepseekConfig, dtype: torch.dtype, seed: int = 0) -
         flat = tensor.flatten()
         if name.endswith("norm.weight"):
             flat.fill_(1)
-        elif name.endswith("e_score_correction_bias"):
+        elif name.endswith(("e_score_correction_bias", "norm.bias")):
             flat.fill_(0)
         else:
             for start in range(0, flat.numel(), _NOISE):
