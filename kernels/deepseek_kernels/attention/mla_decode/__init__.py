@@ -16,6 +16,7 @@ from ... import dispatch
 from ...common.masks import is_spans
 from ..packed_latents import aligned, packed_bytes
 from . import cpu, reference
+from .configs import MOST_LATENT, MOST_ROTATED
 
 __all__ = ["mla_decode", "mla_decode_paged"]
 
@@ -24,8 +25,6 @@ dispatch.register("mla_decode", "triton", "cpu")
 dispatch.register("mla_decode_fp8", "triton", "cpu", capability=(8, 9))
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The tiles of the kernels are made for these: more would not fit into shared memory.
-_MOST_LATENT, _MOST_ROTATED = 512, 64
 
 
 def mla_decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -162,9 +161,9 @@ def _unsupported(q: Tensor, states: Tensor, kv_lora_rank: int, mask: Tensor | No
         return "it has no gradient"
     if mask is not None and mask.is_floating_point():
         return "it has no additive mask"
-    if kv_lora_rank > _MOST_LATENT or rotated > _MOST_ROTATED:
+    if kv_lora_rank > MOST_LATENT or rotated > MOST_ROTATED:
         return (
-            f"its latents have at most {_MOST_LATENT} features and rotated keys {_MOST_ROTATED}, "
+            f"its latents have at most {MOST_LATENT} features and rotated keys {MOST_ROTATED}, "
             f"got {kv_lora_rank} and {rotated}"
         )
     if page is not None and (page < 16 or page & (page - 1)):

@@ -18,6 +18,8 @@ __all__ = [
     "FEW",
     "FEW_PACKED",
     "MANY",
+    "MOST_LATENT",
+    "MOST_ROTATED",
     "SMALL",
     "SUM_COLUMNS",
     "SUM_ROWS",
@@ -27,6 +29,9 @@ __all__ = [
     "config_for",
     "splits_for",
 ]
+
+# The tiles of the kernels are made for these: more would not fit into shared memory.
+MOST_LATENT, MOST_ROTATED = 512, 64
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ..packed_latents import packed_bytes
+from ..mla_decode.configs import MOST_LATENT, MOST_ROTATED
+from ..packed_latents import aligned, packed_bytes
 from . import reference
 
 __all__ = ["sparse_mla"]
 
-dispatch.register("sparse_mla")
-dispatch.register("sparse_mla_fp8")
+dispatch.register("sparse_mla", "triton")
+# The same kernel on FP8 tokens. 8.9: the first with conversions from e4m3.
+dispatch.register("sparse_mla_fp8", "triton", capability=(8, 9))
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale: float) -> Tensor:
@@ -26,16 +30,17 @@ def sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale:
 
     Args:
         q: [B, T, N, C + R], queries in the space of the latents.
-        states: [B, S, C + R] of q's dtype; or uint8 [B, S, bytes] from `packed_latents.pack`. Tokens that no query
-            selects are not read, whatever they hold.
+        states: [B, S, C + R] of q's dtype; or uint8 [B, S, bytes] from `packed_latents.pack`, dequantized as for
+            `mla_decode`. Tokens that no query selects are not read, whatever they hold.
         ids: int32 [B, T, K], indices from 0 to S - 1, no index twice; -1 behind the last one of a query, as
             `topk_select` returns them. A query without any gives zeros. That indices are in range is not checked.
         kv_lora_rank: C.
         scale: of the scores.
 
     Returns:
-        [B, T, N, C] in q's dtype, differentiable in q and in states that are not packed. The reference gathers the keys
-        of a block of queries at a time; where a gradient is needed it gathers them again in the backward pass.
+        [B, T, N, C] in q's dtype, differentiable, through the reference, in q and in states that are not packed. The
+        reference gathers the keys of a block of queries at a time; where a gradient is needed it gathers them again in
+        the backward pass.
 
     Raises:
         ValueError: the shapes or the dtypes do not fit.
@@ -48,8 +53,12 @@ def sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale:
         q, states = dispatch.autocast(q, states)
         if q.dtype != states.dtype:
             raise ValueError(f"expected q and states of one dtype, got {q.dtype} and {states.dtype}")
-    dispatch.pick("sparse_mla_fp8" if packed else "sparse_mla", q.device)
-    return reference.attend(q, states, ids, kv_lora_rank, scale)
+    op = "sparse_mla_fp8" if packed else "sparse_mla"
+    if dispatch.pick(op, q.device, _unsupported(q, states, kv_lora_rank)) != "triton":
+        return reference.attend(q, states, ids, kv_lora_rank, scale)
+    from . import launch
+
+    return launch.attend(q, states, ids, kv_lora_rank, scale)
 
 
 def _check(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int) -> None:
@@ -65,3 +74,20 @@ def _check(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int) -> None:
         )
     if ids.dtype != torch.int32 or ids.ndim != 3 or ids.shape[:2] != q.shape[:2]:
         raise ValueError(f"expected ids int32 [{q.shape[0]}, {q.shape[1]}, K], got {ids.dtype} {list(ids.shape)}")
+
+
+def _unsupported(q: Tensor, states: Tensor, kv_lora_rank: int) -> str | None:
+    """Returns the reason why the kernel cannot take these operands, or None."""
+    rotated = q.shape[3] - kv_lora_rank
+    if q.dtype not in _DTYPES:
+        return f"its queries are bfloat16, float16 or float32, got {q.dtype}"
+    if torch.is_grad_enabled() and (q.requires_grad or states.requires_grad):
+        return "it has no gradient"
+    if kv_lora_rank > MOST_LATENT or rotated > MOST_ROTATED:
+        return (
+            f"its latents have at most {MOST_LATENT} features and rotated keys {MOST_ROTATED}, "
+            f"got {kv_lora_rank} and {rotated}"
+        )
+    if states.dtype == torch.uint8 and not aligned(states, kv_lora_rank):
+        return f"its packed tokens begin at multiples of 4 bytes and so do their parts, got strides {states.stride()}"
+    return None
