@@ -34,6 +34,7 @@ ORDER = [
     "quant",
     "models",
     "checkpoint",
+    "parallel",
     "generation",
     "hf",
     "r1",

@@ -115,7 +115,8 @@ def generate(
     input_ids, seed, drafts = input_ids.long(), given["seed"], given["mtp_depth"]
     if record_routing:
         check_recording(model, given["max_new_tokens"], compiled)
-    if compiled and SharedSteps(model).shared:
+    steps = SharedSteps(model)
+    if compiled and steps.shared:
         raise ValueError("expected compiled=False for a model that is split over ranks, got True")
     ends = end_tokens(model, eos_token_id, input_ids.device)
     settings = GenerationSettings(
@@ -125,7 +126,7 @@ def generate(
         given["top_p"],
         ends,
         padding_token(model, given["pad_token_id"], ends),
-        None if seed is None else torch.Generator(device=input_ids.device).manual_seed(seed),
+        steps.generator(seed, input_ids.device),
         callback,
         given["prefill_chunk"] or input_ids.shape[1],
         cache_format,

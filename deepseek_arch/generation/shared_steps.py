@@ -38,6 +38,18 @@ class SharedSteps:
         # Ranks of several meshes, or of one with several axes, are all those there are.
         self.group: Any = only.get_group() if only is not None and only.ndim == 1 else None
 
+    def generator(self, seed: int | None, device: torch.device) -> torch.Generator | None:
+        """Returns the source of random numbers: without a seed the global one, or one that all ranks have alike.
+
+        Ranks that compute parts of the same logits have to draw the same tokens.
+        """
+        if seed is None and self.shared:
+            drawn: list[int] = [int(torch.randint(2**62, ()))]
+            first = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
+            torch.distributed.broadcast_object_list(drawn, src=first, group=self.group)
+            seed = drawn[0]
+        return None if seed is None else torch.Generator(device=device).manual_seed(seed)
+
     def agree(self, drafts: int, done: bool) -> tuple[int, bool]:
         """Returns the most drafts that a rank wants in the next pass, and whether all ranks are done."""
         if not self.shared:

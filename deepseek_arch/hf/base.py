@@ -72,7 +72,7 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
         """
         if model.stored_in_fp8 is not None:
             check_version(distributed_config)
-        model = super().maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
+        model = super().maybe_distribute_model(model, distributed_config, mesh)
         if model.stored_in_fp8 is not None:
             check_cuts(model, model.stored_in_fp8)
         return model

@@ -73,7 +73,7 @@ def check_cuts(model: nn.Module, stored: StoredInFP8) -> None:
         )
 
 
-def _cut_blocks(name: str, parameter: nn.Parameter, block_size: tuple[int, int], kept: bool) -> Iterator[str]:
+def _cut_blocks(name: str, parameter: Any, block_size: tuple[int, int], kept: bool) -> Iterator[str]:
     axes = parameter.device_mesh.mesh_dim_names or [f"axis {i}" for i in range(parameter.device_mesh.ndim)]
     for dim, (what, block) in enumerate(zip(("rows", "columns"), block_size, strict=True), parameter.ndim - 2):
         cutting = {

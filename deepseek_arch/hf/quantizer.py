@@ -8,7 +8,7 @@ Our quantizer has a method name of its own (`fp8_config`), so that other models'
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ class DeepseekFP8Quantizer(HfQuantizer):
 
     quantization_config: DeepseekFP8Config
     # With it, transformers' parallel plans cut the scales of stacked experts as they cut the codes.
-    serialized_names: ClassVar = {"weight": ["weight", scale_name("weight")]}
+    serialized_names: dict[str, list[str]] = {"weight": ["weight", scale_name("weight")]}  # noqa: RUF012
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -72,7 +72,8 @@ class DeepseekFP8Quantizer(HfQuantizer):
         config = self.quantization_config
         stored = None if checkpoint_files is None else codes
         in_fp8 = parameters_in_fp8(model, stored, set(tensors), in_part=config.dequantize)
-        model.stored_in_fp8 = StoredInFP8(frozenset(in_fp8), config.blocks, kept=not config.dequantize)
+        stored_in_fp8: Any = StoredInFP8(frozenset(in_fp8), config.blocks, kept=not config.dequantize)
+        model.stored_in_fp8 = stored_in_fp8
         if not config.dequantize:
             keep_fp8(model, config.blocks, in_fp8, scale_format_of(config.published))
             accept_published_experts(model)

@@ -153,6 +153,6 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
 
     None for a bias, a hook, an adapter, an offloaded layer or a sharded parameter.
     """
-    if not is_plain_linear(module) or type(module.weight) is not nn.Parameter or module.bias is not None:
+    if not is_plain_linear(module) or type(module.weight) not in (nn.Parameter, Tensor) or module.bias is not None:
         return None
     return module.weight.to(dtype) if type(module) is nn.Linear else module.dense_weight(dtype)

@@ -20,7 +20,7 @@ from ..moe.routing import Routing
 from ..moe.routing_record import RoutingRecord
 from ..moe.token_dropping import TokenDropping
 from .allocate import allocate
-from .losses import cross_entropy, head_losses, ignore
+from .losses import cross_entropy, gathers_logits, head_losses, ignore
 from .main_model import DeepseekModel
 from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
@@ -48,11 +48,13 @@ class DeepseekLM(nn.Module):
         mtp_detached: True to train the MTP modules alone by `mtp_loss`, and neither the main model nor the embedding
             and the head that they share with it, as reinforcement learning needs (TRAPS F12).
         load_report: `checkpoint.LoadReport` of a model that `load` made, else None.
+        meshes: `parallel.apply.Meshes` of a model that `parallelize` has cut, else None.
         generation_config: content of the checkpoint's generation_config.json, {} without one; None if not loaded.
     """
 
     load_report: Any = None
     generation_config: dict[str, Any] | None = None
+    meshes: Any = None
 
     def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ class DeepseekLM(nn.Module):
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
             labels = ignore(labels, padding)
             targets = ignore(shift_labels(labels, 1, main.documents), padding)
-            if out.logits is not None:
+            if out.logits is not None and not gathers_logits(self.lm_head):
                 out.loss = cross_entropy(out.logits, targets)
             else:
                 out.loss = head_losses(self.lm_head, [hidden], [targets])[0][0]

@@ -12,7 +12,7 @@ from deepseek_kernels import linear_cross_entropy
 
 from ..layers.linear import Linear, is_plain_module
 
-__all__ = ["IGNORE", "cross_entropy", "head_losses", "ignore", "plain_weight"]
+__all__ = ["IGNORE", "cross_entropy", "gathers_logits", "head_losses", "ignore", "plain_weight"]
 
 IGNORE = -100
 
@@ -49,6 +49,8 @@ def head_losses(
     Returns:
         losses float32 [S] and accuracies float32 [S]; 0 where every target is ignored.
     """
+    if gathers_logits(head):
+        return head.losses(states, targets, detached=detached)  # type: ignore[operator]
     weight = plain_weight(head)
     if weight is None or any(weight.device != state.device for state in states):
         return _from_logits((_detached(head, state) if detached else head(state) for state in states), targets)
@@ -63,6 +65,11 @@ def head_losses(
         segments=[target.numel() for target in targets],
     )
     return out.loss.float(), out.correct / out.count.clamp(min=1)
+
+
+def gathers_logits(head: nn.Module) -> bool:
+    """Returns True for a head that is cut by vocabulary: it computes `head_losses` without gathering its logits."""
+    return hasattr(type(head), "losses")
 
 
 def plain_weight(head: nn.Module) -> Tensor | None:

@@ -47,7 +47,8 @@ class LoadBalancer:
             the biases, as is usual in fine-tuning, is rate 0.
         form: "sign", b += gamma sign(mean load - load), V3's; or "centred", which subtracts the mean of the signs from
             each, Moonlight's. Neither recentres what was loaded (TRAPS D4).
-        group: the process group of all ranks that see different tokens; None for the default one.
+        group: the process group of all ranks that see different tokens; None for that of the model's layout, or the
+            default one.
 
     Raises:
         ValueError: an unknown form, a rate that is not finite, or a model without routers on the only rank.
@@ -65,6 +66,9 @@ class LoadBalancer:
         self._model = model
         if not self.routers and not _distributed():  # a pipeline stage of dense layers takes part all the same
             raise ValueError(f"expected a model with routers, got {type(model).__name__} without any")
+        meshes: Any = getattr(model, "meshes", None)
+        if group is None and meshes is not None:  # of `parallelize`
+            group = meshes.data
         self.rate, self.form, self.group = rate, form, group
         self._over_ranks = SummedLoads()
         self.steps = 0

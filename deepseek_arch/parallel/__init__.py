@@ -1,0 +1,1 @@
+"""Models over many devices: parameters cut by a `ParallelLayout`, and collectives between their parts."""

@@ -1,0 +1,57 @@
+"""Gradient clipping by a norm over parameters on different meshes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["clip_grad_norm"]
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scales all gradients so that their norm is `max_norm` at most, and returns the norm that they had.
+
+    Each element of the model counts once, however its parameter is cut or copied; every rank calls this and gets the
+    same norm. `torch.nn.utils.clip_grad_norm_` takes parameters of one mesh only.
+
+    Args:
+        model: any module, `parallelize`d or not.
+        max_norm: of all gradients together (Euclidean).
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: `max_norm` is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"expected max_norm > 0, got {max_norm}")
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    squares: dict[tuple, Tensor] = {}  # by the axes that parameters are cut along, in the order of parameters
+    for grad in grads:
+        local: Tensor = grad
+        axes: tuple[Any, ...] = ()
+        if isinstance(grad, DTensor):
+            local = grad.to_local()
+            # Copies along the other axes are one element of the model each.
+            axes = (grad.device_mesh, tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate()))
+        square = local.float().square().sum()
+        squares[axes] = squares[axes] + square if axes in squares else square
+    total = torch.zeros((), device=grads[0].device if grads else None)
+    for axes, square in squares.items():
+        if axes:
+            mesh, dims = axes
+            for dim in dims:
+                dist.all_reduce(square, group=mesh.get_group(dim))
+        total = total + square
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        local.mul_(scale.to(local.dtype))
+    return norm

@@ -1,0 +1,204 @@
+"""Models cut by a layout: losses and gradients of one process, for every axis and their combinations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import deepseek_arch as da
+from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
+from support import small_models
+from support.ranks import RankError, run_ranks
+from support.small_models import error
+
+SAME = {torch.float32: 2e-6, torch.float64: 1e-12}  # sums in another order
+SIZES = {"num_attention_heads": 4, "vocab_size": 64, "num_nextn_predict_layers": 1}
+
+
+def model_of(kind="v3", dtype=torch.float32, **changes):
+    return small_models.model(small_models.config(kind, **(SIZES | changes))).to(dtype).train()
+
+
+def rows_of(config, rank, rows):
+    """Rows of data-parallel rank `rank`."""
+    first = sum(rows[:rank])
+    return small_models.tokens(config, sum(rows), 9)[first : first + rows[rank]]
+
+
+def loss_of(out):
+    return out.loss + 0.3 * out.mtp_loss if out.mtp_loss is not None else out.loss
+
+
+def gradients(model):
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def expected_of(model, rows):
+    losses = []
+    for rank in range(len(rows)):
+        ids = rows_of(model.config, rank, rows)
+        loss = loss_of(model(ids, labels=ids, return_logits=False))
+        (loss / len(rows)).backward()
+        losses.append(float(loss.detach()))
+    return losses, gradients(model)
+
+
+def trained(rank, axes, build, rows, recompute=False):
+    model = build()
+    model.gradient_checkpointing_enable(recompute)
+    model = da.parallelize(model, ParallelLayout(**axes))
+    mine = dist.get_rank(model.meshes.data)
+    ids = rows_of(model.config, mine, rows)
+    out = model(ids, labels=ids, return_logits=False)
+    loss_of(out).backward()
+    held = {name: p.to_local().numel() if hasattr(p, "to_local") else p.numel() for name, p in model.named_parameters()}
+    return mine, float(loss_of(out).detach()), gradients(model), held
+
+
+def check(axes, world, rows, build, dtype=torch.float32, recompute=False):
+    """Trains one step on ranks and in one process; returns each rank's number of elements by parameter."""
+    losses, expected = expected_of(build(), rows)
+    shares = []
+    for mine, loss, grads, held in run_ranks(trained, world, axes, build, rows, recompute):
+        assert loss == pytest.approx(losses[mine], rel=SAME[torch.float32])  # float32 in either case
+        assert grads.keys() == expected.keys()
+        worst = max(expected, key=lambda name: error(grads[name], expected[name]))
+        assert error(grads[worst], expected[worst]) < SAME[dtype], worst
+        shares.append(held)
+    return shares
+
+
+LAYOUTS = [
+    ({"tp": 2}, 2, (2,)),
+    ({"tp": 4}, 4, (2,)),
+    ({"dp_shard": 2}, 2, (2, 2)),
+    ({"dp_shard": 2, "ep": 2}, 2, (2, 2)),
+    ({"dp_shard": 4, "ep": 4}, 4, (1, 3, 2, 2)),
+    ({"dp_shard": 4, "ep": 2}, 4, (2, 1, 1, 2)),
+    ({"tp": 2, "ep": 2}, 2, (2,)),
+    ({"dp_shard": 2, "tp": 2, "ep": 4}, 4, (2, 1)),
+    ({"dp_shard": 2, "tp": 2, "ep": 2}, 4, (1, 2)),
+    ({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, 4, (1, 1, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), LAYOUTS, ids=str)
+def test_gradients_are_those_of_one_process(axes, world, rows):
+    check(axes, world, rows, model_of)
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[0], LAYOUTS[3], LAYOUTS[7]], ids=str)
+def test_in_float64_to_its_rounding(axes, world, rows):
+    check(axes, world, rows, lambda: model_of(dtype=torch.float64), torch.float64)
+
+
+# ---------------------------------------------------------------- other models and settings
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[0], LAYOUTS[3], LAYOUTS[8]], ids=str)
+def test_a_softmax_router_without_query_latent_and_a_tied_head(axes, world, rows):
+    tied = {"tie_word_embeddings": True, "num_nextn_predict_layers": 0}
+    check(axes, world, rows, lambda: model_of("v2-lite", **tied))
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[3], LAYOUTS[6]], ids=str)
+def test_recomputed_layers_repeat_their_collectives(axes, world, rows):
+    check(axes, world, rows, model_of, recompute=True)
+
+
+def crowded(experts, **changes):
+    """A model all of whose tokens choose these experts."""
+    model = model_of(**changes)
+    for router in da.LoadBalancer(model).routers.values():
+        router.e_score_correction_bias[experts] = 100.0
+    return model
+
+
+@pytest.mark.parametrize("experts", [[0, 1, 2], [5, 6, 7]])
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[3], LAYOUTS[7]], ids=str)
+def test_ranks_that_serve_no_token_take_part(axes, world, rows, experts):
+    """TRAPS S16."""
+    check(axes, world, rows, lambda: crowded(experts, dtype=torch.float64), torch.float64)
+
+
+def one_expert():
+    return crowded([4], num_experts_per_tok=1, n_group=1, topk_group=1, norm_topk_prob=False, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[4], LAYOUTS[6]], ids=str)
+def test_all_tokens_to_one_expert(axes, world, rows):
+    check(axes, world, rows, one_expert, torch.float64)
+
+
+def in_fp8():
+    model = da.keep_fp8(model_of())
+    model.load_state_dict(model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[3], LAYOUTS[5]], ids=str)
+def test_weights_that_stay_in_fp8(axes, world, rows):
+    """Codes and scales are cut alike; what is trained is the rest."""
+    shares = check(axes, world, rows, in_fp8)
+    for held in shares:
+        assert held["model.layers.1.mlp.experts.gate_up_proj"] * axes["ep"] * (world // axes["ep"]) == 8 * 40 * 32
+
+
+# ---------------------------------------------------------------- shares, bytes, refusals
+
+
+def test_each_rank_holds_its_share():
+    whole = {name: p.numel() for name, p in model_of().named_parameters()}
+    experts = [name for name in whole if ".experts." in name]
+    assert len(experts) == 6
+    for axes, world, rows in (LAYOUTS[0], LAYOUTS[3], LAYOUTS[4]):
+        shares = [held for *_, held in run_ranks(trained, world, axes, model_of, rows)]
+        for name in whole:
+            held = [share[name] for share in shares]
+            if "tp" not in axes or name in experts:
+                assert sum(held) == whole[name]
+            if name in experts:
+                assert held == [whole[name] // world] * world
+        if "tp" in axes:
+            cut = ("q_b_proj", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+            for name in whole:
+                parts = 2 if name.split(".")[-2] in cut or name in experts else 1
+                assert [share[name] for share in shares] == [whole[name] // parts] * 2, name
+
+
+def refused(rank, axes, changes):
+    model = da.DeepseekLM(small_models.config("v3", **(SIZES | changes)))
+    before = {name: (id(p), type(p)) for name, p in model.named_parameters()}
+    with pytest.raises(LayoutError) as caught:
+        da.parallelize(model, ParallelLayout(**axes))
+    assert before == {name: (id(p), type(p)) for name, p in model.named_parameters()}
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "message"),
+    [
+        ({"tp": 2}, {"num_attention_heads": 3}, "expected tp = 2 to divide num_attention_heads = 3"),
+        ({"dp_shard": 2, "ep": 2}, {"n_routed_experts": 9, "n_group": 1, "topk_group": 1}, "n_routed_experts = 9"),
+        ({"tp": 4}, {}, "4 to divide 2 devices"),
+        ({"cp": 2}, {}, "expected cp = 1, which is not cut by parallelize, got 2"),
+        ({"pp": 2}, {}, "expected pp = 1, which is not cut by parallelize, got 2"),
+        ({"tp": 2}, {"attention_bias": True}, "attention_bias"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_changes_nothing(axes, changes, message):
+    first, second = run_ranks(refused, 2, axes, changes)
+    assert first == second and message in first
+
+
+def test_it_needs_ranks_and_a_plain_model():
+    with pytest.raises(ValueError, match="expected a running process group"):
+        da.parallelize(model_of(), ParallelLayout(tp=2))
+    with pytest.raises(RankError, match="expected a DeepseekLM that is not cut yet, got"):
+        run_ranks(lambda rank: [da.parallelize(model, ParallelLayout(tp=2)) for model in [model_of()] * 2], 2)
