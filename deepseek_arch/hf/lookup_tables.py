@@ -16,7 +16,8 @@ from .key_mapping import loading_conversions
 
 __all__ = ["add_class_name", "add_model_type"]
 
-_TABLES = {
+_TABLES: dict[str, Any] = {
+    "Model": names.MODEL_MAPPING_NAMES,
     "ForCausalLM": names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "ForSequenceClassification": names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "ForTokenClassification": names.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -27,7 +28,7 @@ def add_class_name(head: str, name: str) -> None:
     """Enters a class in the names of its head's classes, under a key that is no model type: no config leads to it.
 
     Args:
-        head: "ForCausalLM", "ForSequenceClassification" or "ForTokenClassification".
+        head: "Model" for the main model alone, "ForCausalLM", "ForSequenceClassification" or "ForTokenClassification".
         name: of the class.
     """
     _TABLES[head][f"deepseek_arch.{name}"] = name

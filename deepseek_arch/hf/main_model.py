@@ -26,6 +26,7 @@ from .base import DeepseekPreTrainedModel
 from .cache_check import check_holds_latents
 from .key_mapping import register_conversions
 from .layers import DeepseekDecoderLayer
+from .lookup_tables import add_class_name
 from .outputs import DeepseekModelOutput
 
 __all__ = ["DeepseekModel"]
@@ -175,3 +176,4 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
 
 register_conversions(DeepseekModel.__name__)
+add_class_name("Model", DeepseekModel.__name__)
