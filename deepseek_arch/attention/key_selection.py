@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..config.argument_types import check_types
+
 __all__ = ["STAGES", "KeySelection"]
 
 STAGES = (None, "dense", "sparse")
 
 
+@check_types
 class KeySelection:
     """The selections of one pass, by decoder layer.
 

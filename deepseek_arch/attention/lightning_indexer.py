@@ -20,6 +20,7 @@ from deepseek_kernels import hadamard_quantize, indexer_scores, topk_select
 from deepseek_kernels.attention.packed_index_keys import pack_index_keys
 from deepseek_kernels.common.masks import is_spans
 
+from ..config.argument_types import Size, check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.rope import Rotation, rotate_first
@@ -52,6 +53,7 @@ class WideLinear(Linear):
         return F.linear(rows, weight)
 
 
+@check_types
 class LightningIndexer(nn.Module):
     """Scores keys for queries, and selects the best.
 
@@ -63,15 +65,15 @@ class LightningIndexer(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
-        q_lora_rank: int,
-        num_heads: int,
-        head_dim: int,
-        top_k: int,
+        hidden_size: Size,
+        q_lora_rank: Size,
+        num_heads: Size,
+        head_dim: Size,
+        top_k: Size,
         *,
         rope_interleaved: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.top_k = num_heads, head_dim, top_k

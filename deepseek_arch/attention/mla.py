@@ -21,6 +21,7 @@ from deepseek_kernels import dispatch, mla_attention, mla_decode, rope_
 from deepseek_kernels import rope as rotate
 
 from ..cache.latent_cache import LatentCache
+from ..config.argument_types import Size, check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
 from ..layers.norm import RMSNorm, normalize
@@ -29,6 +30,7 @@ from ..layers.rope import Rotation
 __all__ = ["MultiHeadLatentAttention", "differentiated", "is_hooked", "latents_and_keys"]
 
 
+@check_types
 class MultiHeadLatentAttention(nn.Module):
     """Attention over a compressed key-value latent.
 
@@ -43,21 +45,21 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
+        hidden_size: Size,
+        num_heads: Size,
         *,
-        kv_lora_rank: int,
-        qk_nope_head_dim: int,
-        qk_rope_head_dim: int,
-        v_head_dim: int,
-        q_lora_rank: int | None = None,
+        kv_lora_rank: Size,
+        qk_nope_head_dim: Size,
+        qk_rope_head_dim: Size,
+        v_head_dim: Size,
+        q_lora_rank: Size | None = None,
         softmax_scale: float | None = None,
         norm_eps: float = 1e-6,
         bias: bool = False,
         dropout: float = 0.0,
         layer_idx: int = 0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.layer_idx, self.dropout = num_heads, layer_idx, dropout
@@ -78,6 +80,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias, **factory)
 
     @classmethod
+    @check_types
     def from_config(
         cls, config: DeepseekConfig, layer_idx: int = 0, *, device=None, dtype=None
     ) -> MultiHeadLatentAttention:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import index as as_index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from deepseek_kernels.attention.latent_write import latent_write
 from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 
+from ..config.argument_types import check_types, shown
 from ..layers.rope import Rotation
 from .index_keys import IndexKeys
 
@@ -23,8 +26,10 @@ __all__ = ["LatentCache", "key_mask_for_slots", "spans_up_to"]
 
 _GROWTH = 1.5
 _STEP = 64  # capacities are multiples of this
+_LARGEST = 2**31 - 1
 
 
+@check_types
 class LatentCache:
     """Cache of latent attention for a batch whose rows may have different lengths.
 
@@ -65,13 +70,15 @@ class LatentCache:
         index_head_dim: int | None = None,
         index_layers: Sequence[int] | None = None,
         index_format: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "batch_size": batch_size, "kv_lora_rank": kv_lora_rank}
         for name, value in {**sizes, "qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}.items():
             if value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
+            if value > _LARGEST:
+                raise ValueError(f"expected {name} <= {_LARGEST}, got {shown(value)}")
         for name, given in (("format", format), ("index_format", index_format)):
             if given not in (None, "fp8"):
                 raise ValueError(f"expected {name} None or 'fp8', got {given!r}")
@@ -279,9 +286,7 @@ class LatentCache:
 
     def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Drops the tokens of each row beyond `lengths` (one number, or one per row)."""
-        if isinstance(lengths, Tensor):
-            lengths = lengths.tolist()
-        target = (lengths,) * self.batch_size if isinstance(lengths, int) else tuple(lengths)
+        target = _row_lengths(lengths, self.batch_size)
         if len(target) != self.batch_size:
             raise ValueError(f"expected one length or {self.batch_size}, got {len(target)}")
         for length, present in zip(target, self.lengths, strict=True):
@@ -293,10 +298,13 @@ class LatentCache:
         """Empties every row; the memory stays."""
         self.rewind(0)
 
+    @check_types
     def reorder(self, index: Tensor) -> None:
         """Makes row i a copy of row `index[i]` (beam search); the batch may change its size."""
         index = index.to(self.device)
-        if index.ndim != 1 or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size):
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.layout != torch.strided:
+            raise ValueError(f"expected integer row indices [rows], got {index.dtype} {list(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
             raise ValueError(f"expected row indices between 0 and {self.batch_size - 1}, got {index.tolist()}")
         order = index.tolist()
         with torch.inference_mode(False):  # as in `_new_buffer`
@@ -378,6 +386,20 @@ class LatentCache:
                     if self._index_keys is not None:
                         self._index_keys.clear(index, row, after, before)
         self._lengths = list(lengths)
+
+
+def _row_lengths(lengths: int | Sequence[int] | Tensor, rows: int) -> tuple[int, ...]:
+    """Returns one length for each row, given one for all or one for each."""
+    if isinstance(lengths, Tensor) and lengths.layout != torch.strided:
+        raise ValueError(f"expected lengths in a dense tensor, got one of layout {lengths.layout}")
+    listed: Any = lengths.tolist() if hasattr(lengths, "tolist") else lengths  # also numpy's
+    several = listed if isinstance(listed, list | tuple) else (listed,) * rows
+    try:
+        if isinstance(listed, bool) or any(isinstance(length, bool) for length in several):
+            raise TypeError
+        return tuple(as_index(length) for length in several)
+    except TypeError:
+        raise ValueError(f"expected an integer length, or a list of {rows}, got {shown(lengths)}") from None
 
 
 class _Append:

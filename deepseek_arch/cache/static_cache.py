@@ -10,11 +10,13 @@ from torch import Tensor
 
 from deepseek_kernels.attention.packed_latents import pack
 
+from ..config.argument_types import check_types, shown
 from .latent_cache import LatentCache, _Append, spans_up_to
 
 __all__ = ["StaticLatentCache"]
 
 
+@check_types
 class StaticLatentCache(LatentCache):
     """A `LatentCache` of fixed capacity, whose lengths are on the device.
 
@@ -33,6 +35,8 @@ class StaticLatentCache(LatentCache):
     """
 
     def __init__(self, cache: LatentCache, capacity: int) -> None:
+        if capacity >= 2**31:
+            raise ValueError(f"expected a capacity below 2^31, got {shown(capacity)}")
         if capacity < cache.max_length:
             raise ValueError(f"expected a capacity of at least the {cache.max_length} tokens held, got {capacity}")
         held = cache._index_keys

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from .files.reader import TensorInfo
 from .load_plan import plan_load
@@ -87,6 +88,7 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
     return sums
 
 
+@check_types
 def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     """Lists the tensors of a checkpoint and everything that would keep it from loading, from config and headers alone.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.argument_types import check_types
 from ..config.json_format import MOST_JSON, parse_json
 from ..layout.parameter_map import TensorSlot, scale_name
 from ..models.allocate import allocate
@@ -80,6 +81,7 @@ class LoadReport:
         return ", ".join(parts) + f", in {self.seconds:.1f} s"
 
 
+@check_types
 def load(
     path: str | Path,
     device: torch.device | str = "cpu",
@@ -145,7 +147,7 @@ def load(
     report.shards = sorted({info.file.name for info in plan.sources.values()})
     report.seconds = time.perf_counter() - started
     for message in report.warnings:
-        warnings.warn(f"{plan.folder}: {message}", stacklevel=2)
+        warnings.warn(f"{plan.folder}: {message}", stacklevel=3)  # past the decorator
     model.load_report = report
     model.generation_config = generation_config
     return model.eval()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import TensorSlot, layout, scale_name
 from ..layout.published_tensors import TensorSpec
@@ -49,6 +50,7 @@ class SaveReport:
         return f"{self.tensors:,} tensors, {self.nbytes:,} bytes in {len(self.files)} files at {self.path}{fp8}"
 
 
+@check_types
 def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_size: int | str = "5GB") -> SaveReport:
     """Writes a model in the published layout, which transformers and the serving engines read.
 
@@ -92,7 +94,7 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
             bar.update(sum(spec.nbytes for spec in group))
         files = writer.commit(config.to_dict(), (), {GENERATION_CONFIG_NAME: defaults} if defaults else {})
     for message in not_finite.warnings:
-        warnings.warn(f"{path}: {message}", stacklevel=2)
+        warnings.warn(f"{path}: {message}", stacklevel=3)  # past the decorator
     tensors, quantized = sum(len(group) for group in groups), sum(len(group) == 2 for group in groups)
     return SaveReport(Path(path), config, tuple(files), tensors, writer.nbytes, quantized)
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..config.argument_types import check_types
 from ..layout.parameter_map import TensorSlot, layout, scale_name
 from ..layout.published_tensors import TensorSpec
 from .files.companions import companions
@@ -21,6 +22,7 @@ __all__ = ["slice_checkpoint"]
 _BAND_BYTES = 64 * 2**20
 
 
+@check_types
 def slice_checkpoint(
     path: str | Path,
     out: str | Path,
@@ -72,7 +74,7 @@ def slice_checkpoint(
         plan.check_unchanged()
         files = writer.commit(config.to_dict(), companions(plan.folder))
     for message in plan.warnings + not_finite.warnings:
-        warnings.warn(f"{plan.folder}: {message}", stacklevel=2)
+        warnings.warn(f"{plan.folder}: {message}", stacklevel=3)  # past the decorator
     quantized = sum(len(group) == 2 for group in groups)
     tensors = sum(len(group) for group in groups)
     return SaveReport(Path(out), config, tuple(files), tensors, writer.nbytes, quantized)

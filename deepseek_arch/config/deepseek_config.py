@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .argument_types import as_integer
 from .errors import ConfigError, UnsupportedModelError
 from .families import ARCHITECTURES, V4
 from .json_format import parse_json, read_fields, read_text, rope_type
@@ -112,6 +113,8 @@ class DeepseekConfig:
             return cls.from_dict(source)
         if not isinstance(source, str | os.PathLike):
             raise ConfigError(f"expected a name, a path or a dict, got {type(source).__name__}")
+        if not os.fspath(source):  # the working directory, to a path; a variable that is not set, to who wrote it
+            raise ConfigError("expected a name, a path or a dict, got an empty string")
         text, origin = _text_of(source)
         return read_config(text, origin)[0]
 
@@ -197,6 +200,8 @@ class DeepseekConfig:
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Returns True if layer `layer_idx` has experts; MTP modules count on from `num_hidden_layers`."""
+        if type(layer_idx) is not int:
+            layer_idx = as_integer("layer_idx", layer_idx)
         return (
             bool(self.n_routed_experts)
             and layer_idx >= self.first_k_dense_replace

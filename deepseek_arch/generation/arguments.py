@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.causal_lm import DeepseekLM
+from ..models.main_model import check_dense, check_multiplicative
 
 __all__ = ["check_arguments", "check_prompts", "end_tokens", "padding_token"]
 
@@ -24,6 +25,7 @@ def check_prompts(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor |
         raise ValueError(f"expected model to be a DeepseekLM, got {type(model).__name__}")
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"expected input_ids to be a tensor [B, T], got {type(input_ids).__name__}")
+    check_dense("input_ids", input_ids)
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"expected non-empty input_ids [B, T] with T >= 1, got {list(input_ids.shape)}")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
@@ -32,12 +34,11 @@ def check_prompts(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor |
         return
     if not isinstance(attention_mask, Tensor):
         raise ValueError(f"expected attention_mask to be a tensor, got {type(attention_mask).__name__}")
+    check_dense("attention_mask", attention_mask)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"expected attention_mask {list(input_ids.shape)}, got {list(attention_mask.shape)}")
-    if attention_mask.is_floating_point() and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError(
-            "expected attention_mask of 1 for tokens and 0 for padding, got other values (an additive mask?)"
-        )
+    if attention_mask.is_floating_point():
+        check_multiplicative(attention_mask)
     if not bool((attention_mask != 0).any(-1).all()):
         raise ValueError("expected at least one prompt token in every row, got a row of padding only")
 

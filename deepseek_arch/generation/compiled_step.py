@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cache.static_cache import StaticLatentCache
+from ..config.argument_types import check_types
 from ..models.causal_lm import DeepseekLM
 
 __all__ = ["CompiledDecodeStep", "fixed_capacity"]
@@ -22,6 +23,7 @@ def fixed_capacity(tokens: int) -> int:
     return -(-tokens // _SLOTS) * _SLOTS
 
 
+@check_types
 class CompiledDecodeStep:
     """Decodes one token for every row through a static cache, without Python between the kernels.
 

@@ -12,6 +12,7 @@ from itertools import product
 
 from torch import Tensor
 
+from ..config.argument_types import check_types
 from ..models.causal_lm import DeepseekLM
 from .entry import generate
 
@@ -44,6 +45,7 @@ class MTPProbe:
         return f"input {self.mtp_input:9} chain {self.mtp_chain:9} accepted {shares}{mark}"
 
 
+@check_types
 def probe_mtp(
     model: DeepseekLM,
     input_ids: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.modules import module as _torch
 
 from deepseek_kernels import dense_gemm
 from deepseek_kernels.common.activations import gated
+
+from ..config.argument_types import Size, check_types
 
 __all__ = [
     "MLP",
@@ -85,6 +88,7 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+@check_types
 class MLP(nn.Module):
     """SwiGLU block of a dense layer, or the shared experts of a MoE layer (arXiv 2002.05202).
 
@@ -92,11 +96,17 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, device=None, dtype=None
+        self,
+        hidden_size: Size,
+        intermediate_size: Size,
+        activation: str = "silu",
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
-        factory = {"bias": False, "device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.gate_proj = Linear(hidden_size, intermediate_size, **factory)
         self.up_proj = Linear(hidden_size, intermediate_size, **factory)
         self.down_proj = Linear(intermediate_size, hidden_size, **factory)

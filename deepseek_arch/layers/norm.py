@@ -10,15 +10,24 @@ from torch import Tensor, nn
 
 from deepseek_kernels.norm.rms_norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 
+from ..config.argument_types import Size, check_types
 from .linear import Linear, QuantizedRows, declares, is_plain_module
 
 __all__ = ["RMSNorm", "add_and_normalize", "normalize"]
 
 
+@check_types
 class RMSNorm(nn.Module):
     """`weight * (x / sqrt(mean(x²) + eps))`: statistics in float32, rounded to `x.dtype` before the weight."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        hidden_size: Size,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..config.json_format import rope_type
 from ..config.yarn import Yarn
@@ -94,6 +95,7 @@ class Rotation:
         return Rotation(self.cos.to(torch.device(device)), self.sin.to(torch.device(device)))
 
 
+@check_types
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of positions.
 
@@ -125,6 +127,7 @@ class RotaryEmbedding(nn.Module):
         self._factor = yarn.cos_sin_factor if yarn else 1.0
 
     @classmethod
+    @check_types
     def from_config(cls, config: DeepseekConfig) -> RotaryEmbedding:
         scaling = config.rope_scaling or {}
         kind, factor = rope_type(scaling), scaling.get("factor", 1.0)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from .published_tensors import (
     DTYPE_BYTES,
@@ -99,6 +100,7 @@ def _mtp_layers(c: DeepseekConfig) -> range:
     return range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
 
 
+@check_types
 def count_parameters(config: DeepseekConfig) -> ParameterCount:
     """Counts the parameters of `config`'s model, without building it.
 
@@ -154,6 +156,7 @@ def checkpoint_bytes(config: DeepseekConfig) -> int:
     return sum(tensor.nbytes for tensor in published_tensors(config))
 
 
+@check_types
 def weight_bytes(config: DeepseekConfig, dtype: str = "bf16", *, mtp: bool = False) -> int:
     """Bytes of the model's weights in memory, nothing counted twice.
 
@@ -187,6 +190,7 @@ def weight_bytes(config: DeepseekConfig, dtype: str = "bf16", *, mtp: bool = Fal
     return total
 
 
+@check_types
 def kv_cache_bytes(config: DeepseekConfig, tokens: int = 1, bytes_per_value: int = 2) -> int:
     """Bytes of the latent cache: `kv_lora_rank + qk_rope_head_dim` values per token and layer.
 
@@ -236,6 +240,7 @@ def _attention_layers(c: DeepseekConfig, mtp: bool) -> int:
     return c.num_hidden_layers + (c.num_nextn_predict_layers if mtp else 0)
 
 
+@check_types
 def flops_per_token(config: DeepseekConfig, context_length: int, *, training: bool = False, mtp: bool = False) -> int:
     """FLOPs of one token of a sequence of `context_length` tokens, on average over the sequence (causal attention).
 

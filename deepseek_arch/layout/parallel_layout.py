@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 
 __all__ = ["AXES", "LayoutError", "ParallelLayout", "parse_axes"]
@@ -83,6 +84,7 @@ class ParallelLayout:
 
     # ------------------------------------------------------------ construction
 
+    @check_types
     def for_devices(self, devices: int) -> ParallelLayout:
         """Returns the layout over exactly `devices` devices, an open `dp_shard` filled in.
 
@@ -152,6 +154,7 @@ class ParallelLayout:
             "etp": self.etp,
         }
 
+    @check_types
     def coordinates(self, rank: int) -> dict[str, int]:
         """Returns the position of `rank` along every axis of both meshes.
 
@@ -167,10 +170,13 @@ class ParallelLayout:
                 rest, out[name] = divmod(rest, size)
         return out
 
+    @check_types
     def stride(self, axis: str) -> int:
         """Returns how many ranks apart neighbours along `axis` are: the product of the axes further in."""
         mesh = self.dense_mesh if axis in self.dense_mesh else self.expert_mesh
         names = list(mesh)
+        if axis not in names:
+            raise LayoutError(f"expected axis to be one of {', '.join((*self.dense_mesh, *names))}, got {axis!r:.200}")
         return math.prod(mesh[name] for name in names[names.index(axis) + 1 :])
 
     def __str__(self) -> str:
@@ -180,6 +186,7 @@ class ParallelLayout:
 
     # --------------------------------------------------------------- validation
 
+    @check_types
     def validate(
         self,
         config: DeepseekConfig,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..attention.key_selection import KeySelection
 from ..attention.lightning_indexer import KeyNorm
 from ..cache.latent_cache import LatentCache
+from ..config.argument_types import as_integer, check_types, shown
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
@@ -21,7 +22,7 @@ from ..moe.routing_record import RoutingRecord
 from ..moe.token_dropping import TokenDropping
 from .allocate import allocate
 from .losses import cross_entropy, gathers_logits, head_losses, ignore
-from .main_model import DeepseekModel
+from .main_model import DeepseekModel, check_dense
 from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
 from .mtp_loss import count_targets, shift_labels
@@ -31,6 +32,7 @@ from .unused_mtp import connect
 __all__ = ["DeepseekLM"]
 
 
+@check_types
 class DeepseekLM(nn.Module):
     """A DeepSeek language model: main model, head and multi-token-prediction (MTP) modules.
 
@@ -56,7 +58,13 @@ class DeepseekLM(nn.Module):
     generation_config: dict[str, Any] | None = None
     meshes: Any = None
 
-    def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         target = torch.empty(0, device=device).device  # honours torch.device contexts
         # Built without memory first, so that no parameter is drawn twice.
@@ -112,6 +120,7 @@ class DeepseekLM(nn.Module):
         """Recomputes each decoder layer in the backward pass instead of keeping its activations (training only)."""
         self.model.gradient_checkpointing = enabled
 
+    @check_types
     def new_cache(self, batch_size: int, capacity: int | None = None, format: str | None = None) -> LatentCache:
         """Returns an empty cache for the main model's layers, on the model's device, in its dtype or in FP8.
 
@@ -122,6 +131,7 @@ class DeepseekLM(nn.Module):
         """
         return self._new_cache(self.config.num_hidden_layers, 0, batch_size, capacity, format)
 
+    @check_types
     def new_mtp_cache(self, batch_size: int, capacity: int | None = None, depth: int | None = None) -> LatentCache:
         """Returns an empty cache for the MTP modules, or for the one at `depth` alone.
 
@@ -131,6 +141,8 @@ class DeepseekLM(nn.Module):
         if not len(self.mtp):
             raise ValueError("expected a model with multi-token-prediction layers, got num_nextn_predict_layers 0")
         if depth is not None:
+            if not 0 <= depth < len(self.mtp):
+                raise ValueError(f"expected depth between 0 and {len(self.mtp) - 1}, got {shown(depth)}")
             return self._new_cache(1, self.config.num_hidden_layers + depth, batch_size, capacity)
         return self._new_cache(len(self.mtp), self.config.num_hidden_layers, batch_size, capacity)
 
@@ -201,10 +213,12 @@ class DeepseekLM(nn.Module):
         """
         if mtp_step is not None:
             return self._mtp_output(mtp_step, logits_to_keep, return_logits)
+        logits_to_keep = _check_kept(logits_to_keep)
+        for name, flag in (("record_routing", record_routing), ("return_logits", return_logits)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"expected {name} to be True or False, got {shown(flag)}")
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
-        if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
-            raise ValueError(f"expected logits_to_keep >= 0, got {logits_to_keep}")
         if labels is not None:
             labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -213,12 +227,7 @@ class DeepseekLM(nn.Module):
             input_ids, attention_mask, position_ids, cache, inputs_embeds, routing, selection
         )
         hidden = connect(main.hidden_states, self.mtp) if self.training else main.hidden_states
-        if not isinstance(logits_to_keep, Tensor):
-            kept = hidden[:, -logits_to_keep:]
-        elif logits_to_keep.ndim == 2:
-            kept = hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[-1]))
-        else:
-            kept = hidden[:, logits_to_keep]
+        kept = _keep(hidden, logits_to_keep)
         out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
         if labels is not None:
             padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
@@ -282,21 +291,27 @@ class DeepseekLM(nn.Module):
         self, tokens: Tensor | None, mask: Tensor | None, record: bool, replay: RoutingRecord | None
     ) -> Routing | None:
         """Returns the routers' settings for this pass, None if they have none."""
-        if tokens is None or tokens.ndim < 2 or not (self.training or record or replay):
-            return None
+        if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not (self.training or record or replay is not None):
+            return None  # `embed` refuses what is no batch of tokens
         if replay is not None:
+            if not isinstance(replay, RoutingRecord):
+                raise ValueError(f"expected replay_routing to be a RoutingRecord, got {shown(replay)}")
             layers = {i for i in range(self.config.num_hidden_layers) if self.config.is_moe_layer(i)}
             missing = sorted(layers - replay.ids.keys())
             if missing:
                 raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")
         shape = (tokens.shape[0], tokens.shape[1])
-        valid = None if mask is None or mask.ndim != 2 else mask[:, -shape[1] :] != 0
+        valid = None if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_sparse else mask[:, -shape[1] :] != 0
         loss = self.balance_loss if self.balance_loss.active else None
         return Routing(shape, valid, record=record, replay=replay, loss=loss, capacity=self.capacity)
 
     def _check_labels(self, labels: Tensor, tokens: Tensor | None) -> Tensor:
         """Returns labels as int64, where every one is a token id or -100."""
-        if tokens is not None and labels.shape != tokens.shape[:2]:
+        check_dense("labels", labels)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"expected integer labels, got {labels.dtype}")
+        labels = labels.long()  # before any comparison: -100 is no uint8
+        if isinstance(tokens, Tensor) and labels.shape != tokens.shape[:2]:
             raise ValueError(f"expected labels {list(tokens.shape[:2])}, got {list(labels.shape)}")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
@@ -304,7 +319,7 @@ class DeepseekLM(nn.Module):
                 raise ValueError(
                     f"expected labels of -100 or between 0 and {self.config.vocab_size - 1}, got {int(wrong[0])}"
                 )
-        return labels.long()
+        return labels
 
     def mtp_hidden(self, main: TrunkOutput) -> Tensor:
         """Returns the main model's hidden state that the first MTP module reads (TRAPS F2)."""
@@ -364,3 +379,38 @@ class DeepseekLM(nn.Module):
             detached=self.mtp_detached,
             recompute=recompute,
         )
+
+
+def _check_kept(logits_to_keep: int | Tensor) -> int | Tensor:
+    """Returns `logits_to_keep` as a number >= 0 or an index tensor."""
+    if isinstance(logits_to_keep, Tensor):
+        check_dense("logits_to_keep", logits_to_keep)
+        if logits_to_keep.ndim not in (1, 2) or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "expected logits_to_keep to be a number or integer positions [n] or [B, n], got "
+                f"{logits_to_keep.dtype} {list(logits_to_keep.shape)}"
+            )
+        return logits_to_keep
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | torch.SymInt):
+        logits_to_keep = as_integer("logits_to_keep", logits_to_keep)
+    if logits_to_keep < 0:
+        raise ValueError(f"expected logits_to_keep >= 0, got {shown(logits_to_keep)}")
+    return logits_to_keep
+
+
+def _keep(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    """Returns the hidden states [B, n, H] that logits are made of."""
+    if not isinstance(positions, Tensor):
+        return hidden[:, -min(positions, hidden.shape[1]) :] if positions else hidden
+    rows, tokens = hidden.shape[:2]
+    if positions.ndim == 2 and positions.shape[0] != rows:
+        raise ValueError(f"expected logits_to_keep [{rows}, n], got {list(positions.shape)}")
+    if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(positions))
+        if high >= tokens or low < (0 if positions.ndim == 2 else -tokens):
+            raise ValueError(
+                f"expected logits_to_keep to be positions below {tokens}, got {high if high >= tokens else low}"
+            )
+    if positions.ndim == 2:
+        return hidden.gather(1, positions.long()[..., None].expand(-1, -1, hidden.shape[-1]))
+    return hidden[:, positions]

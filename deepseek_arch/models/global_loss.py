@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.argument_types import check_types
 from .outputs import CausalLMOutput
 
 __all__ = ["global_loss"]
 
 
+@check_types
 def global_loss(out: CausalLMOutput, mtp_weight: float = 0.0, group: Any | None = None) -> Tensor:
     """Returns this rank's share of the loss of all ranks: the mean over ranks is the loss of one process.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attention.key_selection import KeySelection
 from ..attention.lightning_indexer import LightningIndexer
+from ..config.argument_types import check_types
 from .allocate import allocate
 from .causal_lm import DeepseekLM
 from .outputs import CausalLMOutput
@@ -28,6 +29,7 @@ from .outputs import CausalLMOutput
 __all__ = ["indexer_warm_up", "sparse_from_dense", "sparse_training", "train_only_indexers"]
 
 
+@check_types
 def sparse_from_dense(
     model: DeepseekLM, *, index_topk: int = 2048, index_n_heads: int = 64, index_head_dim: int = 128
 ) -> DeepseekLM:
@@ -65,6 +67,7 @@ def _draw(indexer: LightningIndexer, std: float) -> None:
     indexer.k_norm.reset_parameters()
 
 
+@check_types
 def train_only_indexers(model: nn.Module) -> list[nn.Parameter]:
     """Freezes everything but the indexers, and returns their parameters.
 
@@ -80,6 +83,7 @@ def train_only_indexers(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for indexer in indexers for parameter in indexer.parameters()]
 
 
+@check_types
 def indexer_warm_up(
     model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> tuple[Tensor, KeySelection]:
@@ -102,6 +106,7 @@ def indexer_warm_up(
     return out.indexer_loss, selection
 
 
+@check_types
 def sparse_training(
     model: DeepseekLM,
     input_ids: Tensor,

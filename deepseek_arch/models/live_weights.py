@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import layout, scale_name
 from ..moe.moe import Experts
@@ -18,6 +19,7 @@ from ..quant.fp8_convert import fp8_layers
 __all__ = ["ParameterMatrices", "published_tensors"]
 
 
+@check_types
 @torch.no_grad()
 def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields every weight under the name that it has in a published checkpoint, one expert at a time.
@@ -65,6 +67,7 @@ def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield scale_name(slot.name), slot.scale_of(state, blocks[slot.parameter][0])
 
 
+@check_types
 class ParameterMatrices:
     """The matrices of a model's trainable parameters, for optimizers that treat each by itself (Muon).
 

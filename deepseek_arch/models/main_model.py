@@ -16,6 +16,7 @@ from ..attention.masking import attention_mask_for_documents, document_numbers, 
 from ..attention.mla import MultiHeadLatentAttention
 from ..attention.sparse_attention import SparseLatentAttention
 from ..cache.latent_cache import LatentCache
+from ..config.argument_types import check_types, shown
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import MLP, Embedding
 from ..layers.norm import RMSNorm, add_and_normalize, normalize
@@ -24,9 +25,28 @@ from ..moe.moe import MoE
 from ..moe.routing import Routing
 from .outputs import TrunkOutput
 
-__all__ = ["DecoderLayer", "DeepseekModel"]
+__all__ = ["DecoderLayer", "DeepseekModel", "check_dense", "check_multiplicative"]
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def check_dense(name: str, value: object) -> None:
+    """Raises ValueError unless a value is a tensor with memory for each element: no sparse and no nested one."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {shown(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"expected {name} to be a dense tensor, got one of layout {value.layout}")
+
+
+def check_multiplicative(mask: Tensor) -> None:
+    """Raises ValueError unless a floating-point attention mask has ones and zeros only."""
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "expected attention_mask of 1 for tokens and 0 for padding, got other values (an additive mask?)"
+        )
+
+
+@check_types
 class DecoderLayer(nn.Module):
     """Decoder layer `layer_idx`: attention and a dense MLP or experts, each behind a norm and a residual.
 
@@ -37,7 +57,14 @@ class DecoderLayer(nn.Module):
     attention_class: type[MultiHeadLatentAttention] = MultiHeadLatentAttention
     sparse_attention_class: type[SparseLatentAttention] = SparseLatentAttention
 
-    def __init__(self, config: DeepseekConfig, layer_idx: int, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        layer_idx: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layer_idx, self.has_experts = layer_idx, config.is_moe_layer(layer_idx)
@@ -76,10 +103,17 @@ class DecoderLayer(nn.Module):
         return x + mlp(normed, routing)
 
 
+@check_types
 class DeepseekModel(nn.Module):
     """The main model: token ids to final hidden states."""
 
-    def __init__(self, config: DeepseekConfig, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
@@ -104,8 +138,8 @@ class DeepseekModel(nn.Module):
         batch, tokens = x.shape[:2]
         valid = _check_mask(attention_mask, batch, tokens, cache)
         selection = self._selection(selection, valid)
-        if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
-            raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
+        if position_ids is not None:
+            _check_positions(position_ids, batch, tokens)
         documents = None
         if position_ids is not None and (cache is None or not torch.compiler.is_compiling()):
             documents = document_numbers(position_ids, valid)
@@ -154,6 +188,8 @@ class DeepseekModel(nn.Module):
 
     def _check_cache(self, cache: LatentCache, batch: int, dtype: torch.dtype) -> None:
         c = self.config
+        if not isinstance(cache, LatentCache):
+            raise ValueError(f"expected cache to be a LatentCache, got {shown(cache)}")
         if cache.batch_size != batch:
             raise ValueError(f"expected a cache for {batch} rows, got one for {cache.batch_size}")
         expected = (c.num_hidden_layers, 0, c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim)
@@ -173,16 +209,23 @@ class DeepseekModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
+            check_dense("inputs_embeds", inputs_embeds)
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
                 raise ValueError(
                     f"expected inputs_embeds [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}"
                 )
+            dtype = next(self.embed_tokens.parameters()).dtype
+            autocast = torch.is_autocast_enabled(inputs_embeds.device.type)
+            if inputs_embeds.dtype != dtype and dtype.is_floating_point and not autocast:
+                raise ValueError(f"expected inputs_embeds of dtype {dtype}, got {inputs_embeds.dtype}")
             return inputs_embeds
         assert input_ids is not None
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
-            raise ValueError(
-                f"expected integer input_ids [B, T] with T >= 1, got {list(input_ids.shape)} {input_ids.dtype}"
-            )
+        check_dense("input_ids", input_ids)
+        dtype = input_ids.dtype
+        if input_ids.ndim != 2 or dtype not in _INTEGERS or not input_ids.shape[1]:
+            raise ValueError(f"expected integer input_ids [B, T] with T >= 1, got {list(input_ids.shape)} {dtype}")
+        if dtype not in (torch.int64, torch.int32):  # the others do not index
+            input_ids = input_ids.long()
         # On an accelerator the look would wait for the device; its own assertion catches the mistake there.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(input_ids))
@@ -197,7 +240,18 @@ def _check_mask(mask: Tensor | None, batch: int, tokens: int, cache: LatentCache
     """Returns the attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
     if mask is None:
         return None
-    wide_enough = mask.shape[-1] == tokens or (cache is not None and mask.shape[-1] > tokens)
-    if mask.ndim != 2 or mask.shape[0] != batch or not wide_enough:
+    check_dense("attention_mask", mask)
+    wide_enough = mask.ndim == 2 and (mask.shape[-1] == tokens or (cache is not None and mask.shape[-1] > tokens))
+    if not wide_enough or mask.shape[0] != batch:
         raise ValueError(f"expected attention_mask [{batch}, {tokens}], got {list(mask.shape)}")
+    if mask.is_floating_point() and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_multiplicative(mask)
     return mask[:, -tokens:] != 0
+
+
+def _check_positions(position_ids: Tensor, batch: int, tokens: int) -> None:
+    check_dense("position_ids", position_ids)
+    if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
+        raise ValueError(f"expected integer position_ids, got {position_ids.dtype}")
+    if tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
+        raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.key_selection import KeySelection
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
@@ -21,7 +22,14 @@ __all__ = ["MTPLayer"]
 class SharedHead(nn.Module):
     """The module's own final norm; the head behind it is the main model's (TRAPS F6)."""
 
-    def __init__(self, hidden_size: int, eps: float, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.norm = RMSNorm(hidden_size, eps, device=device, dtype=dtype)
 
@@ -30,13 +38,21 @@ class SharedHead(nn.Module):
         return self.norm(hidden)
 
 
+@check_types
 class MTPLayer(DecoderLayer):
     """MTP module `depth` (from 0): decoder layer `num_hidden_layers + depth` of the published files.
 
     The embedding and the head are the main model's and no parameters of this module.
     """
 
-    def __init__(self, config: DeepseekConfig, depth: int = 0, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        depth: int = 0,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(config, config.num_hidden_layers + depth, **factory)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from .moe import Router
 
 __all__ = ["BalanceLoss"]
 
 
+@check_types
 @dataclass(frozen=True)
 class BalanceLoss:
     """The weighted balance losses of one layer, each a mean over the sequences of the batch.
@@ -47,6 +49,7 @@ class BalanceLoss:
             raise ValueError(f"expected devices >= 1, got {self.devices}")
 
     @classmethod
+    @check_types
     def from_config(cls, config: DeepseekConfig) -> BalanceLoss:
         """Returns the loss of the config, else of the training of its family.
 

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.argument_types import check_types, shown
+
 __all__ = ["ExpertLoad", "LoadHistory", "draw_max_violation", "read_loads"]
 
 
+@check_types
 @dataclass(frozen=True)
 class ExpertLoad:
     """Load of the experts of each layer between two steps.
@@ -42,6 +45,7 @@ class ExpertLoad:
             out[name] = float(nats / torch.tensor(float(max(len(load), 2))).log())
         return out
 
+    @check_types
     def save(self, path: str | Path) -> None:
         """Writes the loads as JSON, for `read_loads` and `deepseek-arch place`."""
         _write(path, {"loads": {name: load.tolist() for name, load in self.loads.items()}, "rate": self.rate})
@@ -64,6 +68,7 @@ class LoadHistory:
 
     shares: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @check_types
     def add(self, report: ExpertLoad) -> ExpertLoad:
         """Adds one step's report, and returns it."""
         for name, load in report.loads.items():
@@ -71,10 +76,14 @@ class LoadHistory:
             self.shares.setdefault(name, []).append(share)
         return report
 
+    @check_types
     def max_violation(self, name: str) -> list[float]:
         """Returns the max violation of one router, step by step."""
+        if name not in self.shares:
+            raise ValueError(f"expected one of {', '.join(self.shares) or 'no router'}, got {shown(name)}")
         return [float(share.max() - 1) for share in self.shares[name]]
 
+    @check_types
     def mean(self, last: int | None = None) -> dict[str, Tensor]:
         """Returns the mean share of each expert over the last steps (default all), float32 [E] by router; 1 is perfect.
 
@@ -85,12 +94,14 @@ class LoadHistory:
             raise ValueError(f"expected at least 1 step, got {last}")
         return {name: torch.stack(shares[-(last or 0) :]).mean(0) for name, shares in self.shares.items()}
 
+    @check_types
     def save(self, path: str | Path) -> None:
         """Writes all steps as JSON, for `LoadHistory.load`, `read_loads` and `deepseek-arch place`."""
         shares = {name: [[round(float(v), 6) for v in step] for step in steps] for name, steps in self.shares.items()}
         _write(path, {"shares": shares})
 
     @classmethod
+    @check_types
     def load(cls, path: str | Path) -> LoadHistory:
         """Reads a history that `save` wrote.
 
@@ -102,6 +113,7 @@ class LoadHistory:
             raise ValueError(f"expected a saved LoadHistory in {str(path)!r}, got one step's loads")
         return cls({name: [torch.tensor(step) for step in steps] for name, steps in saved["shares"].items()})
 
+    @check_types
     def heat_map(self, path: str | Path, title: str = "") -> Path:
         """Draws expert use over steps, one panel for each router, white where an expert has its share -> the PNG.
 
@@ -181,7 +193,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     wrong = f"expected loads that ExpertLoad.save or LoadHistory.save wrote in {str(path)!r}, got "
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(wrong + "no JSON") from None
     kinds = [kind for kind in ("loads", "shares") if isinstance(saved, dict) and isinstance(saved.get(kind), dict)]
     if not kinds or not saved[kinds[0]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config.argument_types import check_types, shown
 from .adapter_state import save_biases_with_adapters
 from .expert_load import ExpertLoad
 from .moe import Router
@@ -28,6 +30,7 @@ def expert_loads(model: nn.Module) -> dict[str, Tensor]:
     return {name: router.load for name, router in routers(model).items() if router.load is not None}
 
 
+@check_types
 class LoadBalancer:
     """Auxiliary-loss-free balancing (V3 report, section 2.1.2; arXiv 2408.15664): biases instead of gradients.
 
@@ -51,7 +54,7 @@ class LoadBalancer:
             default one.
 
     Raises:
-        ValueError: an unknown form, a rate that is not finite, or a model without routers on the only rank.
+        ValueError: an unknown form, a rate that is negative or not finite, or a model without routers on the only rank.
     """
 
     def __init__(
@@ -87,8 +90,8 @@ class LoadBalancer:
         Warns if no router has counted a token: none ran in training mode with gradients since the last step.
 
         Raises:
-            ValueError: the schedule gives a rate that is not finite, or ranks hold routers that cannot be told apart;
-                nothing is changed.
+            ValueError: the schedule gives a rate that is negative or not finite, or ranks hold routers that cannot be
+                told apart; nothing is changed.
         """
         rate = _check_rate(self.rate(self.steps) if callable(self.rate) else self.rate)
         loads, all_routers = {}, self.routers
@@ -123,14 +126,18 @@ class LoadBalancer:
         """Returns the step, for a rate schedule; the biases are in the model's own state dict."""
         return {"steps": self.steps}
 
+    @check_types
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.steps = int(state["steps"])
+        steps = state.get("steps")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"expected the state of a LoadBalancer, steps >= 0, got {shown(state)}")
+        self.steps = steps
 
 
 def _check_rate(rate: float) -> float:
-    if not math.isfinite(rate):
-        raise ValueError(f"expected a finite rate, got {rate}")
-    return rate
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < math.inf:
+        raise ValueError(f"expected a finite rate >= 0, got {shown(rate)}")
+    return float(rate)
 
 
 def _distributed() -> bool:

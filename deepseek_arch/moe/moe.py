@@ -5,6 +5,8 @@ Notation: T tokens (batch and sequence flattened), H hidden_size, E experts, K c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from deepseek_kernels.moe.fused_moe import fused_moe
 from deepseek_kernels.moe.topk_gate import group_scores, limit_to_groups, topk_gate, weigh
 
+from ..config.argument_types import Size, check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import MLP
 from .routing import Routing
@@ -21,6 +24,7 @@ __all__ = ["Experts", "MoE", "Router"]
 _BIAS_IN_ADAPTERS = "e_score_correction.bias"
 
 
+@check_types
 class Router(nn.Module):
     """Chooses K of E experts for each token and weighs them.
 
@@ -41,17 +45,17 @@ class Router(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
+        hidden_size: Size,
+        num_experts: Size,
+        top_k: Size,
         *,
         topk_method: str = "noaux_tc",
-        n_group: int = 1,
-        topk_group: int = 1,
+        n_group: Size = 1,
+        topk_group: Size = 1,
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
@@ -79,7 +83,10 @@ class Router(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_config(cls, config: DeepseekConfig, *, device=None, dtype=None) -> Router:
+    @check_types
+    def from_config(
+        cls, config: DeepseekConfig, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> Router:
         assert config.n_routed_experts is not None and config.num_experts_per_tok is not None
         return cls(
             config.hidden_size,
@@ -207,6 +214,7 @@ def _gap(values: Tensor, count: int) -> Tensor:
     return best[:, count - 1] - best[:, count]
 
 
+@check_types
 class Experts(nn.Module):
     """E gated experts in two stacked parameters; their activation is SiLU (SwiGLU) in every published model.
 
@@ -217,18 +225,18 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
+        num_experts: Size,
+        hidden_size: Size,
+        intermediate_size: Size,
         activation: str = "silu",
         *,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden_size, intermediate_size
         self.activation = activation
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
         self.reset_parameters()
@@ -271,8 +279,16 @@ class MoE(nn.Module):
         self.layer_idx = layer_idx
 
     @classmethod
-    def from_config(cls, config: DeepseekConfig, layer_idx: int = 0, *, device=None, dtype=None) -> MoE:
-        factory = {"device": device, "dtype": dtype}
+    @check_types
+    def from_config(
+        cls,
+        config: DeepseekConfig,
+        layer_idx: int = 0,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MoE:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         assert config.n_routed_experts is not None and config.moe_intermediate_size is not None
         shared = None
         if config.n_shared_experts:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..config.argument_types import check_types, shown
+
 __all__ = ["ExpertPlacement", "plan_placement"]
+
+_MOST = 100_000  # experts, copies and devices
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,9 @@ def _imbalance(loads: Sequence[float]) -> float:
     return max(loads) / mean if mean else 1.0
 
 
+@check_types
 def plan_placement(
-    loads: Tensor | Sequence[float], devices: int, redundant: int = 0, nodes: int = 1
+    loads: Tensor | Iterable[float], devices: int, redundant: int = 0, nodes: int = 1
 ) -> ExpertPlacement:
     """Places experts, and copies of the busiest, so that devices have about the same work (V3 report, section 3.4.1).
 
@@ -65,9 +72,11 @@ def plan_placement(
             is sent to few nodes is sent to as few after the plan. Experts, copies and devices must be multiples of it.
 
     Raises:
-        ValueError: the numbers do not fit, or a load is negative.
+        ValueError: the numbers do not fit, or a load is negative or not finite.
     """
-    work = [float(load) for load in loads]
+    work = _numbers(loads)
+    if devices > _MOST or redundant > _MOST:
+        raise ValueError(f"expected at most {_MOST} devices and copies, got {shown(devices)} and {shown(redundant)}")
     if nodes != 1:
         return _by_node(work, devices, redundant, nodes)
     total = len(work) + redundant
@@ -105,6 +114,18 @@ def plan_placement(
     size = -(-len(work) // devices)
     contiguous = tuple(sum(work[start : start + size]) for start in range(0, size * devices, size))
     return ExpertPlacement(tuple(tuple(sorted(experts)) for experts in assigned), tuple(filled), contiguous)
+
+
+def _numbers(loads: Tensor | Iterable[float]) -> list[float]:
+    """Returns loads as Python's numbers, all finite."""
+    try:
+        listed = list(itertools.islice(loads, _MOST + 1))
+        work = [float(load) for load in listed]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"expected loads to be a list of numbers, got {shown(loads)}") from None
+    if not all(map(math.isfinite, work)) or len(work) > _MOST:
+        raise ValueError(f"expected at most {_MOST} finite loads, got {shown(listed[:10])}")
+    return work
 
 
 def _by_node(work: list[float], devices: int, redundant: int, nodes: int) -> ExpertPlacement:

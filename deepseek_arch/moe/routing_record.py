@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..config.argument_types import check_types
+
 __all__ = ["Agreement", "RoutingRecord", "routing_agreement"]
 
 
+@check_types
 @dataclass
 class RoutingRecord:
     """Every routing decision of a forward pass, to be inspected, kept, or replayed in another one.
@@ -98,6 +101,7 @@ class Agreement:
         return "\n".join(lines)
 
 
+@check_types
 def routing_agreement(first: RoutingRecord, second: RoutingRecord) -> Agreement:
     """Compares two records of the same tokens: a trainer's with a rollout's, a quantized model's with the original's.
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.argument_types import check_types
+
 __all__ = ["TokenDropping"]
 
 
+@check_types
 @dataclass(frozen=True)
 class TokenDropping:
     """V2's token dropping (V2 report, section 2.2.4): no device takes more choices than its share times `factor`.

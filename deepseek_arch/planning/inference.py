@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.accounting import indexer_cache_bytes, kv_cache_bytes
 from ..layout.parallel_layout import LayoutError, ParallelLayout
@@ -22,6 +23,7 @@ from .timing import layer_seconds
 __all__ = ["DecodeSeconds", "InferencePlan", "InferenceSetup", "exchange_seconds", "plan_inference"]
 
 
+@check_types
 @dataclass(frozen=True, kw_only=True)
 class InferenceSetup:
     """Batch, context and number formats of serving.
@@ -148,6 +150,7 @@ def exchange_seconds(
     return tokens * copies * hidden * value * (1 - 1 / ranks) / link
 
 
+@check_types
 def plan_inference(
     config: DeepseekConfig,
     layout: ParallelLayout,

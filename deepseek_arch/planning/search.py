@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..config.argument_types import check_types, shown
 from ..config.deepseek_config import DeepseekConfig
-from ..layout.parallel_layout import LayoutError, ParallelLayout
+from ..layout.parallel_layout import AXES, LayoutError, ParallelLayout
 from .devices import RESERVED, Device, find_device
 from .inference import InferencePlan, InferenceSetup, plan_inference
 from .schedules import SCHEDULES
@@ -37,6 +38,18 @@ class TrainingSearch:
     smallest: TrainingPlan | None
     considered: int
     refused: int
+
+
+def _check_search(fixed: Mapping[str, int] | None, top: int) -> dict[str, int]:
+    """Returns the axes that are fixed, checked."""
+    axes = dict(fixed or {})
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown:
+        raise LayoutError(f"expected fixed to have axes of {', '.join(AXES)}, got {shown(unknown)}")
+    ParallelLayout(**axes | {"ep": 1, "etp": 1})  # of each size alone; whether they divide is seen for each layout
+    if top < 1:
+        raise ValueError(f"expected top >= 1, got {shown(top)}")
+    return axes
 
 
 def candidate_layouts(
@@ -84,6 +97,7 @@ def _setups(base: TrainingSetup, free: Sequence[str], pp: int) -> Iterator[Train
         yield replace(base, schedule=schedule, chunks=chunks, zero=zero, recompute=recompute)
 
 
+@check_types
 def search_training(
     config: DeepseekConfig,
     devices: int,
@@ -108,10 +122,11 @@ def search_training(
         LayoutError: nothing divides; the message is that of the only layout, if all axes are fixed.
         ValueError: no such device.
     """
+    axes = _check_search(fixed, top)
     device, base = find_device(device), setup or TrainingSetup()
     bounds: list[tuple[float, float, int, ParallelLayout, TrainingSetup]] = []
     error: LayoutError | None = None
-    for layout in candidate_layouts(config, devices, device.per_node, base.sequence, fixed or {}):
+    for layout in candidate_layouts(config, devices, device.per_node, base.sequence, axes):
         seconds: dict[tuple[str, bool], float] = {}
         least: dict[tuple[int, bool], float] = {}
         for candidate in _setups(base, free, layout.pp):
@@ -196,6 +211,7 @@ def _least_bytes(config: DeepseekConfig, layout: ParallelLayout, setup: Training
     return copies * total / layout.pp + RESERVED * device.memory
 
 
+@check_types
 def search_inference(
     config: DeepseekConfig,
     devices: int,
@@ -211,14 +227,15 @@ def search_inference(
         setup: its `batch` is that of the whole group of devices' data-parallel ranks each.
 
     Raises:
-        LayoutError: nothing divides.
+        LayoutError: nothing divides, or `fixed` names no axes.
         ValueError: no such device.
     """
+    axes = _check_search(fixed, top)
     device, setup = find_device(device), setup or InferenceSetup()
     main = config.replace(num_nextn_predict_layers=0)
     plans: list[InferencePlan] = []
     error: LayoutError | None = None
-    axes = {**(fixed or {}), "pp": (fixed or {}).get("pp", 1), "cp": (fixed or {}).get("cp", 1)}
+    axes = {**axes, "pp": axes.get("pp", 1), "cp": axes.get("cp", 1)}
     for layout in candidate_layouts(main, devices, device.per_node, setup.context, axes):
         try:
             plans.append(plan_inference(config, layout, device, setup))

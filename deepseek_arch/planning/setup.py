@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config.argument_types import check_types
 from ..layout.parallel_layout import LayoutError, ParallelLayout
 from .schedules import SCHEDULES, check_schedule
 
@@ -13,6 +14,7 @@ PRECISIONS = ("fp8", "bf16")
 RECOMPUTE = ("none", "selective", "full")
 
 
+@check_types
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
     """A training step's batch, schedule and number formats; by default DeepSeek-V3's (arXiv 2412.19437, 3.2 to 4.2).

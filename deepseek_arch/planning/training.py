@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.argument_types import check_types
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.accounting import flops_per_token
 from ..layout.parallel_layout import ParallelLayout
@@ -132,6 +133,7 @@ class TrainingPlan:
         }
 
 
+@check_types
 def plan_training(
     config: DeepseekConfig,
     layout: ParallelLayout,

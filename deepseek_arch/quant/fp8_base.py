@@ -58,11 +58,13 @@ class FP8Layer(nn.Module):
         """Registers FP8 parameters of these shapes, zeros, beside their scales, ones.
 
         Raises:
-            ValueError: an unknown scale format.
+            ValueError: an unknown scale format, or no block size.
         """
+        if len(block_size) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in block_size):
+            raise ValueError(f"expected block_size to be two positive integers, got {block_size!r:.200}")
         if scale_format not in (None, "ue8m0"):
             raise ValueError(f"expected scale_format None or 'ue8m0', got {scale_format!r}")
-        self.block_size, self.scale_format = (int(block_size[0]), int(block_size[1])), scale_format
+        self.block_size, self.scale_format = (block_size[0], block_size[1]), scale_format
         self.activations = "auto"
         self.compute_dtype = dtype or torch.get_default_dtype()
         for name, (*stack, rows, columns) in shapes.items():

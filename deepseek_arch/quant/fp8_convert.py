@@ -18,6 +18,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from ..config.argument_types import check_types, shown
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layout.parameter_map import layout
@@ -35,6 +36,7 @@ def fp8_layers(model: nn.Module) -> dict[str, FP8Layer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FP8Layer)}
 
 
+@check_types
 def keep_fp8(
     model: nn.Module,
     block_size: tuple[int, int] = GROUP,
@@ -62,6 +64,8 @@ def keep_fp8(
         if not isinstance(config, DeepseekConfig):
             raise ValueError(f"expected a DeepseekLM or the names of parameters, got {type(model).__name__}")
         parameters = [slot.parameter for slot in layout(config) if slot.fp8]
+    if not all(isinstance(name, str) for name in parameters):
+        raise ValueError(f"expected parameters to be names, got {shown(parameters)}")
     paths = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     remaining = [path for path in paths if _needs_quantizing(model, path, block_size)]
     for path in remaining:
@@ -97,6 +101,7 @@ def _needs_quantizing(model: nn.Module, path: str, block_size: tuple[int, int]) 
     return True
 
 
+@check_types
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replaces FP8 layers by ordinary ones with the same values, in place and one at a time.
 

@@ -21,12 +21,14 @@ from deepseek_kernels import (
 )
 from deepseek_kernels.common.activations import SILU, gated
 
+from ..config.argument_types import Size, check_types
 from ..moe.moe import Experts
 from .fp8_base import GROUP, FP8Layer, QuantizedProduct
 
 __all__ = ["FP8Experts"]
 
 
+@check_types
 class FP8Experts(FP8Layer, Experts):
     """E gated experts whose weights stay in FP8.
 
@@ -42,14 +44,14 @@ class FP8Experts(FP8Layer, Experts):
 
     def __init__(
         self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
+        num_experts: Size,
+        hidden_size: Size,
+        intermediate_size: Size,
         block_size: tuple[int, int] = GROUP,
         *,
         scale_format: str | None = None,
         activation: str = "silu",
-        device=None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from deepseek_kernels import dense_gemm, dispatch, fp8_gemm, fp8_weight_gemm
 
+from ..config.argument_types import Size, check_types
 from ..layers.linear import Linear, QuantizedRows
 from .fp8_base import GROUP, FP8Layer, QuantizedProduct
 
 __all__ = ["FP8Linear"]
 
 
+@check_types
 class FP8Linear(FP8Layer, Linear):
     """A linear layer whose weight stays in FP8.
 
@@ -30,13 +32,13 @@ class FP8Linear(FP8Layer, Linear):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: Size,
+        out_features: Size,
         bias: bool = False,
         block_size: tuple[int, int] = GROUP,
         *,
         scale_format: str | None = None,
-        device=None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)

@@ -104,16 +104,18 @@ def test_expert_loads_are_found_behind_wrappers():
     assert len(loads) == 2 and all(load.sum() == 5 * lm.config.num_experts_per_tok for load in loads.values())
 
 
-@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
-def test_a_rate_that_is_not_finite_changes_nothing(rate):
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, -1e-9])
+def test_a_rate_that_is_not_finite_or_negative_changes_nothing(rate):
     lm = model(config("v3"))
-    with pytest.raises(ValueError, match="expected a finite rate, got"):
+    with pytest.raises(
+        ValueError, match=r"expected (a finite rate >= 0|rate to be a finite number or a function), got"
+    ):
         da.LoadBalancer(lm, rate)
     balancer = da.LoadBalancer(lm, lambda step: rate)
     ids = tokens(lm.config, 1, 5)
     lm.train()(ids, labels=ids)
     before = [router.e_score_correction_bias.clone() for router in balancer.routers.values()]
-    with pytest.raises(ValueError, match="expected a finite rate, got"):
+    with pytest.raises(ValueError, match="expected a finite rate >= 0, got"):
         balancer.step()
     after = [router.e_score_correction_bias for router in balancer.routers.values()]
     assert all(map(torch.equal, before, after)) and balancer.steps == 0 and len(expert_loads(lm)) == 2

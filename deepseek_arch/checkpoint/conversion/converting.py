@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config.argument_types import check_types
 from ...config.deepseek_config import DeepseekConfig
 from ..files.companions import companions
 from ..files.progress import progress
@@ -67,6 +68,7 @@ class ConversionReport:
         return ", ".join(parts) + f", in {self.seconds:.1f} s"
 
 
+@check_types
 def convert(
     path: str | Path,
     out: str | Path,
@@ -120,7 +122,7 @@ def convert(
     started = time.perf_counter()
     plan = plan_conversion(path, out, format, stacked, max_shard_size, scale_format, dtype)
     for message in plan.source.warnings:
-        warnings.warn(f"{plan.source.folder}: {message}", stacklevel=2)
+        warnings.warn(f"{plan.source.folder}: {message}", stacklevel=3)  # past the decorator
     with ResumableWriter(plan.out, plan.shards, plan.manifest, resume) as writer, Workers(plan) as workers:
         continued = len(writer.names) - len(writer.unfinished)
         _write(plan, writer, workers)
@@ -129,7 +131,7 @@ def convert(
         plan.source.check_unchanged()
         files = writer.commit(plan.config, companions(plan.source.folder))
     for message in workers.not_finite.warnings:
-        warnings.warn(f"{plan.source.folder}: {message}", stacklevel=2)
+        warnings.warn(f"{plan.source.folder}: {message}", stacklevel=3)  # past the decorator
     return ConversionReport(
         path=plan.out,
         config=DeepseekConfig.from_pretrained(plan.out),

@@ -33,11 +33,11 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if not isinstance(size, int | str) or isinstance(size, bool) or match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"expected a size like '5GB', '200MB' or a number of bytes, got {size!r}")
-    count = int(float(match[1]) * _UNITS[match[2].upper()])
-    if count < 1:
-        raise ValueError(f"expected a size of at least one byte, got {size!r}")
-    return count
+        raise ValueError(f"expected a size like '5GB', '200MB' or a number of bytes, got {size!r:.200}")
+    count = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= count < 2**63:
+        raise ValueError(f"expected a size of at least one byte and less than 2^63, got {size!r:.200}")
+    return int(count)
 
 
 def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_bytes: int) -> list[list[TensorSpec]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deepseek_kernels.common.activations import SILU
 from deepseek_kernels.quant.fp8_quantize import HIGH_PRECISION
 
+from ...config.argument_types import check_types
 from ...layers.linear import Linear
 from ...moe.moe import Experts
 from .layers import FP8TrainingExperts, FP8TrainingLinear, check_restorable, convert, restore
@@ -77,6 +78,7 @@ class _Weight:
         return getattr(self.module, self.parameter)
 
 
+@check_types
 def fp8_training(model: nn.Module, policy: FP8Policy | None = None) -> FP8Report:
     """Turns linear layers and experts into the V3 recipe (V3 report, 3.3): FP8 products, high-precision master weights.
 
@@ -107,6 +109,7 @@ def fp8_training(model: nn.Module, policy: FP8Policy | None = None) -> FP8Report
     return FP8Report(tuple(rows))
 
 
+@check_types
 def remove_fp8_training(model: nn.Module) -> None:
     """Undoes `fp8_training`: every module is again of the class it had. Weights keep the values they have now.
 

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ...config.argument_types import check_types, shown
+
 __all__ = ["FP8", "HIGH", "V3_RECIPE", "FP8Policy", "FP8Precision", "FP8Rule"]
 
 
+@check_types
 @dataclass(frozen=True, kw_only=True)
 class FP8Precision:
     """Precision of the three GEMMs of one weight.
@@ -61,6 +64,7 @@ FP8 = FP8Precision()
 HIGH = FP8Precision(fprop="high", dgrad="high", wgrad="high")
 
 
+@check_types
 @dataclass(frozen=True)
 class FP8Rule:
     """The precision of every weight whose name matches.
@@ -84,12 +88,14 @@ class FP8Rule:
         return any(fnmatchcase(".".join(parts[start:]), self.pattern) for start in range(len(parts)))
 
 
+@check_types
 @dataclass(frozen=True)
 class FP8Policy:
     """An ordered list of rules; the first that matches decides."""
 
     rules: tuple[FP8Rule, ...]
 
+    @check_types
     def assign(self, names: Iterable[str]) -> dict[str, FP8Rule | None]:
         """The rule of every name, None where none matches.
 
@@ -97,6 +103,8 @@ class FP8Policy:
             ValueError: a required rule, or every rule that asks for FP8, matches none of the names.
         """
         names = list(names)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"expected names of weights, got {shown(names)}")
         matched = {rule: [name for name in names if rule.matches(name)] for rule in self.rules}
         some = f"{len(names)} linear and expert weights, such as {names[:3]}"
         for rule, hits in matched.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config.argument_types import check_types
 from .convert import assign, install, weights_of
 from .policy import V3_RECIPE, FP8Policy
 
@@ -82,6 +83,7 @@ class Sensitivity:
         return "\n".join(lines)
 
 
+@check_types
 def fp8_sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
