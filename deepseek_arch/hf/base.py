@@ -169,6 +169,9 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
     def post_init(self) -> None:
         """Runs once a model's modules are there: transformers' part, and ours to read and write published names."""
         super().post_init()
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        if all(router.e_score_correction_bias is None for router in routers):
+            self._keep_in_fp32_modules_strict = set()  # type: ignore[assignment]
         if has_other_quantizer(self.config):
             make_linears_plain(self)
         self.set_saving_conversions()

@@ -28,6 +28,10 @@ _OWN_PREFIX = re.compile(r"^mtp\.(\d+)\.")
 _MTP_MODULE = re.compile(r"(?:^|\.)(layers\.\d+\.)eh_proj\.weight$")
 
 
+class MismatchedShapesError(ValueError, RuntimeError):
+    """A checkpoint's tensors have other shapes than the config says; transformers raises RuntimeError there."""
+
+
 class StrictLoading:
     """Loading that fails rather than leaving weights random; mixed in before `PreTrainedModel`."""
 
@@ -57,10 +61,15 @@ class StrictLoading:
                 `DeepseekFP8Config(dequantize=True)` for ordinary weights in `dtype`, exact but for that rounding.
 
         Raises:
-            ValueError: tensors are missing, have other shapes than the config says (unless
+            ValueError: a GGUF file; or tensors are missing, have other shapes than the config says (unless
                 `ignore_mismatched_sizes`), or cannot be converted; the message names them.
             UnsupportedModelError: a model that cannot be built (another architecture).
         """
+        if kwargs.get("gguf_file") is not None:
+            raise ValueError(
+                f"expected a folder of safetensors files, got gguf_file={kwargs['gguf_file']!r}: transformers reads no "
+                "GGUF of this architecture (deepseek2); load the checkpoint that it was made from"
+            )
         if config is None or isinstance(config, str | PathLike):
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)
         config = as_arch_config(config)
@@ -85,7 +94,8 @@ class StrictLoading:
         if ignore_mismatched_sizes:
             problems.pop(_MISMATCHED, None)
         if problems:
-            raise ValueError(
+            error = MismatchedShapesError if _MISMATCHED in problems else ValueError
+            raise error(
                 f"expected a checkpoint that defines every weight, got {pretrained_model_name_or_path} with "
                 + "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items())
             )

@@ -101,7 +101,7 @@ def refused_under_tensor_parallelism(rank: int, folder: str) -> str:
 def test_training_under_a_plan_that_splits_attention_is_refused_on_two_ranks(tmp_path):
     """Inference under the plan is right there, and gradients would not be."""
     pytest.importorskip("transformers.distributed")
-    config = small_models.config("glm", num_attention_heads=2)
+    config = small_models.config("glm", num_attention_heads=2, vocab_size=62)
     model = ours(config)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
