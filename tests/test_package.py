@@ -1,10 +1,12 @@
-"""The wheel: built from this checkout, installed into an empty folder, used from elsewhere."""
+"""The wheel and the source distribution: built from this checkout, unpacked and used elsewhere."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -67,3 +69,54 @@ assert len(da.presets()) > 10
     command = [sys.executable, str(site / "bin" / "deepseek-arch"), "plan", "tiny", "--json"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert '"activated"' in run.stdout
+
+
+# ------------------------------------------------------------------ source distribution
+
+PARTS = ("deepseek_arch", "kernels", "tests", "benchmarks")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "constraints.txt")
+CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.egg-info")
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    """Builds the source distribution from a copy of this checkout, and unpacks it."""
+    pytest.importorskip("setuptools", minversion="77")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("unpacked")
+    for name in PARTS:
+        shutil.copytree(ROOT / name, source / name, ignore=CACHES)
+    for name in (*FILES, "requirements-oldest.txt"):
+        shutil.copy(ROOT / name, source / name)
+    build = f"import setuptools.build_meta as backend; backend.build_sdist({str(out)!r})"
+    run = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (archive,) = out.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(out, filter="data")
+    archive.unlink()
+    (folder,) = out.iterdir()
+    return folder
+
+
+def test_the_source_distribution_holds_the_checkout(unpacked):
+    """Code, tests with their oracles and data, benchmarks, documents, and the C++ of the processor's kernels."""
+    names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    for part in PARTS:
+        here = [path.relative_to(ROOT) for path in (ROOT / part).rglob("*") if path.is_file()]
+        generated = {"__pycache__", "deepseek_arch.egg-info"}
+        expected = {str(path) for path in here if not generated & set(path.parts) and not path.name.startswith(".")}
+        assert expected <= names, sorted(expected - names)[:10]
+    assert set(FILES) <= names
+    assert not [name for name in names if "__pycache__" in name]
+
+
+def test_tests_run_from_the_source_distribution(unpacked):
+    """A sample that needs helpers of the tests and both packages, with nothing of this checkout on the path."""
+    sample = ["tests/attention/test_masking.py", "tests/models/test_losses.py", "tests/config/test_checked_types.py"]
+    where = "import deepseek_arch, deepseek_kernels; print(deepseek_arch.__file__, deepseek_kernels.__file__)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(("kernels", ".")), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *sample]
+    found = subprocess.run([sys.executable, "-c", where], cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert found.stdout.count(str(unpacked)) == 2, found.stdout + found.stderr
+    run = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -53,7 +53,7 @@ def operands(batch, queries, heads, keys, device, dtype=torch.bfloat16, width=WI
 
 
 def packed_operands(batch, queries, heads, keys, device, width=32):
-    """What is given to the operator, then the queries and keys that it means."""
+    """Arguments of the operator, then the queries and keys that they mean."""
     q, k, weights = operands(batch, queries, heads, keys, device, width=width)
     with use_backend("reference"):
         codes, scale = hadamard_quantize(q.reshape(-1, width))
