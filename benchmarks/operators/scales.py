@@ -63,6 +63,14 @@ class Scale:
         return self.config.num_attention_heads * self.config.v_head_dim
 
     @property
+    def indexer(self) -> tuple[int, int, int] | None:
+        """Heads of the indexer, their width and the keys that it selects; None for models without one.
+
+        Beside V3's widths those of DeepSeek-V3.2, which has all others from it.
+        """
+        return _INDEXERS.get(self.name)
+
+    @property
     def queries(self) -> int:
         """Features of all heads' queries."""
         return self.config.num_attention_heads * (self.config.qk_nope_head_dim + self.config.qk_rope_head_dim)
@@ -73,6 +81,7 @@ class Scale:
         return self.config.kv_lora_rank + self.config.qk_rope_head_dim
 
 
+_INDEXERS = {"v3": (64, 128, 2048), "cpu": (16, 128, 64), "tiny": (4, 32, 8)}
 SCALES = {
     one.name: one
     for one in (

@@ -69,6 +69,13 @@ GOALS = [
     ("8a", "rms_norm.forward", "8192x7168", 55e-6, "62 us", "59 us"),
     ("8b", "rms_norm.add_quantize", "8192x7168", 96e-6, "110 us", "104 us"),
     ("8c", "rope.in_place", "8192x128x64 of 192 columns", 62e-6, "72 us", ""),
+    ("9a", "indexer_scores.fp8", "b=1 t=8192 s=8192, 64x128", 348e-6, "450 TF", "650 TF"),
+    # Reading keys, 258 us, and writing scores.
+    ("9b", "indexer_scores.fp8", "b=128 t=1 s=65536, 64x128", 265.6e-6, "340 us", "300 us"),
+    # Reading scores, 31 us, and writing indices.
+    ("9c", "topk_select", "b=1 t=8192 s=8192, top-2048", 46.8e-6, "300 us", "150 us"),
+    ("9d", "sparse_mla.plain", "b=1 t=4096 h=128 s=8192, top-2048", 2.96e-3, "320 TF", "420 TF"),
+    ("9e", "sparse_mla.fp8", "b=128 t=2 h=128 s=8192, top-2048", 185e-6, "220 TF", "250 TF"),
     ("10", "linear_cross_entropy.training", "8192x7168x129280", 57.7e-3, "620 TF", "680 TF"),
 ]
 
@@ -116,6 +123,11 @@ def test_goals_are_those_of_the_table_and_no_others():
         ("grouped_gemm.training", {"P": 4, "E": 3, "N": 5, "K": 7}, 840, 6 * (28 + 105 + 20)),
         ("moe_permute.permute", {"T": 3, "topk": 2, "H": 10, "E": 4}, 0, 2 * 10 * (3 + 6) + 8 * 6),
         ("moe_permute.unpermute", {"T": 3, "topk": 2, "H": 10, "E": 4}, 0, 2 * 10 * (3 + 6) + 8 * 6 + 4 * 6),
+        # 3 queries on 5 keys see 3, 4 and 5 of them; 132 bytes a key.
+        ("indexer_scores.fp8", {"B": 1, "T": 3, "S": 5, "G": 2, "D": 128}, 6144, 3 * 2 * 132 + 5 * 132 + 4 * 12),
+        ("indexer_scores.plain", {"B": 1, "T": 3, "S": 5, "G": 2, "D": 128}, 6144, 3 * 2 * 260 + 5 * 256 + 4 * 12),
+        ("topk_select", {"B": 1, "T": 3, "S": 5, "K": 2}, 0, 4 * 12 + 4 * 6),
+        ("hadamard_quantize.fp8", {"M": 3, "D": 128}, 0, 3 * (256 + 128 + 4)),
         ("fp8_weight_gemm", {"M": 2, "N": 130, "K": 200}, 104_000, 800 + 26_016 + 520),
     ],
 )

@@ -218,4 +218,71 @@ def test_custom_operators_are_registered_properly(device):
     from deepseek_kernels.attention.indexer_scores import launch
 
     mask = masks(1, 2, 20, device)[1]
-    torch.library.opcheck(launch.scores, (*operands(1, 2, 4, 20, device), mask))
+    given = operands(1, 2, 4, 20, device, torch.float32)
+    torch.library.opcheck(launch.scores, (*(x.requires_grad_() for x in given), mask))
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "queries", "heads", "keys"), [(1, 1, 1, 1), (2, 1, 20, 70), (2, 7, 5, 41), (1, 5, 3, 3)]
+)
+def test_gradients(device, dtype, batch, queries, heads, keys):
+    """dp is rounded once to the operands' dtype, and so are results; sums are float32 and have terms of both signs."""
+    leaves = [x.requires_grad_() for x in operands(batch, queries, heads, keys, device, dtype)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    unit = torch.finfo(dtype).eps + (WIDTH + heads) * 2.0**-24
+    for mask in masks(batch, queries, keys, device):
+        seen = seen_by(mask, batch, queries, keys, device)
+        grad = torch.randn(batch, queries, keys, device=device).masked_fill(~seen, NAN)
+        got = torch.autograd.grad(indexer_scores(*leaves, mask), leaves, grad)
+        exact = expected(*wide, mask).masked_fill(~seen, 0)
+        want = torch.autograd.grad(exact, wide, grad.double().nan_to_num(0), allow_unused=True)
+        # The same sums of magnitudes bound what roundings of their terms can do.
+        sizes = [x.detach().abs().requires_grad_() for x in wide]
+        bound = expected(*sizes, mask).masked_fill(~seen, 0)
+        bounds = torch.autograd.grad(bound, sizes, grad.double().abs().nan_to_num(0))
+        for mine, right, most, leaf in zip(got, want, bounds, leaves, strict=True):
+            assert mine.dtype == leaf.dtype and mine.shape == leaf.shape
+            assert ((mine.double() - right).abs() <= 2 * unit * most + 1e-30).all()
+
+
+def test_gradients_in_parts(device, monkeypatch):
+    """Of a tile of keys, from several parts of the queries."""
+    from deepseek_kernels.attention.indexer_scores import launch
+
+    leaves = [x.requires_grad_() for x in operands(2, 9, 5, 40, device, torch.float32)]
+    grad = torch.randn(2, 9, 40, device=device)
+    results = []
+    for parts in (1, 3):
+        monkeypatch.setattr(launch, "parts_for", lambda *sizes, parts=parts: parts)
+        results.append(
+            [torch.autograd.grad(indexer_scores(*leaves, m), leaves, grad) for m in masks(2, 9, 40, device)[:2]]
+        )
+    for one, other in zip(*results, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_gradients_that_are_needed(device):
+    q, keys, weights = operands(1, 3, 4, 20, device, torch.float32)
+    grad = torch.randn(1, 3, 20, device=device)
+    everything = [x.clone().requires_grad_() for x in (q, keys, weights)]
+    want = torch.autograd.grad(indexer_scores(*everything), everything, grad)
+    for index in range(3):
+        leaves = [q, keys, weights]
+        leaves[index] = leaves[index].clone().requires_grad_()
+        (got,) = torch.autograd.grad(indexer_scores(*leaves), leaves[index], grad)
+        assert_bitwise(got, want[index])
+
+
+def test_fp8_operands_have_the_gradient_of_the_reference(device):
+    (q, packed, weights), _ = packed_operands(1, 2, 3, 20, device)
+    weights.requires_grad_()
+    with pytest.raises(BackendError, match="it has no gradient with FP8 operands"):
+        indexer_scores(q, packed, weights)
+    with use_backend("auto"):
+        indexer_scores(q, packed, weights).masked_fill(~causal_mask(2, 20), 0).sum().backward()
+    assert weights.grad.any()

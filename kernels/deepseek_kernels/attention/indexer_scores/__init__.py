@@ -42,8 +42,8 @@ def indexer_scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None
 
     Returns:
         [B, T, S] float32 (float64 with float64 queries), -inf where a query does not see a key. Differentiable in q,
-        keys and weights that are not FP8. The reference's extra memory is a fixed number of (query, key, head) triples,
-        never all of them.
+        keys and weights that are not FP8, by the kernels without storing a product. The reference's extra memory is a
+        fixed number of (query, key, head) triples, never all of them, unless a gradient is needed.
 
     Raises:
         ValueError: the shapes or the dtypes do not fit.
@@ -83,8 +83,8 @@ def _unsupported(q: Tensor, keys: Tensor, weights: Tensor) -> str | None:
     heads, width = q.shape[2:]
     if q.dtype not in _DTYPES:
         return f"its queries are bfloat16, float16, float32 or float8_e4m3fn, got {q.dtype}"
-    if torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or weights.requires_grad):
-        return "it has no gradient"
+    if keys.dtype == torch.uint8 and torch.is_grad_enabled() and weights.requires_grad:
+        return "it has no gradient with FP8 operands"
     if not 1 <= heads <= MOST_HEADS or not 1 <= width <= MOST_WIDTH:
         return f"it has 1 to {MOST_HEADS} heads of 1 to {MOST_WIDTH} values, got {heads} of {width}"
     if keys.dtype == torch.uint8 and not index_keys_aligned(keys, width):

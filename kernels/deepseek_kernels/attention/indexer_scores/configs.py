@@ -14,14 +14,18 @@ from ...common.host import cdiv, power_of_two
 __all__ = [
     "EXACT",
     "FEW",
+    "KEY_GRADIENT",
     "MANY",
     "MOST_HEADS",
     "MOST_WIDTH",
     "OTHERS",
+    "QUERY_GRADIENT",
     "SMALL",
     "Config",
     "chunk_for",
     "config_for",
+    "gradient_config",
+    "parts_for",
     "places_of",
 ]
 
@@ -64,6 +68,20 @@ SMALL = Config(64, 64, num_warps=4, num_stages=1)
 # float32, whose products are not made by matrix units; for tests on small models.
 EXACT = Config(16, 32, num_warps=8, num_stages=1)
 
+# Of gradients, by family: half of a thread's registers are the gradient.
+QUERY_GRADIENT = {
+    "sm_80": Config(64, 64, num_warps=4, num_stages=2),
+    "sm_90": Config(64, 64, num_warps=4, num_stages=2),
+    "sm_100": Config(64, 64, num_warps=4, num_stages=2),
+    "gfx942": Config(32, 64, num_warps=4, num_stages=1),
+}
+KEY_GRADIENT = {
+    "sm_80": Config(64, 64, num_warps=4, num_stages=2),
+    "sm_90": Config(128, 64, num_warps=8, num_stages=2),
+    "sm_100": Config(128, 64, num_warps=8, num_stages=2),
+    "gfx942": Config(32, 64, num_warps=4, num_stages=1),
+}
+
 _ROUNDS = 4  # programs of a multiprocessor, so that longer and shorter ones even out
 _LEAST = 512  # keys of a program: its queries and its start are worth as many
 
@@ -89,3 +107,13 @@ def chunk_for(programs: int, keys: int, config: Config, processors: int) -> int:
     """Returns the keys of a program, whole tiles, where there are `programs` blocks of queries."""
     chunks = max(1, min(cdiv(_ROUNDS * processors, programs), cdiv(keys, _LEAST)))
     return cdiv(cdiv(keys, chunks), config.keys) * config.keys
+
+
+def gradient_config(table: dict[str, Config], dtype: torch.dtype, family: str) -> Config:
+    """Returns the tile of QUERY_GRADIENT or KEY_GRADIENT."""
+    return EXACT if dtype == torch.float32 else table[family]
+
+
+def parts_for(programs: int, queries: int, config: Config, processors: int) -> int:
+    """Returns the parts of T queries that are added up, where there are `programs` tiles of keys: one or few."""
+    return max(1, min(cdiv(2 * processors, programs), cdiv(queries, 4 * config.pairs)))
