@@ -68,6 +68,11 @@ class World:
     def fresh(self) -> da.DeepseekLM:
         return model(self.config)
 
+    def trained(self) -> da.DeepseekLM:
+        trained = self.fresh().train()
+        trained(self.ids, labels=self.ids).loss.backward()
+        return trained
+
     def cache(self) -> da.LatentCache:
         cache = self.model.new_cache(2)
         with torch.no_grad():
@@ -261,6 +266,8 @@ class World:
                 {"hidden_size": 32, "q_lora_rank": 16, "num_heads": 2, "head_dim": 16, "top_k": 2}
                 | {"rope_interleaved": False, "device": None, "dtype": None},
             ),
+            "clip_grad_norm": (da.clip_grad_norm, {"model": self.trained(), "max_norm": 1.0}),
+            "parallelize": (da.parallelize, {"model": self.fresh(), "layout": self.layout}),
             "KeySelection": (da.KeySelection, {"record": False, "stage": None}),
             "sparse_from_dense": (
                 lambda **given: da.sparse_from_dense(**({"model": self.fresh()} | given)),
@@ -352,7 +359,8 @@ def text(value: Any) -> str:
 def test_the_calls_work_as_they_are(world):
     calls = world.calls()
     for name, (function, given) in calls.items():
-        if name != "CompiledDecodeStep":  # needs a cache of its own kind, and compiles
+        # The one needs a cache of its own kind, and compiles; the other a process group.
+        if name not in ("CompiledDecodeStep", "parallelize"):
             function(**given)
 
 

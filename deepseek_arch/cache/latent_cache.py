@@ -246,7 +246,7 @@ class LatentCache:
         self._check_states(kv)
         place = self._place(index, kv.shape[1])
         buffer = self._reserve(index, place.longest)
-        latent_write(kv, weight, eps, rope.cos, rope.sin, buffer, place.targets)
+        latent_write(kv, weight, eps, *rope, buffer, place.targets)
         self._lengths[index] = place.lengths
         return buffer[:, : place.longest]
 

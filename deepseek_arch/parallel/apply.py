@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..attention.mla import MultiHeadLatentAttention
+from ..config.argument_types import check_types
 from ..layers.linear import MLP
 from ..layout.parallel_layout import LayoutError, ParallelLayout
 from ..models.causal_lm import DeepseekLM
@@ -64,6 +65,7 @@ class Meshes:
         return mesh["dp_replicate", axis] if self.layout.dp_replicate > 1 else mesh[axis]
 
 
+@check_types
 def parallelize(model: DeepseekLM, layout: ParallelLayout) -> DeepseekLM:
     """Cuts a model over the ranks of the default process group, in place; every rank calls this with the same model.
 

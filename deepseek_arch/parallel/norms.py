@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ..config.argument_types import shown
 
 __all__ = ["clip_grad_norm"]
 
@@ -29,8 +33,11 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     Raises:
         ValueError: `max_norm` is not positive.
     """
-    if not max_norm > 0:
-        raise ValueError(f"expected max_norm > 0, got {max_norm}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected model to be a Module, got {shown(model)}")
+    if isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not max_norm > 0:  # Inf only measures
+        raise ValueError(f"expected max_norm > 0, got {shown(max_norm)}")
+    max_norm = float(min(max_norm, 1e300)) if max_norm != math.inf else math.inf
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     squares: dict[tuple, Tensor] = {}  # by the axes that parameters are cut along, in the order of parameters
     for grad in grads:
