@@ -246,7 +246,8 @@ class LatentCache:
         self._check_states(kv)
         place = self._place(index, kv.shape[1])
         buffer = self._reserve(index, place.longest)
-        latent_write(kv, weight, eps, *rope, buffer, place.targets)
+        cos, sin = rope  # a `Rotation`, or a plain tuple
+        latent_write(kv, weight, eps, cos, sin, buffer, place.targets)
         self._lengths[index] = place.lengths
         return buffer[:, : place.longest]
 
