@@ -135,6 +135,15 @@ def test_pass_at_1_is_the_mean_of_samples_and_the_vote_is_not():
     assert found.consistency is None
 
 
+def test_thoughts_and_summaries_are_read_for_their_language_apart():
+    def respond(prompt, number):
+        return "<think> step 1 : 4 步 </think> 答案 是 \\boxed{ 4 } ."
+
+    english = Chains(languages=("en",))
+    found = evaluate(Scripted(respond), english, TEMPLATES["r1-marks"], EvaluationSettings(8))
+    assert (found.consistency, found.summary_consistency) == (0.5, 0.0)
+
+
 def test_evaluations_that_mean_nothing_are_refused():
     for changes, message in (
         ({"temperature": 0.0}, "above 0, got 0.0: greedy"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,7 @@ def test_only_right_and_readable_samples_are_kept():
     for row, problem in zip(found.rows, TASK.draw(30, 1), strict=True):
         assert row.question == problem.question and row.language == problem.language
         parsed = R1.parse(row.completion)
-        assert parsed.answer == problem.answer and not parsed.faults
+        assert parsed.answer.strip() == problem.answer and not parsed.faults
         assert row.prompt == R1.prompt(problem.question)
 
 
@@ -110,6 +111,19 @@ def test_refinement_translates_thoughts_and_writes_a_summary():
         collect(policy, table, ZERO, R1, replace(SETTINGS, refine=True), Filters())
     with pytest.raises(ValueError, match="boxed answers, got style 'tags'"):
         collect(policy, TASK, ZERO, ZERO, SETTINGS, Filters())
+
+
+def test_summaries_can_be_written_while_thoughts_stay():
+    policy = Cycle(["<think> step 步 </think> <answer> {answer} </answer>"])
+    settings = replace(SETTINGS, samples=1, summarize=True)
+    found = collect(policy, TASK, ZERO, R1, settings, Filters(consistency=None))
+    assert len(found.rows) == 30
+    for row in found.rows:
+        parsed = R1.parse(row.completion)
+        assert parsed.thought == " step 步 " and consistency(parsed.summary, row.language) == 1.0
+    # Without either the answer stands there as the policy wrote it: other spaces would make other tokens.
+    (row, *_) = collect(policy, TASK, ZERO, R1, replace(settings, summarize=False), Filters(consistency=None)).rows
+    assert re.search(r"</think> \\boxed\{ \d \}$", row.completion)
 
 
 def test_written_rows_are_right_and_in_one_language():

@@ -95,7 +95,9 @@ class Evaluation:
         voted: share of problems whose vote is right (cons@k).
         strict: share of samples that are right and well-formed.
         formatted: share of well-formed samples.
-        consistency: share of the words in the problem's language, mean over samples with words; None without any.
+        consistency: share of the thoughts' words in the problem's language, as the paper counts them, or of all words
+            of a response without thoughts; mean over samples with words, None without any.
+        summary_consistency: the same of what stands behind the thoughts.
         tokens: of a sample, mean.
         reflections: words of reflection in a sample, mean.
         ended: share of samples that ended by themselves.
@@ -109,6 +111,7 @@ class Evaluation:
     strict: float
     formatted: float
     consistency: float | None
+    summary_consistency: float | None
     tokens: float
     reflections: float
     ended: float
@@ -168,10 +171,9 @@ def evaluate(
     votes = [vote([template.parse(text).answer for text, _, _ in rows]) for rows in made]
     voted = [0.0 if answer is None else task.grade(answer, problem) or 0.0 for answer, problem in
              zip(votes, problems, strict=True)]  # fmt: skip
-    shares = [
-        consistency(response.prose, problem.language) if problem.language else None
-        for response, (problem, *_) in zip(parsed, flat, strict=True)
-    ]
+    thoughts = [response.thought or response.prose for response in parsed]
+    summaries = [response.summary or "" if response.thought else "" for response in parsed]
+    languages = [problem.language for problem, *_ in flat]
     scores = [score for row in right for score in row]
     kept = [i * settings.samples for i in range(min(transcripts, len(problems)))]
     return Evaluation(
@@ -180,7 +182,8 @@ def evaluate(
         _mean(voted),
         _mean([score * (not response.faults) for score, response in zip(scores, parsed, strict=True)]),
         _mean([float(not response.faults) for response in parsed]),
-        _mean([share for share in shares if share is not None]) if any(s is not None for s in shares) else None,
+        _mean_consistency(thoughts, languages),
+        _mean_consistency(summaries, languages),
         _mean([float(count) for _, _, count, _ in flat]),
         _mean([float(reflections(text)) for _, text, _, _ in flat]),
         _mean([float(ended) for *_, ended in flat]),
@@ -190,6 +193,14 @@ def evaluate(
                        not parsed[i].faults, flat[i][2]) for i in kept
         ),
     )  # fmt: skip
+
+
+def _mean_consistency(texts: Sequence[str], languages: Sequence[str | None]) -> float | None:
+    found = [
+        consistency(text, language) for text, language in zip(texts, languages, strict=True) if language is not None
+    ]
+    shares = [share for share in found if share is not None]
+    return _mean(shares) if shares else None
 
 
 def _mean(values: Sequence[float]) -> float:

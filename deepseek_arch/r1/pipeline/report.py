@@ -123,7 +123,8 @@ def _models(stages: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append(
             [
                 name, _interval(found["pass_at_1"]), _share(found["voted"]), _share(found["strict"]),
-                _share(found["formatted"]), _share(found["consistency"]), f"{found['tokens']:.1f}",
+                _share(found["formatted"]), _share(found["consistency"]), _share(found.get("summary_consistency")),
+                f"{found['tokens']:.1f}",
                 f"{found['reflections']:.2f}", general and _interval(general["quality"], 1.0),
                 general and _share(general["refused"]), _share(metrics.get("mtp_acceptance")),
                 None if "max_violation" not in metrics else f"{metrics['max_violation']:.2f}",
@@ -134,13 +135,13 @@ def _models(stages: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     samples = {stage["metrics"]["reasoning"]["samples"] for stage in stages.values() if "reasoning" in stage["metrics"]}
     head = [
-        "stage", "pass@1", f"cons@{max(samples)}", "right and well-formed", "format", "language", "tokens",
-        "reflections", "quality", "refused", "drafts accepted", "MaxVio", "CPU s",
+        "stage", "pass@1", f"cons@{max(samples)}", "right and well-formed", "format", "language", "of summaries",
+        "tokens", "reflections", "quality", "refused", "drafts accepted", "MaxVio", "CPU s",
     ]  # fmt: skip
     return (
-        "## Stages\n\nPercentages; pass@1 with its 95 % interval over problems, at the recipe's temperature. Language "
-        "is the share of words in the question's; quality goes from -2 to 2; MaxVio is the busiest expert's load over "
-        "the mean, minus 1.\n\n" + _table(head, rows) + "\n"
+        "## Stages\n\nPercentages; pass@1 with its 95 % interval over problems, at the recipe's temperature. Language: "
+        "share of words in the question's, of thoughts and of summaries; quality goes from -2 to 2; MaxVio is the "
+        "busiest expert's load over the mean, minus 1.\n\n" + _table(head, rows) + "\n"
     )
 
 

@@ -30,6 +30,7 @@ class CollectSettings:
         written: problems whose responses the task writes itself, in addition: people wrote a part of the paper's data.
         refine: whether the task's own refinement rewrites thoughts and summaries, languages included: a sample is then
             not refused for its language before.
+        summarize: whether the task writes the summaries alone, and thoughts stay as they are.
     """
 
     problems: int = 1000
@@ -40,6 +41,7 @@ class CollectSettings:
     seed: int = 31
     written: int = 0
     refine: bool = False
+    summarize: bool = False
 
     def __post_init__(self) -> None:
         for name in ("problems", "samples", "keep", "max_new_tokens"):
@@ -77,7 +79,7 @@ def collect(
     if target.style != "boxed":
         raise ValueError(f"expected a target template with boxed answers, got style {target.style!r}")
     refine = getattr(task, "refine", None)
-    if settings.refine and refine is None:
+    if (settings.refine or settings.summarize) and refine is None:
         raise ValueError(f"expected a task that can refine thoughts, got {task.name!r}, which cannot")
     problems = task.draw(settings.problems, settings.seed)
     sampling = Sampling(
@@ -97,7 +99,7 @@ def collect(
             counts[reason or "kept"] += 1
             if reason is None:
                 kept += 1
-                thought, summary = _parts(parsed, problem, template, refine if settings.refine else None)
+                thought, summary = _parts(parsed, problem, template, refine, settings)
                 rows.append(_row(problem, target, thought, summary))
     rows += _written(task, target, settings)
     return Collected(rows, dict(counts))
@@ -123,13 +125,17 @@ def _refusal(
     return "wrong" if judge.judge(text, problem) != 1.0 else filters.reason(parsed, problem, tokens, ended)
 
 
-def _parts(parsed: Parsed, problem: Problem, template: Template, refine: Any) -> tuple[str, str]:
+def _parts(
+    parsed: Parsed, problem: Problem, template: Template, refine: Any, settings: CollectSettings
+) -> tuple[str, str]:
     """Returns thoughts and summary of a response that has both and an answer."""
-    thought, answer = (parsed.thought or "").strip(), (parsed.answer or "").strip()
-    if refine is not None:
-        return refine(thought, answer, problem)
+    thought, answer = (parsed.thought or "").strip(), parsed.answer or ""
+    if settings.refine or settings.summarize:
+        refined, summary = refine(thought, answer.strip(), problem)
+        return (refined if settings.refine else thought), summary
     if template.style == "boxed":
         return thought, (parsed.summary or "").strip()
+    # With the spaces around it: without them an answer is other tokens than the policy's.
     return thought, f"\\boxed{{{answer}}}"
 
 
