@@ -165,7 +165,7 @@ def draw_stages(stages: Stages, path: str) -> None:
     names = [name.replace("sparse, ", "sparse,\n").replace("after the ", "after the\n") for name in stages.losses]
     bars = right.bar(names, list(stages.losses.values()), color=["0.6", "C3", "C0", "C2"][: len(names)])
     right.bar_label(bars, fmt="%.3f")
-    right.set(ylabel="loss of held-out answers")
+    right.set(ylabel="loss of held-out answers", yscale="log")
     right.tick_params(axis="x", labelsize=7)
     figure.savefig(path, dpi=140)
 

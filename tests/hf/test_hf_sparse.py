@@ -184,3 +184,21 @@ def test_auto_classes_and_saving(pair, folder_of, tmp_path):
     ids = tokens(core, 1, LENGTH)
     with torch.no_grad():
         assert error(loaded(ids).logits, da.load(folder)(ids).logits) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_whole_graphs(pair):
+    """Without breaks, where the compiler knows no values: prompts, padding, a step on a static cache."""
+    model, _ = pair
+    ids, mask = tokens(model.config.to_core(), 2, LENGTH), left_padded([3, 0])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    caches = [StaticCache(config=model.config, max_cache_len=24) for _ in range(2)]
+    with torch.no_grad():
+        for options in ({}, {"attention_mask": mask}):
+            real = options.get("attention_mask", torch.ones_like(ids)).bool()
+            assert error(compiled(ids, **options).logits[real], model(ids, **options).logits[real]) <= TOLERANCE
+        for cache in caches:
+            model(ids[:, :12], past_key_values=cache)
+        steps = [m(ids[:, 12:13], past_key_values=c).logits for m, c in zip((compiled, model), caches, strict=True)]
+    assert error(*steps) <= TOLERANCE
+    torch._dynamo.reset()
