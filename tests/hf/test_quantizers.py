@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", sorted(set(AUTO_QUANTIZATION_CONFIG_MAPPING) - {FP8_METHOD, "quanto"}))
 def test_a_method_converts_or_says_why_not(folder, method):
-    """What is installed here decides which; a model that came back with every weight as it was would be the fault."""
+    """Packages that are installed decide; the fault would be a model whose weights all stay as they were."""
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING[method]
     try:
         with warnings.catch_warnings():
