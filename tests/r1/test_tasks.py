@@ -102,6 +102,15 @@ def test_preference_pairs_are_ordered_but_for_the_share_of_errors():
     assert 330 <= right <= 385
 
 
+def test_garbled_responses_are_rejected_for_what_they_were():
+    chat = Chat()
+    pairs = preference_pairs(chat, 400, 0, wrong=0.0, garbled=0.5)
+    garbled = [(p, chosen, rejected) for p, chosen, rejected in pairs if chat.quality(rejected, p) is None]
+    assert 160 <= len(garbled) <= 240
+    assert all(chosen != rejected and chat.quality(chosen, p) >= 0 for p, chosen, rejected in garbled)
+    assert preference_pairs(chat, 50, 0) == preference_pairs(chat, 50, 0, garbled=0.0)
+
+
 def rows(count: int) -> list[dict]:
     return [{"problem": f"What is {i} + 1 ?", "answer": str(i + 1)} for i in range(count)]
 

@@ -38,6 +38,7 @@ class JudgeArguments(CommonArguments):
             `chosen` and `rejected`, or with `response` and `safe`. A part of it is held out.
         examples: pairs, or single responses.
         wrong: share of the labels that are wrong, as annotators err.
+        garbled: share of the pairs that reject a garbled response, see `preference_pairs`.
         held_out: examples that the accuracy is measured on; their labels are right.
     """
 
@@ -47,6 +48,7 @@ class JudgeArguments(CommonArguments):
     data: str | None = None
     examples: int = 2000
     wrong: float = 0.05
+    garbled: float = 0.0
     held_out: int = 400
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class JudgeArguments(CommonArguments):
                 "expected objective 'pairwise' or 'pointwise' and reads 'summary' or 'all', got "
                 f"{self.objective!r} and {self.reads!r}"
             )
+        if not 0 <= self.garbled <= 1:
+            raise ValueError(f"expected garbled in [0, 1], got {self.garbled}")
         if not self.start_from or self.examples < 1 or self.held_out < 1 or not 0 <= self.wrong < 0.5:
             raise ValueError(
                 "expected start_from, examples and held_out >= 1 and wrong in [0, 0.5), got "
@@ -142,7 +146,7 @@ def _examples(
     if arguments.objective == "pairwise":
         return [
             {"chosen": _text(judge, chat, problem, chosen), "rejected": _text(judge, chat, problem, rejected)}
-            for problem, chosen, rejected in preference_pairs(chat, count, seed, wrong, split)
+            for problem, chosen, rejected in preference_pairs(chat, count, seed, wrong, split, arguments.garbled)
         ]
     rng, out = random.Random(f"labels {seed}"), []
     harmful = Chat(kinds=("harmless",))

@@ -130,17 +130,42 @@ def _responses(topic: str, words: Sequence[int], en: bool) -> list[tuple[str, fl
 
 
 def preference_pairs(
-    chat: Chat, count: int, seed: int, wrong: float = 0.05, split: str = "train"
+    chat: Chat, count: int, seed: int, wrong: float = 0.05, split: str = "train", garbled: float = 0.0
 ) -> list[tuple[Problem, str, str]]:
-    """Returns (prompt, chosen, rejected), with the two exchanged in a share `wrong` of them, as annotators err."""
+    """Returns (prompt, chosen, rejected), with the two exchanged in a share `wrong` of them, as annotators err.
+
+    Args:
+        garbled: share of pairs that reject a garbled copy of the chosen response. A model that has read clean responses
+            only gives broken ones any score, and reinforcement finds the highest.
+    """
     rng = random.Random(f"pairs {seed} {split}")
     out: list[tuple[Problem, str, str]] = []
     while len(out) < count:
         problem = chat.one(rng, split)
-        (first, better), (second, worse) = rng.sample(chat.responses(problem), 2)
-        if better < worse:
+        responses = chat.responses(problem)
+        (first, better), (second, worse) = rng.sample(responses, 2)
+        if garbled and rng.random() < garbled:
+            first = rng.choice([text for text, quality in responses if quality >= 0])
+            second = _garbled(first, rng)
+        elif better < worse:
             first, second = second, first
         if rng.random() < wrong:
             first, second = second, first
         out.append((problem, first, second))
     return out
+
+
+def _garbled(text: str, rng: random.Random) -> str:
+    """Returns `text` with up to three faults of a broken policy: words left out, said again, or exchanged."""
+    words = text.split(" ")
+    for _ in range(rng.randint(1, 3)):
+        i, fault = rng.randrange(len(words)), rng.randrange(3)
+        if fault == 0 and len(words) > 1:
+            del words[i]
+        elif fault == 1:
+            words += words[i:]
+        else:
+            j = rng.randrange(len(words))
+            words[i], words[j] = words[j], words[i]
+    made = " ".join(words)
+    return made if made != text else f"{text} {text}"
