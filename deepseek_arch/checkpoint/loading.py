@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..config.argument_types import check_types
 from ..config.json_format import MOST_JSON, parse_json
+from ..layout.parallel_layout import ParallelLayout
 from ..layout.parameter_map import TensorSlot, scale_name
 from ..models.allocate import allocate
 from ..models.causal_lm import DeepseekLM
@@ -32,7 +33,7 @@ from .finite_values import NonFinite
 from .load_plan import LoadPlan, plan_load
 from .problems import CheckpointError, Problem, ProblemKind
 
-__all__ = ["LoadReport", "load"]
+__all__ = ["LoadReport", "check_arguments", "finished", "load", "planned", "read_scales"]
 
 _BAND_BYTES = 16 * 2**20  # what is staged at a time where bytes cannot go straight into the model
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -90,6 +91,7 @@ def load(
     layers: Iterable[int] | None = None,
     experts: int | None = None,
     mtp: bool = True,
+    layout: ParallelLayout | None = None,
 ) -> DeepseekLM:
     """Reads a checkpoint folder in the published layout, or with the experts of a layer stacked (`convert`).
 
@@ -102,6 +104,8 @@ def load(
             (`FP8Linear`, `FP8Experts`); the files say which, tensor by tensor. "dequantize" turns FP8 tensors into
             `dtype`, exactly but for that one rounding. Nothing else is ever made FP8.
         layers, experts, mtp: load part of the model, see `layout.subset.select_subset`. Only the bytes needed are read.
+        layout: cuts the model over the ranks of the default process group, as `parallelize` does. Every rank calls
+            this, and reads its own part alone; an error of one is raised on all.
 
     Returns:
         The model in eval mode, with a `LoadReport` as `model.load_report`, and the content of generation_config.json
@@ -119,23 +123,18 @@ def load(
     Warns:
         UserWarning: tensors have values that are not finite; MTP modules or other files of the folder are not read.
     """
+    if layout is not None:
+        from .sharded_loading import load_part  # which imports this module
+
+        return load_part(path, device, dtype, fp8, (layers, experts, mtp), layout)
     started = time.perf_counter()
-    device = _check_device(device)
-    if fp8 not in ("keep", "dequantize"):
-        raise ValueError(f"expected fp8 'keep' or 'dequantize', got {fp8!r}")
-    plan = plan_load(path, layers, experts, mtp)
-    dtype = _check_dtype(dtype, plan)
-    fp8_parameters = plan.fp8_parameters if fp8 == "keep" else set()
-    if fp8 == "keep":
-        plan.report(ProblemKind.FP8_IN_PART, *plan.mixed_experts)
-    generation_config = _generation_config(plan)
-    plan.raise_problems()
-    model = _build(plan, dtype, fp8_parameters)
+    device = check_arguments(device, fp8)
+    plan, model, fp8_parameters, generation_config = planned(path, dtype, fp8, (layers, experts, mtp))
     report = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings)
     total = sum(plan.nbytes(slot) for slot in (*plan.slots, *plan.repeats))
     with TensorReader() as reader, progress(f"loading {plan.folder.name}", total) as bar:
         try:
-            scales = _read_scales(plan, reader)
+            scales = read_scales(plan, reader)
             allocate(model, device)
             _fill(model, plan, fp8_parameters, scales, reader, report, bar)
             _compare_repeats(model, plan, reader, report, bar)
@@ -143,11 +142,44 @@ def load(
             plan.check_unchanged()
             raise CheckpointError(plan.folder, [Problem(ProblemKind.SHARDS, str(error))]) from None
     plan.check_unchanged()
-    report.bytes_read = reader.bytes_read
+    return finished(model, plan, report, generation_config, reader.bytes_read, time.perf_counter() - started)
+
+
+def check_arguments(device: torch.device | str, fp8: str) -> torch.device:
+    """Returns the device, or raises ValueError where it is not available or `fp8` is no mode."""
+    checked = _check_device(device)
+    if fp8 not in ("keep", "dequantize"):
+        raise ValueError(f"expected fp8 'keep' or 'dequantize', got {fp8!r}")
+    return checked
+
+
+def planned(
+    path: str | Path, dtype: torch.dtype | str | None, fp8: str, part: tuple[Iterable[int] | None, int | None, bool]
+) -> tuple[LoadPlan, DeepseekLM, set[str], dict[str, Any]]:
+    """Returns the plan without problems, the model without memory, its FP8 parameters, and the generation config."""
+    plan = plan_load(path, *part)
+    checked = _check_dtype(dtype, plan)
+    fp8_parameters = plan.fp8_parameters if fp8 == "keep" else set()
+    if fp8 == "keep":
+        plan.report(ProblemKind.FP8_IN_PART, *plan.mixed_experts)
+    generation_config = _generation_config(plan)
+    plan.raise_problems()
+    return plan, _build(plan, checked, fp8_parameters), fp8_parameters, generation_config
+
+
+def finished(
+    model: DeepseekLM,
+    plan: LoadPlan,
+    report: LoadReport,
+    generation_config: dict[str, Any],
+    bytes_read: int,
+    seconds: float,
+) -> DeepseekLM:
+    """Warns of what was found, and returns the model in eval mode with its report."""
+    report.bytes_read, report.seconds = bytes_read, seconds
     report.shards = sorted({info.file.name for info in plan.sources.values()})
-    report.seconds = time.perf_counter() - started
     for message in report.warnings:
-        warnings.warn(f"{plan.folder}: {message}", stacklevel=3)  # past the decorator
+        warnings.warn(f"{plan.folder}: {message}", stacklevel=4)  # past `load` and its decorator
     model.load_report = report
     model.generation_config = generation_config
     return model.eval()
@@ -201,13 +233,15 @@ def _build(plan: LoadPlan, dtype: torch.dtype, fp8_parameters: set[str]) -> Deep
     return model
 
 
-def _read_scales(plan: LoadPlan, reader: TensorReader) -> dict[str, Tensor]:
-    """Returns the scales of all FP8 tensors, float32, by the name of the tensor that they scale.
+def read_scales(plan: LoadPlan, reader: TensorReader, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """Returns the scales of all FP8 tensors, or of those named, float32, by the name of the tensor that they scale.
 
     Read first, since a tensor and its scales may lie in any two shards; they are 1/16384 of the elements.
     """
     scales, problems = {}, []
     for name, info in sorted(plan.scales.items(), key=lambda item: (item[1].file.name, item[1].offset)):
+        if names is not None and name not in names:
+            continue
         try:
             scales[name] = decode_scale(reader.rows(info, 0, info.shape[0])).clone()
         except ShardError:
