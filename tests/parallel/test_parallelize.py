@@ -149,6 +149,17 @@ def test_weights_that_stay_in_fp8(axes, world, rows):
         assert held["model.layers.1.mlp.experts.gate_up_proj"] * axes["ep"] * (world // axes["ep"]) == 8 * 40 * 32
 
 
+def few_experts():
+    return model_of(n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=2)
+
+
+def test_fewer_experts_than_shards_are_cut_inside():
+    """TRAPS S11: along their first dimension every rank would hold a whole expert, half of them padding."""
+    whole = {name: p.numel() for name, p in few_experts().named_parameters()}
+    for held in check({"dp_shard": 4}, 4, (1, 1, 2, 1), few_experts):
+        assert all(held[name] * 4 == whole[name] for name in whole if ".experts." in name)
+
+
 # ---------------------------------------------------------------- shares, bytes, refusals
 
 

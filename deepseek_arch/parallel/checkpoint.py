@@ -1,0 +1,76 @@
+"""Distributed checkpoints of a model and its optimizer: written by all ranks, read on any other layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+__all__ = ["load_sharded", "save_sharded"]
+
+
+def save_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Writes the parameters and buffers of a model, and an optimizer's state, through `torch.distributed.checkpoint`.
+
+    Every rank calls this and writes its own part; nothing is gathered. `load_sharded` reads it on any layout, and on
+    one process. Names are the model's own; `save` writes published files.
+
+    Args:
+        model: `parallelize`d, wrapped by FSDP2, or whole on one process.
+        path: a folder, created if need be; every rank sees the same one.
+        optimizer: over the model's parameters.
+
+    Raises:
+        ValueError: the folder holds a checkpoint or other files already.
+    """
+    folder = Path(path)
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if _agreed_any(taken):
+        raise ValueError(f"expected a new or empty folder, got {str(path)!r}")
+    dcp.save(_state(model, optimizer), checkpoint_id=str(folder), no_dist=not _on_ranks())
+
+
+def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Reads what `save_sharded` wrote into a model that has memory, and into an optimizer, in place.
+
+    Every rank calls this, and reads the parts that it holds, whichever layout they were written from. Values are equal
+    bit for bit.
+
+    Args:
+        model: of the same config, cut by any layout.
+        path: the folder.
+        optimizer: over the model's parameters, of the same kind; None leaves its saved state alone.
+
+    Raises:
+        ValueError: the folder holds no such checkpoint.
+    """
+    folder = Path(path)
+    if _agreed_any(not (folder / ".metadata").is_file()):
+        raise ValueError(f"expected a folder that save_sharded wrote, got {str(path)!r}")
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=str(folder), no_dist=not _on_ranks())
+    optimizers = [] if optimizer is None else [optimizer]
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Returns what is written: DTensors, which know their place in the whole, and plain buffers, alike on all ranks."""
+    of_model, of_optimizer = get_state_dict(model, [] if optimizer is None else [optimizer])
+    return {"model": of_model} if optimizer is None else {"model": of_model, "optimizer": of_optimizer}
+
+
+def _on_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _agreed_any(value: bool) -> bool:
+    """Returns True if it is true on any rank, so that all ranks raise alike."""
+    if not _on_ranks():
+        return value
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return any(gathered)

@@ -1,0 +1,114 @@
+"""`save_sharded` and `load_sharded`: any layout to any other, bit for bit, optimizer included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import deepseek_arch as da
+from deepseek_arch.layout.parallel_layout import ParallelLayout
+from support import small_models
+from support.ranks import RankError, run_ranks
+
+CONFIG = small_models.config("v3", num_attention_heads=4, vocab_size=64, num_nextn_predict_layers=1)
+IDS = small_models.tokens(CONFIG, 4, 9)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def contents(model, optimizer):
+    """Every value of both, gathered, by name."""
+    found = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            found[f"{name} {key}"] = whole(value).clone()
+    return found
+
+
+def made(axes, seed):
+    model = small_models.model(CONFIG, seed=seed).train()
+    if axes is not None:
+        model = da.parallelize(model, ParallelLayout(**axes))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, optimizer):
+    rank = 0 if model.meshes is None else dist.get_rank(model.meshes.data)
+    ids = IDS if model.meshes is None else IDS.chunk(dist.get_world_size(model.meshes.data))[rank]
+    out = model(ids, labels=ids, return_logits=False)
+    (out.loss + 0.3 * out.mtp_loss).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def saved(rank, axes, folder):
+    model, optimizer = made(axes, seed=0)
+    step(model, optimizer)
+    da.LoadBalancer(model, 0.25).step()
+    da.save_sharded(model, folder, optimizer)
+    return contents(model, optimizer)
+
+
+def loaded(rank, axes, folder, target=None):
+    """A model of other weights that reads it, steps once (its own state is there), and may write it again."""
+    model, optimizer = made(axes, seed=1)
+    da.load_sharded(model, folder, optimizer)
+    found = contents(model, optimizer)
+    if target is not None:
+        da.save_sharded(model, target, optimizer)
+    step(model, optimizer)
+    return found
+
+
+def test_any_layout_to_any_other(tmp_path):
+    """EP 2 -> TP 2 x EP 2 over FSDP -> TP 2 -> one process."""
+    first, other = run_ranks(saved, 2, {"dp_shard": 2, "ep": 2}, tmp_path / "a")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+    assert any(name.endswith("exp_avg_sq") for name in first)
+    chain = [
+        ({"dp_shard": 2, "tp": 2, "ep": 2}, 4, "a", "b"),
+        ({"tp": 2}, 2, "b", "c"),
+    ]
+    for axes, world, source, target in chain:
+        for found in run_ranks(loaded, world, axes, tmp_path / source, tmp_path / target):
+            assert found.keys() == first.keys()
+            assert [name for name in first if not torch.equal(found[name], first[name])] == []
+    found = loaded(0, None, tmp_path / "c")
+    assert [name for name in first if not torch.equal(found[name], first[name])] == []
+
+
+def test_one_process_writes_for_ranks(tmp_path):
+    expected = saved(0, None, tmp_path / "one")
+    for found in run_ranks(loaded, 2, {"dp_shard": 2, "ep": 2}, tmp_path / "one"):
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def fp8_bytes(model):
+    return {name: tensor.view(torch.uint8) for name, tensor in model.state_dict().items()}
+
+
+def in_fp8(rank, folder):
+    model = da.keep_fp8(small_models.model(CONFIG))
+    da.save_sharded(da.parallelize(model, ParallelLayout(dp_shard=2, ep=2)), folder)
+
+
+def test_weights_in_fp8(tmp_path):
+    run_ranks(in_fp8, 2, tmp_path / "fp8")
+    expected = da.keep_fp8(small_models.model(CONFIG))
+    model = da.keep_fp8(small_models.model(CONFIG, seed=1))
+    da.load_sharded(model, tmp_path / "fp8")
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj, expected.model.layers[1].mlp.experts.down_proj)
+    found, wanted = fp8_bytes(model), fp8_bytes(expected)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_other_folders_are_refused_alike(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        da.save_sharded(small_models.model(CONFIG), tmp_path)
+    with pytest.raises(RankError) as caught:
+        run_ranks(loaded, 2, {"tp": 2}, tmp_path)
+    assert str(caught.value).count("ValueError: expected a folder that save_sharded wrote") == 2
