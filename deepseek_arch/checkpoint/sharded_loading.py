@@ -106,7 +106,8 @@ def allocate_parts(model: nn.Module, device: torch.device) -> None:
 
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        kinds: tuple[Any, Any] = module._parameters, module._buffers
+        for tensors in kinds:
             for name, meta in tensors.items():
                 if meta is None or not meta.is_meta:
                     continue
@@ -115,7 +116,7 @@ def allocate_parts(model: nn.Module, device: torch.device) -> None:
                     memory: Tensor = torch.empty(part.shape, dtype=part.dtype, device=device)
                     if isinstance(meta, DTensor):
                         shape, stride = meta.shape, meta.stride()
-                        rest = {"run_check": False, "shape": shape, "stride": stride}
+                        rest: dict[str, Any] = {"run_check": False, "shape": shape, "stride": stride}
                         memory = DTensor.from_local(memory, meta.device_mesh, meta.placements, **rest)
                     made[id(meta)] = (
                         nn.Parameter(memory, meta.requires_grad) if tensors is module._parameters else memory
@@ -142,7 +143,7 @@ def _box(tensor: Tensor) -> list[tuple[int, int]]:
 
 def _part(tensor: Tensor, expert: int | None, rows: tuple[int, int]) -> LocalPart | None:
     """Returns what this rank has of rows `rows` of a parameter, or of one expert's matrix in it; None for nothing."""
-    local, box = tensor.to_local() if hasattr(tensor, "to_local") else tensor, _box(tensor)  # type: ignore[operator]
+    local, box = tensor.to_local() if hasattr(tensor, "to_local") else tensor, _box(tensor)
     if expert is not None:
         first, end = box.pop(0)
         if not first <= expert < end:
@@ -227,7 +228,8 @@ def fill_parts(
     report: LoadReport,
 ) -> list[tuple[str, Tensor]]:
     """Reads this rank's part of every tensor, in the order of the files; returns the names and parts that were read."""
-    state, block_size, filled = model.state_dict(), plan.subset.source.weight_block_size, []
+    state, block_size = model.state_dict(), plan.subset.source.weight_block_size or (1, 1)
+    filled = []
     for slot in plan.slots:
         part = local_part(slot, state)
         source, kept = plan.sources[slot.name], slot.parameter in fp8_parameters
@@ -258,10 +260,11 @@ def fill_parts(
 
 def names_of_parts(model: DeepseekLM, plan: LoadPlan, fp8_parameters: set[str]) -> set[str]:
     """Returns the published names of the FP8 tensors whose scales this rank needs."""
-    state = model.state_dict()
-    return {
-        slot.name
-        for slot in plan.slots
-        if slot.name in plan.scales
-        and (local_part(slot, state) is not None or (slot.parameter in fp8_parameters and slot.index is None))
-    }
+    state, (block_rows, _) = model.state_dict(), plan.subset.source.weight_block_size or (1, 1)
+
+    def needs(slot: TensorSlot) -> bool:  # FSDP may give a rank scales without their codes
+        if slot.parameter in fp8_parameters:
+            return scale_part(slot, state, block_rows) is not None
+        return local_part(slot, state) is not None
+
+    return {slot.name for slot in plan.slots if slot.name in plan.scales and needs(slot)}
