@@ -1,4 +1,4 @@
-"""What goes on around gradients on a layout: bytes, balancing, global losses, clipping, optimizer steps, decoding."""
+"""Steps on a layout: bytes, balancing, global losses, clipping, the optimizer, decoding."""
 
 from __future__ import annotations
 
