@@ -72,7 +72,7 @@ def test_rows_that_several_programs_share(short_programs, device, ties, batch, q
 
 
 def test_rows_of_several_launches(short_programs, device, monkeypatch):
-    """What programs leave for the next launch is bounded: a few rows at a time."""
+    """Memory that programs leave for the next launch is bounded: a few rows at a time."""
     from deepseek_kernels.attention.topk_select import launch
 
     monkeypatch.setattr(launch, "rows_for", lambda keys, top_k: 2)
