@@ -11,6 +11,7 @@ nor the scores of all queries and keys exist at once.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,21 +64,9 @@ def indexer_loss(
     total, best, found = x.new_zeros((), dtype=torch.float32), [], []
     for part in query_blocks(mask, batch, queries, keys, _TRIPLES // indexer.num_heads):
         rows, stop = part.queries, part.keys
-        seen = visible_keys(part.mask, 0, part.rows, part.rows, stop, x.device).expand(batch, -1, -1)
-        if ids is not None:
-            seen = _marks(ids[:, rows], stop)
-        with torch.no_grad():
-            mass = attention_mass(q[:, rows], expanded[:, :stop], rotated[:, :stop], seen, attention.softmax_scale)
-
-        def divergence(x, latents, cos, sin, keys, mass, seen, mask=part.mask):
-            scores = indexer.scores(x, latents, Rotation(cos, sin), keys, mask).masked_fill(~seen, -torch.inf)
-            # A row without keys has no distribution, and no gradient.
-            scores = torch.where(seen.any(-1, keepdim=True), scores, 0.0)
-            logs = scores.log_softmax(-1).masked_fill(~seen, 0.0)
-            return (torch.special.xlogy(mass, mass) - mass * logs).sum(-1), scores.detach()  # [B, t]
-
-        operands = (x[:, rows], latents[:, rows], *part.of_rope(rope), index_keys[:, :stop], mass, seen)
-        terms, scores = checkpoint(divergence, *operands, use_reentrant=False)
+        chosen, states = None if ids is None else ids[:, rows], (expanded[:, :stop], rotated[:, :stop])
+        operands = (x[:, rows], latents[:, rows], q[:, rows], *part.of_rope(rope), index_keys[:, :stop], *states)
+        terms, scores, mass = checkpoint(_divergence, attention, part.mask, chosen, *operands, use_reentrant=False)
         total = total + (terms * weight[:, rows]).sum()
         if ids is None:
             best.append(_mass_of(mass, topk_select(mass.float(), indexer.top_k, part.mask)))
@@ -86,6 +75,38 @@ def indexer_loss(
     if ids is None:
         ratio = torch.cat(found, dim=1) / torch.cat(best, dim=1).clamp(min=1e-30)
         selection.recall[attention.layer_idx] = (ratio * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _divergence(
+    attention: SparseLatentAttention,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    x: Tensor,
+    latents: Tensor,
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    expanded: Tensor,
+    rotated: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the terms [B, t] of a block of queries, and as constants its scores and its mass, [B, t, S] each.
+
+    Whatever is as large as queries times keys is made in here, so that no checkpoint of a block keeps it.
+    """
+    indexer, (batch, queries) = attention.indexer, x.shape[:2]
+    assert indexer is not None
+    if ids is None:
+        seen = visible_keys(mask, 0, queries, queries, keys.shape[1], x.device).expand(batch, -1, -1)
+    else:
+        seen = _marks(ids, keys.shape[1])
+    with torch.no_grad():
+        mass = attention_mass(q, expanded, rotated, seen, attention.softmax_scale)
+    scores = indexer.scores(x, latents, Rotation(cos, sin), keys, mask).masked_fill(~seen, -torch.inf)
+    # A row without keys has no distribution, and no gradient.
+    scores = torch.where(seen.any(-1, keepdim=True), scores, 0.0)
+    logs = scores.log_softmax(-1).masked_fill(~seen, 0.0)
+    return (torch.special.xlogy(mass, mass) - mass * logs).sum(-1), scores.detach(), mass
 
 
 def attention_mass(q: Tensor, expanded: Tensor, rotated: Tensor, seen: Tensor, scale: float) -> Tensor:
@@ -98,11 +119,13 @@ def attention_mass(q: Tensor, expanded: Tensor, rotated: Tensor, seen: Tensor, s
         scale: of the scores.
     """
     split, total = expanded.shape[-1], torch.zeros(seen.shape, dtype=torch.float32, device=q.device)
-    nothing = ~seen.any(-1, keepdim=True)
-    for head in range(q.shape[2]):
-        own = q[:, :, head].float()
-        scores = own[..., :split] @ expanded[:, :, head].float().mT + own[..., split:] @ rotated.float().mT
-        total += (scores * scale).masked_fill(~seen, -torch.inf).masked_fill(nothing, 0.0).softmax(-1)
+    nothing, kind = ~seen.any(-1, keepdim=True), q.device.type
+    # Autocast would take the scores down to 16 bits; a meta device has none.
+    with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
+        for head in range(q.shape[2]):
+            own = q[:, :, head].float()
+            scores = own[..., :split] @ expanded[:, :, head].float().mT + own[..., split:] @ rotated.float().mT
+            total += (scores * scale).masked_fill(~seen, -torch.inf).masked_fill(nothing, 0.0).softmax(-1)
     return (total / q.shape[2]).masked_fill(~seen, 0.0)
 
 

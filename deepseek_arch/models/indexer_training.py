@@ -36,7 +36,8 @@ def sparse_from_dense(
     """Returns a DeepSeek-V3.2 of the weights of a DeepSeek-V3, with new indexers.
 
     Args:
-        model: with dense attention and query latents. Its modules move to the result: no weight is copied.
+        model: with dense attention and query latents. Its modules move to the result, and its settings (balance loss,
+            token dropping, recomputation) are the result's: no weight is copied.
         index_topk, index_n_heads, index_head_dim: as in `DeepseekConfig`.
 
     Raises:
@@ -56,8 +57,11 @@ def sparse_from_dense(
         for name, module in old.self_attn.named_children():
             setattr(new.self_attn, name, module)
         indexer = new.self_attn.indexer.to(dtype=model.dtype)
-        allocate(indexer, model.device)
+        allocate(indexer, next(old.self_attn.parameters()).device)
         _draw(indexer, config.initializer_range)
+    made.balance_loss, made.capacity, made.mtp_detached = model.balance_loss, model.capacity, model.mtp_detached
+    made.generation_config = model.generation_config
+    made.gradient_checkpointing_enable(model.model.gradient_checkpointing)
     return made.train(model.training)
 
 

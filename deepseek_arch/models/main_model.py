@@ -166,8 +166,13 @@ class DeepseekModel(nn.Module):
         selection: KeySelection | None,
     ) -> TrunkOutput:
         recomputes = self.gradient_checkpointing and self.training and cache is None
-        if recomputes and selection is not None and selection.stage is not None:
-            raise ValueError("expected no gradient checkpointing with the loss of the indexers, which computes anew")
+        if selection is not None and selection.stage is not None:
+            if recomputes:
+                raise ValueError(
+                    "expected no gradient checkpointing with the loss of the indexers, which computes anew"
+                )
+            if cache is not None:  # it carries no gradient to the indexers' keys
+                raise ValueError("expected no cache with the loss of the indexers, got one")
         chosen = () if selection is None else (selection,)
         for layer in self.layers:
             if recomputes:

@@ -62,7 +62,7 @@ def mtp_step(
         hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()  # for `use_reentrant=True`
     chosen = {} if selection is None else {"selection": selection}
     if recompute:
-        out = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False)
+        out = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False, **chosen)
     else:
         out = module(hidden, embeddings, rope, mask=mask, cache=cache, routing=routing, **chosen)
     hidden, normed, *kept = out

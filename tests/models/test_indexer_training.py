@@ -141,6 +141,63 @@ def test_stages_of_a_dense_model(tmp_path):
     assert da.load(tmp_path).config.index_topk == 6
 
 
+class Kept:
+    """Bytes that the graph keeps for the backward pass, of arguments of checkpoints too."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.largest = 0
+        real = module.checkpoint
+
+        def watching(function, *operands, **kwargs):
+            given = [t for t in operands if isinstance(t, torch.Tensor)]
+            self.largest = max([self.largest, *(t.untyped_storage().nbytes() for t in given)])
+            return real(function, *operands, **kwargs)
+
+        monkeypatch.setattr(module, "checkpoint", watching)
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_nothing_as_large_as_queries_times_keys_is_kept(stage, monkeypatch):
+    """Twice the tokens, twice the memory of the largest tensor; the mass of a block of all queries would take four."""
+    lm, _ = make("v32")
+    largest = []
+    for length in (256, 512):
+        with monkeypatch.context() as patched:
+            kept = Kept(patched)
+            run(lm, tokens(lm.config, 1, length), stage)
+        largest.append(kept.largest)
+    assert largest[1] == 2 * largest[0]
+
+
+def test_the_mass_is_in_float32_under_autocast():
+    torch.manual_seed(0)
+    q, expanded, rotated = torch.randn(1, 4, 2, 24) * 3, torch.randn(1, 8, 2, 16) * 3, torch.randn(1, 8, 8) * 3
+    seen = torch.ones(1, 4, 8, dtype=torch.bool)
+    expected = module.attention_mass(q, expanded, rotated, seen, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.attention_mass(q, expanded, rotated, seen, 0.2), expected)
+
+
+def test_settings_of_a_dense_model_stay():
+    dense = small_models.model(config("v3", num_nextn_predict_layers=1))
+    dense.balance_loss, dense.mtp_detached = da.BalanceLoss(sequence=0.5), True
+    dense.capacity, dense.generation_config = da.TokenDropping(1.5), {"eos_token_id": 3}
+    dense.gradient_checkpointing_enable()
+    lm = da.sparse_from_dense(dense, index_topk=6, index_n_heads=16, index_head_dim=16)
+    for name in ("balance_loss", "mtp_detached", "capacity", "generation_config"):
+        assert getattr(lm, name) == getattr(dense, name)
+    assert lm.model.gradient_checkpointing
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_selection_of_an_mtp_module_is_recorded(recompute):
+    lm, _ = make("v32", num_nextn_predict_layers=1)
+    lm.train().gradient_checkpointing_enable(recompute)
+    ids, selection = tokens(lm.config, 1, TOKENS), da.KeySelection(record=True)
+    lm(ids, labels=ids, selection=selection)
+    assert set(selection.ids) == set(range(lm.config.num_hidden_layers + 1))
+
+
 def test_mistakes_are_named():
     dense = small_models.model(config("v3"))
     with pytest.raises(ValueError, match="expected no KeySelection"):
@@ -153,3 +210,6 @@ def test_mistakes_are_named():
     lm.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="expected no gradient checkpointing"):
         da.indexer_warm_up(lm, tokens(lm.config, 1, 8))
+    lm.gradient_checkpointing_enable(False)
+    with pytest.raises(ValueError, match="expected no cache with the loss of the indexers"):
+        lm(tokens(lm.config, 1, 8), cache=lm.new_cache(1), selection=da.KeySelection(stage="dense"))
