@@ -74,7 +74,8 @@ class LatentCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "batch_size": batch_size, "kv_lora_rank": kv_lora_rank}
-        for name, value in {**sizes, "qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}.items():
+        sizes |= {"qk_rope_head_dim": qk_rope_head_dim, "capacity": capacity or 1}
+        for name, value in {**sizes, "index_head_dim": 1 if index_head_dim is None else index_head_dim}.items():
             if value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
             if value > _LARGEST:
@@ -82,6 +83,8 @@ class LatentCache:
         for name, given in (("format", format), ("index_format", index_format)):
             if given not in (None, "fp8"):
                 raise ValueError(f"expected {name} None or 'fp8', got {given!r}")
+        if scale_format not in (None, "ue8m0"):
+            raise ValueError(f"expected scale_format None or 'ue8m0', got {scale_format!r}")
         self.format, self.scale_format = format, scale_format
         self.num_layers, self.batch_size, self.first_layer = num_layers, batch_size, first_layer
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim

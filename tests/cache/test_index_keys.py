@@ -140,3 +140,7 @@ def test_mistakes_are_named():
         LatentCache(1, 1, 8, 4).update_indexer(torch.zeros(1, 3, 16), 0)
     with pytest.raises(ValueError, match="expected index_format None or 'fp8', got 'int8'"):
         LatentCache(1, 1, 8, 4, index_head_dim=16, index_format="int8")
+    with pytest.raises(ValueError, match="expected index_head_dim >= 1, got 0"):
+        LatentCache(1, 1, 8, 4, index_head_dim=0)
+    with pytest.raises(ValueError, match="expected scale_format None or 'ue8m0', got 'int8'"):
+        LatentCache(1, 1, 8, 4, scale_format="int8")
