@@ -42,8 +42,10 @@ def decode_plain(
     lengths = torch.full_like(rows, settings.new_tokens)  # new tokens up to a row's end, in the result
     columns: list[Tensor] = []
     logprobs: list[Tensor] = []
+    shared = SharedSteps(model)
+    shared.check_prompts(0, [0] * -(-prompt // settings.prefill_chunk))
     logits = _prefill(model, input_ids, attention_mask, cache, settings.prefill_chunk, routing)
-    step, shared = _decode_step(model, cache, settings, prompt), SharedSteps(model)
+    step = _decode_step(model, cache, settings, prompt)
     while True:
         # Every row's next token; a row that has ended gets padding.
         fresh, probabilities = sampler.choose(logits)

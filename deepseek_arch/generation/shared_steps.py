@@ -37,17 +37,19 @@ class SharedSteps:
         only = next(iter(meshes)) if len(meshes) == 1 else None
         # Ranks of several meshes, or of one with several axes, are all those there are.
         self.group: Any = only.get_group() if only is not None and only.ndim == 1 else None
+        self.data_rank = _data_rank(model) if self.shared else 0
 
     def generator(self, seed: int | None, device: torch.device) -> torch.Generator | None:
-        """Returns the source of random numbers: without a seed the global one, or one that all ranks have alike.
+        """Returns the source of random numbers: without a seed the global one, or one of the ranks with the same rows.
 
-        Ranks that compute parts of the same logits have to draw the same tokens.
+        Ranks that compute parts of the same logits have to draw the same tokens; those with rows of their own draw
+        others, as samples of one prompt on several ranks must.
         """
         if seed is None and self.shared:
             drawn: list[int] = [int(torch.randint(2**62, ()))]
             first = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
             torch.distributed.broadcast_object_list(drawn, src=first, group=self.group)
-            seed = drawn[0]
+            seed = drawn[0] + self.data_rank
         return None if seed is None else torch.Generator(device=device).manual_seed(seed)
 
     def agree(self, drafts: int, done: bool) -> tuple[int, bool]:
@@ -79,3 +81,13 @@ class SharedSteps:
                 "expected the same mtp_depth on all ranks, and prompts that take as many passes of the model, got "
                 f"{gathered} (drafts, and MTP modules after each pass): pad the prompts, or choose prefill_chunk"
             )
+
+
+def _data_rank(model: nn.Module) -> int:
+    """Returns the number of this rank among those with rows of their own."""
+    meshes = getattr(model, "meshes", None)
+    if meshes is not None:
+        return torch.distributed.get_rank(meshes.data)
+    from torch.distributed.fsdp import FSDPModule
+
+    return torch.distributed.get_rank() if any(isinstance(m, FSDPModule) for m in model.modules()) else 0

@@ -97,3 +97,25 @@ def other_depths(rank):
 def test_ranks_that_would_wait_for_each_other_raise():
     with pytest.raises(RankError, match=r"(?s)rank 0:.*expected the same mtp_depth.*rank 1:.*expected the same"):
         run_ranks(other_depths, 2)
+
+
+def in_pieces(rank):
+    """Prompts of 9 and 10 tokens: 3 pieces and 4."""
+    continued(sharded(), rank, prefill_chunk=3)
+
+
+def test_prompts_of_other_numbers_of_pieces_raise():
+    with pytest.raises(RankError) as caught:
+        run_ranks(in_pieces, 2, seconds=60)
+    assert str(caught.value).count("ValueError: expected the same mtp_depth on all ranks, and prompts that take") == 2
+
+
+def sampled(rank):
+    torch.manual_seed(0)
+    return da.generate(sharded(), prompts(0), max_new_tokens=16, temperature=1.0, eos_token_id=[])
+
+
+def test_ranks_with_rows_of_their_own_draw_other_tokens():
+    """Samples of one prompt on each rank, as a group of rollouts."""
+    first, second = run_ranks(sampled, 2)
+    assert not torch.equal(first, second)
