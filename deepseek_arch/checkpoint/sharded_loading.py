@@ -59,7 +59,7 @@ def load_part(
     try:
         device = check_arguments(device, fp8)
         found = planned(path, dtype, fp8, part)
-    except (ValueError, OSError) as raised:
+    except Exception as raised:  # whatever it is: the others must not wait for this rank (TRAPS S4)
         error = raised
     raise_alike(folder, error)
     assert found is not None and isinstance(device, torch.device)
@@ -75,7 +75,7 @@ def load_part(
             plan.check_unchanged()
         except ShardError as raised:
             error = CheckpointError(plan.folder, [Problem(ProblemKind.SHARDS, str(raised))])
-        except (ValueError, OSError) as raised:
+        except Exception as raised:  # memory runs out on one rank before it does on another
             error = raised
     raise_alike(folder, error)
     report.warnings += not_finite.warnings
@@ -86,10 +86,12 @@ def raise_alike(folder: Path, error: Exception | None) -> None:
     """Raises on every rank what went wrong on the first one that has an error; every rank calls this.
 
     Raises:
-        CheckpointError, ValueError: with the message of that rank, the same on all.
+        CheckpointError, ValueError: with the message of that rank, the same on all. An error of another kind is raised
+            as it is where it happened, and as a RuntimeError elsewhere.
     """
     problems = [(kind, each) for kind, details in getattr(error, "problems", {}).items() for each in details]
-    own = None if error is None else (problems, str(error))
+    named = isinstance(error, ValueError | OSError)
+    own = None if error is None else (problems, str(error) if named else f"{type(error).__name__}: {error}", named)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
     first = next((each for each in gathered if each is not None), None)
@@ -97,7 +99,9 @@ def raise_alike(folder: Path, error: Exception | None) -> None:
         return
     if first[0]:
         raise CheckpointError(folder, [Problem(ProblemKind(kind), detail) for kind, detail in first[0]]) from None
-    raise ValueError(first[1]) from None
+    if error is not None and not named:
+        raise error
+    raise (ValueError if first[2] else RuntimeError)(first[1]) from None
 
 
 def allocate_parts(model: nn.Module, device: torch.device) -> None:

@@ -126,6 +126,14 @@ def _check(model: DeepseekLM, layout: ParallelLayout) -> None:
         )
     if layout.tp > 1 and config.is_sparse_attention:
         problems.append("expected tp = 1 for sparse attention, whose indexer is not cut")
+    if layout.tp > 1:
+        problems += [
+            f"expected tp = 1 with {path}, a {type(module).__name__} without a weight of its own (an adapter?)"
+            for path, module in model.named_modules()
+            if path.rpartition(".")[2] in _ROWS + _COLUMNS
+            and "weight" not in module._parameters
+            and not isinstance(module, Experts)
+        ][:1]
     if problems:
         raise LayoutError("; ".join(problems))
     layout.validate(config, fp8_blocks=bool(fp8_layers(model)))

@@ -57,8 +57,10 @@ def keep_fp8(
         `model`. The config of a `DeepseekLM` says that it is FP8.
 
     Raises:
-        ValueError: a weight is not finite, or a parameter belongs to no linear layer and no experts.
+        ValueError: a weight is not finite, a parameter belongs to no linear layer and no experts, or `parallelize` has
+            cut the model.
     """
+    _check_whole(model)
     config = getattr(model, "config", None)
     if parameters is None:
         if not isinstance(config, DeepseekConfig):
@@ -110,11 +112,21 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Returns:
         `model`, trainable, with nothing in its config that says FP8 (TRAPS E12).
+
+    Raises:
+        ValueError: `parallelize` has cut the model.
     """
+    _check_whole(model)
     for path, layer in fp8_layers(model).items():
         _replace(model, path, _ordinary(layer, dtype or layer.compute_dtype))
     _describe_as(model, None)
     return model
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises ValueError for a model that is cut: its layers would lose the way in which they compute on parts."""
+    if getattr(model, "meshes", None) is not None:
+        raise ValueError("expected a model that is not cut over ranks, got one that parallelize has cut")
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:

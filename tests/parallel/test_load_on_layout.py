@@ -104,6 +104,27 @@ def test_a_problem_of_one_rank_is_raised_on_all(folder):
     assert text.count("missing tensors (1): model.norm.weight") == 2
 
 
+def without_memory(rank, folder):
+    if rank == 1:
+        from deepseek_arch.checkpoint import sharded_loading
+
+        def full(*args):
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+        sharded_loading.allocate_parts = full
+    try:
+        da.load(folder, layout=ParallelLayout(tp=2))
+    except RuntimeError as error:
+        return type(error).__name__, str(error)
+
+
+def test_memory_that_runs_out_on_one_rank_is_told_to_all(folder):
+    """TRAPS S4: an error that is no ValueError must not leave the others waiting."""
+    first, second = run_ranks(without_memory, 2, folder, seconds=60)
+    assert second == ("OutOfMemoryError", "tried to allocate 20 GiB")
+    assert first == ("RuntimeError", "OutOfMemoryError: tried to allocate 20 GiB")
+
+
 def with_layout(rank, folder, axes):
     da.load(folder, layout=ParallelLayout(**axes))
 

@@ -208,6 +208,48 @@ def test_a_layout_that_does_not_fit_changes_nothing(axes, changes, message):
     assert first == second and message in first
 
 
+class Adapter(torch.nn.Module):
+    """A layer around another, as PEFT makes them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+def with_an_adapter(rank):
+    model = model_of()
+    model.model.layers[0].mlp.down_proj = Adapter(model.model.layers[0].mlp.down_proj)
+    with pytest.raises(LayoutError) as caught:
+        da.parallelize(model, ParallelLayout(tp=2))
+    assert type(model.model.layers[0].mlp) is da.MLP
+    return str(caught.value)
+
+
+def test_adapters_are_refused_where_weights_are_cut():
+    """Uncut beside cut layers, their whole outputs would be added up over ranks."""
+    for message in run_ranks(with_an_adapter, 2):
+        assert "expected tp = 1 with model.layers.0.mlp.down_proj" in message and "Adapter" in message
+
+
+def converted(rank):
+    model = da.parallelize(model_of(), ParallelLayout(tp=2))
+    messages = []
+    for convert in (da.keep_fp8, da.dequantize):
+        with pytest.raises(ValueError) as caught:
+            convert(model)
+        messages.append(str(caught.value))
+    assert not any(p.dtype == torch.float8_e4m3fn for p in model.parameters())
+    return messages
+
+
+def test_a_model_that_is_cut_is_not_converted():
+    for messages in run_ranks(converted, 2):
+        assert messages == ["expected a model that is not cut over ranks, got one that parallelize has cut"] * 2
+
+
 def test_it_needs_ranks_and_a_plain_model():
     with pytest.raises(ValueError, match="expected a running process group"):
         da.parallelize(model_of(), ParallelLayout(tp=2))
