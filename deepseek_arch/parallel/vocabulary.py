@@ -100,7 +100,9 @@ class _CrossEntropy(torch.autograd.Function):
         rows, weight, labels, normalizer = ctx.saved_tensors
         scale = grads[0] * (labels != IGNORE)
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # Summed in float32: each chunk's part would be rounded away in a sum of 16 bits.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for part, logits, local, here in _chunks(rows, weight, labels, ctx.first):
             grad = (logits - normalizer[part, None]).exp()
             grad.scatter_add_(1, local[:, None], -here[:, None].to(grad.dtype))
@@ -108,5 +110,5 @@ class _CrossEntropy(torch.autograd.Function):
             if grad_rows is not None:
                 grad_rows[part] = grad @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, rows[part])
-        return grad_rows, grad_weight, None, None
+                grad_weight += grad.T @ rows[part]
+        return grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 import deepseek_arch as da
 from deepseek_arch.layout.parallel_layout import ParallelLayout
+from deepseek_arch.parallel import vocabulary
 from deepseek_arch.parallel.collectives import sent_bytes
 from deepseek_arch.planning.routing import count_rows
 from deepseek_arch.planning.setup import TrainingSetup
@@ -133,6 +134,25 @@ def test_two_steps_are_those_of_one_process(axes, world):
         assert loads == totals
         for name, tensor in model.state_dict().items():
             assert error(state[name], tensor) < 1e-3, name
+
+
+def head_gradient(rank, rows, weight, labels):
+    vocabulary._ROWS = 16
+    rows, weight = rows.bfloat16(), weight.bfloat16().chunk(2)[rank].clone().requires_grad_()
+    each, _ = vocabulary._CrossEntropy.apply(rows, weight, labels, dist.group.WORLD)
+    each.mean().backward()
+    return weight.grad
+
+
+def test_chunks_of_rows_add_up_in_float32():
+    """A bfloat16 head over 256 chunks: each part and the sum are rounded once, 2^-9 of the largest."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(4096, 32, generator=generator), torch.randn(64, 32, generator=generator)
+    labels = torch.randint(64, (4096,), generator=generator)
+    exact = weight.bfloat16().double().requires_grad_()
+    torch.nn.functional.cross_entropy(rows.bfloat16().double() @ exact.T, labels).backward()
+    parts = run_ranks(head_gradient, 2, rows, weight, labels)
+    assert error(torch.cat(parts), exact.grad) < 2**-8
 
 
 # ---------------------------------------------------------------- decoding
