@@ -10,9 +10,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from ..config.argument_types import check_types
+
 __all__ = ["load_sharded", "save_sharded"]
 
 
+@check_types
 def save_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Writes the parameters and buffers of a model, and an optimizer's state, through `torch.distributed.checkpoint`.
 
@@ -34,6 +37,7 @@ def save_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
     dcp.save(_state(model, optimizer), checkpoint_id=str(folder), no_dist=not _on_ranks())
 
 
+@check_types
 def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Reads what `save_sharded` wrote into a model that has memory, and into an optimizer, in place.
 

@@ -63,14 +63,19 @@ class WidthParallelMLP:
 class TokenParallelMoE:
     """Experts whose tokens the ranks of a tensor-parallel group share out, beside their columns of the shared experts.
 
-    All of them route all tokens, alike. Each sends its part of the tokens to the routed experts; one sum at the end
-    joins those parts and the shared experts' columns.
+    All of them route all tokens, alike, and so token dropping must not spare sequences at random. Each sends its part
+    of the tokens to the routed experts; one sum at the end joins those parts and the shared experts' columns.
     """
 
     group: ProcessGroup
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         gate, layer_idx = self.gate, self.layer_idx  # type: ignore[attr-defined]
+        dropping = None if routing is None else routing.capacity
+        if dropping is not None and gate.training and 0 < dropping.spared < 1:  # TRAPS S5
+            raise ValueError(
+                f"expected token dropping with spared 0 or 1 where tp > 1 (ranks draw apart), got {dropping.spared}"
+            )
         _, weights, ids = gate(x) if routing is None else gate(x, None, routing, layer_idx)
         whole, rows = copy_in(x, self.group, PURPOSE), x.shape[:-1].numel()
         weights = copy_in(weights, self.group, "routing weights")

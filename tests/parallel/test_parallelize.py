@@ -234,6 +234,24 @@ def test_adapters_are_refused_where_weights_are_cut():
         assert "expected tp = 1 with model.layers.0.mlp.down_proj" in message and "Adapter" in message
 
 
+def dropping(rank, spared):
+    torch.manual_seed(rank)
+    model = da.parallelize(model_of(), ParallelLayout(tp=2))
+    model.capacity = da.TokenDropping(factor=0.5, devices=2, spared=spared)
+    ids = rows_of(model.config, 0, (8,))
+    model(ids, labels=ids)
+    return [load.tolist() for load in da.LoadBalancer(model, 0.25).step().loads.values()]
+
+
+def test_ranks_that_share_tokens_drop_the_same_choices():
+    """TRAPS S5: what each draws for itself would part their loads, and with them the biases of their routers."""
+    first, second = run_ranks(dropping, 2, 0.0)
+    assert first == second
+    with pytest.raises(RankError) as caught:
+        run_ranks(dropping, 2, 0.5)
+    assert str(caught.value).count("ValueError: expected token dropping with spared 0 or 1 where tp > 1") == 2
+
+
 def converted(rank):
     model = da.parallelize(model_of(), ParallelLayout(tp=2))
     messages = []

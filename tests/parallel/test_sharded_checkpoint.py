@@ -112,3 +112,14 @@ def test_other_folders_are_refused_alike(tmp_path):
     with pytest.raises(RankError) as caught:
         run_ranks(loaded, 2, {"tp": 2}, tmp_path)
     assert str(caught.value).count("ValueError: expected a folder that save_sharded wrote") == 2
+
+
+def test_arguments_of_other_types_are_named(tmp_path):
+    model = small_models.model(CONFIG)
+    for call in (da.save_sharded, da.load_sharded):
+        with pytest.raises(ValueError, match="expected path to be"):
+            call(model, 3)
+        with pytest.raises(ValueError, match="expected model to be"):
+            call("model", tmp_path)
+        with pytest.raises(ValueError, match="expected optimizer to be"):
+            call(model, tmp_path, "adam")
