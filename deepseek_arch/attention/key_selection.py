@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config.argument_types import check_types
+from ..config.argument_types import shown
 
 __all__ = ["STAGES", "KeySelection"]
 
 STAGES = (None, "dense", "sparse")
 
 
-@check_types
 class KeySelection:
     """The selections of one pass, by decoder layer.
 
@@ -33,12 +32,15 @@ class KeySelection:
         valid: bool [B, T], False for padding, or None.
 
     Raises:
-        ValueError: the stage is none of these.
+        ValueError: the stage is none of these, or `record` is no bool.
     """
 
     def __init__(self, *, record: bool = False, stage: str | None = None) -> None:
-        if stage not in STAGES:
-            raise ValueError(f"expected stage None, 'dense' or 'sparse', got {stage!r}")
+        # By hand: a compiled pass makes one of these, and Dynamo does not follow `check_types`.
+        if not isinstance(record, bool):
+            raise ValueError(f"expected record to be True or False, got {shown(record)}")
+        if not isinstance(stage, str | None) or stage not in STAGES:
+            raise ValueError(f"expected stage None, 'dense' or 'sparse', got {shown(stage)}")
         self.recording, self.stage = record, stage
         self.ids: dict[int, Tensor] = {}
         self.losses: dict[int, Tensor] = {}

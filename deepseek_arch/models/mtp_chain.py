@@ -6,6 +6,7 @@ For a model of this package and for transformers' class around the same modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def mtp_step(
     embeddings = embeddings.detach() if detached else embeddings
     if detached and getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled():
         hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()  # for `use_reentrant=True`
-    chosen = {} if selection is None else {"selection": selection}
+    chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
     if recompute:
         out = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False, **chosen)
     else:
