@@ -10,6 +10,7 @@ import decimal
 import fractions
 import inspect
 import random
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -268,6 +269,14 @@ class World:
             ),
             "clip_grad_norm": (da.clip_grad_norm, {"model": self.trained(), "max_norm": 1.0}),
             "parallelize": (da.parallelize, {"model": self.fresh(), "layout": self.layout}),
+            "save_sharded": (
+                lambda **given: da.save_sharded(**({"path": self.new()} | given)),
+                {"model": self.fresh(), "optimizer": None},
+            ),
+            "load_sharded": (
+                da.load_sharded,
+                {"model": self.fresh(), "path": self.sharded(), "optimizer": None},
+            ),
             "KeySelection": (da.KeySelection, {"record": False, "stage": None}),
             "sparse_from_dense": (
                 lambda **given: da.sparse_from_dense(**({"model": self.fresh()} | given)),
@@ -292,6 +301,14 @@ class World:
         history = da.LoadHistory()
         history.add(self.load)
         return history
+
+    def new(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def sharded(self) -> Path:
+        folder = self.new()
+        da.save_sharded(self.fresh(), folder)
+        return folder
 
     def saved_history(self) -> Path:
         file = self.folder / "saved.json"

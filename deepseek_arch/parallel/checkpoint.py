@@ -28,11 +28,10 @@ def save_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
         optimizer: over the model's parameters.
 
     Raises:
-        ValueError: the folder holds a checkpoint or other files already.
+        ValueError: the folder holds a checkpoint or other files already, or a rank cannot look into it.
     """
     folder = Path(path)
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if _agreed_any(taken):
+    if _agreed_any(_is_taken(folder)):
         raise ValueError(f"expected a new or empty folder, got {str(path)!r}")
     dcp.save(_state(model, optimizer), checkpoint_id=str(folder), no_dist=not _on_ranks())
 
@@ -59,6 +58,14 @@ def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
     dcp.load(state, checkpoint_id=str(folder), no_dist=not _on_ranks())
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))
+
+
+def _is_taken(folder: Path) -> bool:
+    """Returns False for a path where a checkpoint can be written; one that cannot be looked into is none."""
+    try:
+        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError:
+        return True
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

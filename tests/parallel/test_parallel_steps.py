@@ -91,6 +91,13 @@ def test_tensor_parallel_bytes_are_those_of_the_plan():
 # ---------------------------------------------------------------- steps
 
 
+def test_an_infinite_limit_measures_a_norm_that_is_infinite():
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[torch.inf, 1.0]]), torch.ones(1)
+    assert da.clip_grad_norm(model, float("inf")) == torch.inf
+    assert model.weight.grad.tolist() == [[torch.inf, 1.0]] and model.bias.grad.tolist() == [1.0]
+
+
 def trained(rank, axes):
     model = cut(**axes)
     balancer, optimizer = da.LoadBalancer(model, 0.25), torch.optim.AdamW(model.parameters(), lr=1e-2)
