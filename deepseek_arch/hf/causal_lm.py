@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
-from ..models.unused_mtp import connect
+from ..layers.unreached import connect
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Router
 from .added_losses import added_losses, own_losses, replaces_the_head

@@ -164,3 +164,38 @@ def test_a_variant_leaves_the_weights_beside_it(tmp_path, config, positional):
     model.save_pretrained(tmp_path)
     read = dhf.DeepseekForCausalLM.from_pretrained(tmp_path, variant="fp16")
     torch.testing.assert_close(logits(read), logits(model))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("subfolder", ["", "model"])
+def test_a_shard_that_is_a_fifo_is_refused_at_once(tmp_path, config, weights, subfolder):
+    """To open it is to wait for a writer, and no signal ends that."""
+    folder = files.write(tmp_path / "model", weights, config, shards=3, index=True)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    os.mkfifo(shard)
+    source = {"pretrained_model_name_or_path": tmp_path if subfolder else folder, "subfolder": subfolder}
+    with pytest.raises(OSError, match="expected a regular file, got a FIFO"):
+        dhf.DeepseekForCausalLM.from_pretrained(**source)
+
+
+@pytest.mark.parametrize("quantization", [{}, None])
+def test_an_empty_quantization_config_is_none(tmp_path, config, weights, quantization):
+    folder = files.write(tmp_path / "model", weights, config)
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(content))
+    expected = logits(da.load(folder))
+    model = dhf.DeepseekForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("quantization", [[], "fp8", 8])
+def test_a_quantization_config_of_another_type_is_named(tmp_path, config, weights, quantization):
+    folder = files.write(tmp_path / "model", weights, config)
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(content))
+    for read in (da.load, dhf.DeepseekForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match="expected quantization_config to be a mapping from names, got"):
+            read(folder)
