@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
@@ -199,3 +199,46 @@ def test_a_quantization_config_of_another_type_is_named(tmp_path, config, weight
     for read in (da.load, dhf.DeepseekForCausalLM.from_pretrained):
         with pytest.raises(ConfigError, match="expected quantization_config to be a mapping from names, got"):
             read(folder)
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_what_is_pushed_has_the_folders_own_name(tmp_path, monkeypatch, positional):
+    """transformers names the repository after the folder that it writes to."""
+    import transformers.modeling_utils as written
+
+    created = []
+
+    class Hub:
+        def create_repo(self, repo_id, **settings):
+            created.append(repo_id)
+            raise InterruptedError
+
+    monkeypatch.setattr(written, "hf_api", Hub)
+    model = dhf.DeepseekForCausalLM(small_models.config("v3"))
+    with pytest.raises(InterruptedError):
+        if positional:
+            model.save_pretrained(tmp_path / "model", True, None, True)
+        else:
+            model.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert created == ["model"]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
+def test_values_that_are_not_finite_are_named_on_loading(tmp_path, config, weights, name):
+    weights[name].view(-1)[3] = float("nan")
+    folder = files.write(tmp_path / "model", weights, config)
+    with pytest.warns(UserWarning, match=rf"{name} has values that are not finite"):
+        dhf.DeepseekForCausalLM.from_pretrained(folder)
+
+
+def test_fp8_codes_that_are_not_finite_are_named_on_loading(tmp_path):
+    folder = tmp_path / "fp8"
+    model = small_models.model(small_models.config("v3"))
+    da.save(model, tmp_path / "plain")
+    da.convert(tmp_path / "plain", folder, "fp8")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(torch.uint8)[-1, -1] = 0xFF
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"{name} has values that are not finite"):
+        dhf.DeepseekForCausalLM.from_pretrained(folder)
