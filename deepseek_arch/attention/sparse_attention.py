@@ -23,6 +23,7 @@ from deepseek_kernels import rope as rotate
 from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.rope import Rotation
+from ..layers.unreached import connect
 from .indexer_loss import indexer_loss
 from .key_selection import KeySelection
 from .lightning_indexer import LightningIndexer, query_blocks
@@ -118,7 +119,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             expanded = latents_and_keys(states, cache)
             indexer_loss(self, x, latents, q, rope, index_keys, expanded, mask, ids, selection)
         out = self.attend(q, states, mask, cache) if ids is None else self.attend_selected(q, states, ids, mask, cache)
-        return self.o_proj(out.flatten(-2))
+        out = self.o_proj(out.flatten(-2))
+        return connect(out, (self.indexer,)) if self.training and self.indexer is not None else out
 
     def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> Tensor | tuple[Tensor, Tensor]:
         """Appends as the base class; with `simulate_fp8`, latents as FP8 has them."""

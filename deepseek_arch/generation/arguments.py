@@ -160,10 +160,20 @@ def end_tokens(model: DeepseekLM, eos_token_id: int | Iterable[int] | None, devi
 
 
 def padding_token(model: DeepseekLM, pad_token_id: int | None, ends: Tensor) -> int:
-    """Returns the token that fills finished rows: the argument, else a config's, else the first end token, else 0."""
+    """Returns the token that fills finished rows: the argument, else a config's, else the first end token, else 0.
+
+    Raises:
+        ValueError: it is no integer.
+    """
     for pad in (pad_token_id, _from_generation_config(model, "pad_token_id"), model.config.pad_token_id):
         if pad is not None:
-            return int(pad)
+            try:
+                filling = index(pad)
+            except TypeError:
+                raise ValueError(f"expected pad_token_id to be an integer, got {_shown(pad)}") from None
+            if not -_INT64 <= filling < _INT64 or isinstance(pad, bool):
+                raise ValueError(f"expected pad_token_id to be a token id, got {_shown(pad)}")
+            return filling
     return int(ends[0]) if len(ends) else 0
 
 

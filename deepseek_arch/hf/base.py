@@ -7,6 +7,7 @@ layer, attention weights under `attn_implementation="eager"`, and a load that fa
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,14 +114,15 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
             del self.config.quantization_config
         self.set_saving_conversions()
         with_biases = self._saves_biases_of_adapters()
-        is_main = kwargs.get("is_main_process", args[0] if args else True)
+        bound = inspect.signature(PreTrainedModel.save_pretrained).bind(self, save_directory, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if grouped or not is_main or kwargs.get("push_to_hub") or Path(save_directory).is_file():
+        if grouped or not given["is_main_process"] or given["push_to_hub"] or Path(save_directory).is_file():
             with biases_in_adapters(self, with_biases):
                 super().save_pretrained(save_directory, *args, **kwargs)
             return
-        variant = kwargs.get("variant", args[4] if len(args) > 4 else None)
-        with replacing_files(Path(save_directory), variant) as staging, biases_in_adapters(self, with_biases):
+        with replacing_files(Path(save_directory), given["variant"]) as staging, biases_in_adapters(self, with_biases):
             super().save_pretrained(staging, *args, **kwargs)
 
     def _saves_biases_of_adapters(self) -> bool:

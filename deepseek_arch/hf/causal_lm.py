@@ -7,19 +7,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
-from ..models.unused_mtp import connect
+from ..layers.unreached import connect
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Router
 from .added_losses import added_losses, own_losses, replaces_the_head
 from .attention_mask import only_mask
 from .base import DeepseekPreTrainedModel
 from .configuration import core_config
+from .finite_logits import FiniteLogits
 from .key_mapping import register_conversions
 from .layers import DeepseekMTPLayer
 from .lookup_tables import add_class_name
@@ -156,13 +157,19 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         1), for any number of rows, greedy or sampling; see `deepseek_arch.generate`.
 
         Raises:
-            ValueError: `use_mtp` without MTP modules, or with a setting that it does not go with.
+            ValueError: logits are not finite (the message names the first parameter that is not); or `use_mtp` without
+                MTP modules, or with a setting that it does not go with.
         """
         configs = (kwargs.get("generation_config"), *args[1:2], self.generation_config)
         wanted = [kwargs.get("use_mtp"), *(getattr(config, "use_mtp", None) for config in configs)]
         if next((use for use in wanted if use is not None), False):
             return generate_with_drafts(self, *args, **kwargs)
         return cast(Any, GenerationMixin.generate)(self, *args, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As transformers', with a check of the logits before all others."""
+        processors = cast(Any, super())._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList([FiniteLogits(self, torch.device(kwargs.get("device") or self.device)), *processors])
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not available.

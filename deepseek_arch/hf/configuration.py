@@ -24,8 +24,9 @@ from transformers import (
     GlmMoeDsaConfig,
     PreTrainedConfig,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config.deepseek_config import DeepseekConfig, UnsupportedModelError
+from ..config.deepseek_config import ConfigError, DeepseekConfig, UnsupportedModelError
 from .fp8_config import FP8_METHOD, PUBLISHED_METHOD
 
 __all__ = [
@@ -75,7 +76,11 @@ class ArchConfig(PreTrainedConfig):
         self.architectures = [_own_name(name, self.published_prefix) for name in names] if names else names
         self.auto_map: dict[str, str] = {}
         quantization = getattr(self, "quantization_config", None)
-        if isinstance(quantization, dict) and quantization.get("quant_method") == PUBLISHED_METHOD:
+        if quantization is None or quantization == {}:  # transformers takes an empty one for a method it does not know
+            self.__dict__.pop("quantization_config", None)
+        elif not isinstance(quantization, dict | QuantizationConfigMixin):
+            raise ConfigError(f"expected quantization_config to be a mapping from names, got {quantization!r}")
+        elif isinstance(quantization, dict) and quantization.get("quant_method") == PUBLISHED_METHOD:
             self.quantization_config = {**quantization, "quant_method": FP8_METHOD}
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -12,7 +13,7 @@ from transformers import FineGrainedFP8Config
 
 from ..checkpoint.files.shards import INDEX_NAME, Shards
 from ..checkpoint.problems import Problem
-from ..config.regular_file import PinnedFiles
+from ..config.regular_file import PinnedFiles, open_regular
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 
 __all__ = ["settle_files"]
@@ -30,11 +31,15 @@ def settle_files(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
         source: the first argument of `from_pretrained`; nothing is done unless it is a folder.
         kwargs: its others; a quantization argument about FP8 that is not there is removed.
 
+    Raises:
+        OSError: a shard is a FIFO, a socket or a device, for which transformers would wait for ever.
+
     Warns:
         UserWarning: other safetensors files of the folder are not read.
     """
     if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         return config
+    _check_files(Path(source, kwargs.get("subfolder") or ""))
     if any(kwargs.get(name) for name in _LOCATED_OTHERWISE):
         return config
     problems: list[Problem] = []  # of files that cannot be read: transformers finds them again
@@ -55,6 +60,13 @@ def settle_files(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(kwargs.get("quantization_config"), FineGrainedFP8Config | DeepseekFP8Config):
             del kwargs["quantization_config"]
     return config
+
+
+def _check_files(folder: Path) -> None:
+    """Raises an OSError for a shard that exists and is no regular file; transformers opens it without a look."""
+    for name in Shards(PinnedFiles(folder), []).shards:
+        with contextlib.suppress(FileNotFoundError):  # transformers names what is missing
+            open_regular(folder / name).close()
 
 
 def _says_fp8(config: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers import FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 from ..moe.moe import Router
 from ..quant.fp8_convert import fp8_layers
 from .configuration import WHERE, as_arch_config, load_config
+from .finite_logits import warn_of_values
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 from .key_mapping import mtp_key_mapping
 from .local_folder import settle_files
@@ -64,6 +65,9 @@ class StrictLoading:
             ValueError: a GGUF file; or tensors are missing, have other shapes than the config says (unless
                 `ignore_mismatched_sizes`), or cannot be converted; the message names them.
             UnsupportedModelError: a model that cannot be built (another architecture).
+
+        Warns:
+            UserWarning: tensors have NaN or infinity; the message names them.
         """
         if kwargs.get("gguf_file") is not None:
             raise ValueError(
@@ -106,6 +110,7 @@ class StrictLoading:
         _keep_router_biases_wide(model)
         _forget_quantization(model)
         model.set_saving_conversions()
+        warn_of_values(model, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     @staticmethod

@@ -15,6 +15,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.rope import Rotation
+from ..layers.unreached import connect
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Experts, Router
 from ..moe.routing import Routing
@@ -27,7 +28,6 @@ from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
 from .mtp_loss import count_targets, shift_labels
 from .outputs import CausalLMOutput, MTPStep, TrunkOutput
-from .unused_mtp import connect
 
 __all__ = ["DeepseekLM"]
 

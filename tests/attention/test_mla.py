@@ -333,6 +333,28 @@ def test_absorbed_form_uses_what_kv_b_proj_computes(how, monkeypatch):
         assert error(attention(x, _rope(cfg))[0], expected) < TOLERANCE, form
 
 
+class _Shifted(torch.nn.Linear):
+    """Adds a bias, as an adapter trained with biases does."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_kv_b_proj_reaches_the_values(form, monkeypatch):
+    """Those of a query's keys cancel in the softmax; those of the values add up to themselves."""
+    cfg = config("v3")
+    attention, weights = _attention(cfg)
+    linear = attention.kv_b_proj
+    attention.kv_b_proj = _Shifted(linear.in_features, linear.out_features).requires_grad_(False)
+    attention.kv_b_proj.weight.copy_(linear.weight)
+    bias = torch.randn(linear.out_features, generator=torch.Generator().manual_seed(5))
+    attention.kv_b_proj.bias.copy_(bias)
+    _force(attention, form, monkeypatch)
+    x = _inputs(cfg)
+    of_values = bias.double().view(cfg.num_attention_heads, -1)[:, cfg.qk_nope_head_dim :].flatten()
+    shift = weights["self_attn.o_proj.weight"] @ of_values
+    expected = oracle_attention(cfg, weights, "self_attn.", x[0].double()) + shift
+    assert error(attention(x, _rope(cfg))[0], expected) < TOLERANCE
+
+
 def _multiplications(attention, heads, queries, keys, absorbed):
     """Per layer, counted from the shapes of each product, keys and values padded to one width."""
     rank, rope = attention.kv_lora_rank, attention.qk_rope_head_dim

@@ -12,17 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 from support import small_models
 
 CONFIG = small_models.config("v3", num_nextn_predict_layers=1)
+SPARSE = small_models.config("v32", num_nextn_predict_layers=1)  # rows below have more tokens than selected keys
 STEPS = 3
 
 
 def made(kind: str) -> nn.Module:
+    config = SPARSE if "sparse" in kind else CONFIG
     if kind.startswith("core"):
-        core = small_models.model(CONFIG).train()
+        core = small_models.model(config).train()
         core.gradient_checkpointing_enable("recomputing" in kind)
         return core
     from twins import ours
 
-    model = ours(CONFIG).train()
+    model = ours(config).train()
     if "recomputing" in kind:
         model.gradient_checkpointing_enable()
     if "adapters" in kind:

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
@@ -164,3 +164,81 @@ def test_a_variant_leaves_the_weights_beside_it(tmp_path, config, positional):
     model.save_pretrained(tmp_path)
     read = dhf.DeepseekForCausalLM.from_pretrained(tmp_path, variant="fp16")
     torch.testing.assert_close(logits(read), logits(model))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("subfolder", ["", "model"])
+def test_a_shard_that_is_a_fifo_is_refused_at_once(tmp_path, config, weights, subfolder):
+    """To open it is to wait for a writer, and no signal ends that."""
+    folder = files.write(tmp_path / "model", weights, config, shards=3, index=True)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    os.mkfifo(shard)
+    source = {"pretrained_model_name_or_path": tmp_path if subfolder else folder, "subfolder": subfolder}
+    with pytest.raises(OSError, match="expected a regular file, got a FIFO"):
+        dhf.DeepseekForCausalLM.from_pretrained(**source)
+
+
+@pytest.mark.parametrize("quantization", [{}, None])
+def test_an_empty_quantization_config_is_none(tmp_path, config, weights, quantization):
+    folder = files.write(tmp_path / "model", weights, config)
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(content))
+    expected = logits(da.load(folder))
+    model = dhf.DeepseekForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("quantization", [[], "fp8", 8])
+def test_a_quantization_config_of_another_type_is_named(tmp_path, config, weights, quantization):
+    folder = files.write(tmp_path / "model", weights, config)
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(content))
+    for read in (da.load, dhf.DeepseekForCausalLM.from_pretrained):
+        with pytest.raises(ConfigError, match="expected quantization_config to be a mapping from names, got"):
+            read(folder)
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_what_is_pushed_has_the_folders_own_name(tmp_path, monkeypatch, positional):
+    """transformers names the repository after the folder that it writes to."""
+    import transformers.modeling_utils as written
+
+    created = []
+
+    class Hub:
+        def create_repo(self, repo_id, **settings):
+            created.append(repo_id)
+            raise InterruptedError
+
+    monkeypatch.setattr(written, "hf_api", Hub)
+    model = dhf.DeepseekForCausalLM(small_models.config("v3"))
+    with pytest.raises(InterruptedError):
+        if positional:
+            model.save_pretrained(tmp_path / "model", True, None, True)
+        else:
+            model.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert created == ["model"]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
+def test_values_that_are_not_finite_are_named_on_loading(tmp_path, config, weights, name):
+    weights[name].view(-1)[3] = float("nan")
+    folder = files.write(tmp_path / "model", weights, config)
+    with pytest.warns(UserWarning, match=rf"{name} has values that are not finite"):
+        dhf.DeepseekForCausalLM.from_pretrained(folder)
+
+
+def test_fp8_codes_that_are_not_finite_are_named_on_loading(tmp_path):
+    folder = tmp_path / "fp8"
+    model = small_models.model(small_models.config("v3"))
+    da.save(model, tmp_path / "plain")
+    da.convert(tmp_path / "plain", folder, "fp8")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(torch.uint8)[-1, -1] = 0xFF
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"{name} has values that are not finite"):
+        dhf.DeepseekForCausalLM.from_pretrained(folder)

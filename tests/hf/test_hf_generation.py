@@ -221,3 +221,12 @@ def test_drafting_takes_padding_for_padding():
     ids[1, :3] = PAD
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
     assert torch.equal(model.generate(ids, use_mtp=True, **settings), model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"num_beams": 2}, {"use_cache": False}])
+def test_no_token_comes_from_logits_that_are_not_finite(settings):
+    model = ours(small_models.config("v3"))
+    ids = tokens(small_models.config("v3"), 2, 5)
+    model.lm_head.weight.data[7, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"expected finite logits, got NaN .* lm_head.weight is not finite"):
+        model.generate(ids, max_new_tokens=3, **{"do_sample": False} | settings)

@@ -1,4 +1,4 @@
-"""MTP modules that no loss reaches: they change nothing, on one process and on several."""
+"""MTP modules and indexers that no loss reaches: they change nothing, on one process and on several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from data_parallel import CONFIG, batches, made, on_rank, steps
 import deepseek_arch as da
 from support.small_models import error, tokens
 
-KINDS = ("core", "core recomputing", "hf", "hf recomputing", "hf logits", "hf adapters", "hf adapters recomputing")
+KINDS = (
+    *("core", "core recomputing", "hf", "hf recomputing", "hf logits", "hf adapters", "hf adapters recomputing"),
+    *("core sparse", "core sparse recomputing", "hf sparse", "hf sparse recomputing"),
+)
 SAME = 100 * torch.finfo(torch.float32).eps  # averaged over processes, or over rows: sums in another order
 
 
@@ -27,6 +30,15 @@ def test_they_get_no_gradient(kind):
     (out.logits.square().mean() if "logits" in kind else out.loss).backward()
     assert all(p.grad is None for p in model.mtp.parameters())
     assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("mtp."))
+
+
+@pytest.mark.parametrize("kind", ["core sparse", "hf sparse recomputing"])
+def test_indexers_get_no_gradient_from_the_next_token(kind):
+    model = made(kind)
+    ids = tokens(CONFIG, 2, 9)
+    model(input_ids=ids, labels=ids).loss.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if ".indexer." in name or name.startswith("mtp.")}
 
 
 def test_what_weighs_them_trains_them():

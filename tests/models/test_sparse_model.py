@@ -50,6 +50,19 @@ def test_logits_and_selections_equal_the_oracle(kind, changes, form):
             assert selected(selection, layer, row) == want.selected[layer]
 
 
+@pytest.mark.parametrize("types", ["FFSS", "FSFS"])
+def test_a_selection_is_shared_from_the_nearest_layer_below(types, form):
+    layers = {"num_hidden_layers": 4, "indexer_types": [{"F": "full", "S": "shared"}[kind] for kind in types]}
+    lm, weights = built("glm-5", **layers)
+    ids, selection = tokens(lm.config, 1, TOKENS), KeySelection(record=True)
+    with torch.no_grad():
+        got = lm(ids, selection=selection).logits
+    want = oracle.run(lm.config, weights, ids[0].tolist())
+    assert error(got[0], want.logits) < 1e-4
+    assert [selected(selection, layer, 0) for layer in range(4)] == [want.selected[layer] for layer in range(4)]
+    assert selected(selection, 3, 0) != selected(selection, 0, 0)
+
+
 @pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_chunks_and_single_tokens_equal_the_whole(kind, form):
     lm, weights = built(kind)

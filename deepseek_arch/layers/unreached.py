@@ -1,9 +1,10 @@
-"""Multi-token-prediction modules that no loss reaches, in training with several processes.
+"""Modules that no loss reaches, in training with several processes.
 
 Data-parallel wrappers (`DistributedDataParallel`, and accelerate's around it) wait for a gradient of every parameter
 that requires one. Where none comes they leave gradients of the first step unsynchronized and fail in the second.
-Published checkpoints have prediction modules that most fine-tuning leaves alone, so the models connect them to their
-hidden states in training: they take part in every backward pass, with no gradient.
+Published checkpoints have prediction modules that most fine-tuning leaves alone, and indexers that the loss of the
+next token does not reach (TRAPS G6), so the models connect them to their hidden states in training: they take part in
+every backward pass, with no gradient.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def connect(hidden: Tensor, modules: Iterable[nn.Module]) -> Tensor:
 
     Args:
         hidden: [B, T, H]; returned as it is where nothing is differentiated.
-        modules: the model's multi-token-prediction modules.
+        modules: those that no loss may reach.
     """
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return hidden
