@@ -13,6 +13,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -47,24 +48,15 @@ def check_types(decorated: _T) -> _T:
     if isinstance(decorated, type):
         decorated.__init__ = check_types(decorated.__init__)  # type: ignore[misc]
         return decorated
-    signature = inspect.signature(decorated)
-
-    @functools.cache
-    def checks() -> dict[str, tuple[str, list[_Check]]]:
-        # Read at the first call: an annotation may name what its module imports below the function.
-        hints = typing.get_type_hints(decorated, include_extras=True)
-        parts = {name: _alternatives(hints[name]) for name in signature.parameters if name in hints}
-        return {
-            name: (" or ".join(dict.fromkeys(what for what, _ in kinds)), [check for _, check in kinds])
-            for name, kinds in parts.items()
-            if kinds and signature.parameters[name].kind not in (inspect.Parameter.VAR_KEYWORD,)
-        }
 
     @functools.wraps(decorated)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        if _is_traced():
+            return decorated(*args, **kwargs)
+        signature, checks = _checks_of(decorated)
         bound = signature.bind(*args, **kwargs)  # a missing or unknown argument is Python's own TypeError
         problems = []
-        for name, (what, alternatives) in checks().items():
+        for name, (what, alternatives) in checks.items():
             if name not in bound.arguments:
                 continue
             value = bound.arguments[name]
@@ -82,6 +74,28 @@ def check_types(decorated: _T) -> _T:
         return decorated(*bound.args, **bound.kwargs)
 
     return typing.cast(_T, checked)
+
+
+@functools.cache
+def _checks_of(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, tuple[str, list[_Check]]]]:
+    """Returns a function's signature, and by argument what it is to be and the checks of which one must pass.
+
+    Read at the first call: an annotation may name what its module imports below the function.
+    """
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function, include_extras=True)
+    parts = {name: _alternatives(hints[name]) for name in signature.parameters if name in hints}
+    return signature, {
+        name: (" or ".join(dict.fromkeys(what for what, _ in kinds)), [check for _, check in kinds])
+        for name, kinds in parts.items()
+        if kinds and signature.parameters[name].kind not in (inspect.Parameter.VAR_KEYWORD,)
+    }
+
+
+def _is_traced() -> bool:
+    """Returns True while torch.compile or torch.export read the caller: they cannot read annotations."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
 
 
 def as_integer(name: str, value: object) -> int:

@@ -116,7 +116,7 @@ class DeepseekModel(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = config
+        self.config, self.is_sparse = config, config.is_sparse_attention
         self.gradient_checkpointing = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers = nn.ModuleList(DecoderLayer(config, i, **factory) for i in range(config.num_hidden_layers))
@@ -183,7 +183,7 @@ class DeepseekModel(nn.Module):
 
     def _selection(self, given: KeySelection | None, valid: Tensor | None) -> KeySelection | None:
         """Returns the selections of this pass, None for a model with dense attention."""
-        if not self.config.is_sparse_attention:
+        if not self.is_sparse:
             if given is not None:
                 raise ValueError("expected no KeySelection for a model with dense attention, got one")
             return None

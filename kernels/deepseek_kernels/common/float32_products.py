@@ -87,7 +87,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., N].
     """
-    if not by_onednn(x, weight):
+    # The first three are asked again: they end the many small products of a decode step with few calls.
+    small = not _preferred or torch.compiler.is_dynamo_compiling() or x.numel() * weight.shape[0] < _LEAST_PRODUCTS
+    if small or not by_onednn(x, weight):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _Product.apply(x.flatten(0, -2), weight)
