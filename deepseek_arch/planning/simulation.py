@@ -10,7 +10,7 @@ from .schedules import Operation, schedule_operations, stage_count
 
 __all__ = ["STEADY", "Simulated", "peak_live", "simulate", "simulate_schedule"]
 
-STEADY = 8  # micro-batches a rank after which rounds are alike
+STEADY = 8  # micro-batches a rank after which rounds are alike, or nearly so: see simulate_schedule
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,11 @@ def simulate_schedule(
     duration: Callable[[Operation], float],
     hop: float = 0.0,
 ) -> Simulated:
-    """Runs a schedule; of very many micro-batches only as many as it takes until every round takes equally long.
+    """Runs a schedule; of very many micro-batches only as many as it takes until rounds take equally long.
 
-    From 8 pp micro-batches on, 2 pp more add the same time at every rank (compared with whole runs: equal to rounding).
+    From 8 pp micro-batches on, 2 pp more add the same time at every rank where stages take equally long: then the
+    result is that of the whole run, to rounding. Where stages differ, a chain of waits that is slower by a little may
+    determine later rounds only. Of 18,000 runs whose stages differed by up to ten times, the worst was 0.6 % short.
     """
     stages = stage_count(schedule, pp, chunks)
 

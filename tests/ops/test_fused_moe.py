@@ -350,6 +350,11 @@ def test_what_the_kernels_cannot_do_has_a_reason(device, triton_backend):
         assert fused_moe(*given).dtype == torch.float64
     with use_backend("triton"), pytest.raises(BackendError, match=r"float16 or float32, got torch\.float64"):
         fused_moe(*given)
+    narrow = operands(spread(4, 3, 2), 3, 16, 8, torch.float32, device)
+    with use_backend("auto"):
+        assert not torch.equal(fused_moe(*narrow, "relu"), fused_moe(*narrow))
+    with use_backend("triton"), pytest.raises(BackendError, match="its activation is silu, got relu"):
+        fused_moe(*narrow, "relu")
     x, gate_up, ends = in_place([3, 2], 8, 16, torch.bfloat16, device)
     with use_backend("auto"):
         assert grouped_gemm_swiglu(x.requires_grad_(), gate_up, ends).requires_grad
