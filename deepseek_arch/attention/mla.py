@@ -158,7 +158,7 @@ class MultiHeadLatentAttention(nn.Module):
         q = q.reshape(*q.shape[:2], q.shape[2] // self.qk_head_dim, self.qk_head_dim)
         # In place only where no hook may have kept the projection's output.
         own = is_plain_linear(projection) and not differentiated(q)
-        return rope_(q, rope.cos, rope.sin) if own else rotate(q, rope.cos, rope.sin)
+        return rope_(q, *rope) if own else rotate(q, *rope)
 
     def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> Tensor | tuple[Tensor, Tensor]:
         """Appends the tokens' latents and keys to the cache and returns all that it holds.
@@ -172,7 +172,7 @@ class MultiHeadLatentAttention(nn.Module):
         kv, norm = self.kv_a_proj_with_mqa(x), self.kv_a_layernorm
         if isinstance(cache, LatentCache) and is_plain_module(norm, RMSNorm) and not differentiated(kv, norm.weight):
             return cache.write(kv, norm.weight, norm.eps, rope, self.layer_idx)
-        latent, key = norm(kv[..., : self.kv_lora_rank]), rotate(kv[..., self.kv_lora_rank :], rope.cos, rope.sin)
+        latent, key = norm(kv[..., : self.kv_lora_rank]), rotate(kv[..., self.kv_lora_rank :], *rope)
         if cache is None:
             return latent, key
         if isinstance(cache, LatentCache):
