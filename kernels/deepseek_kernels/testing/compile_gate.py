@@ -60,6 +60,26 @@ class CompileCase:
     options: Mapping[str, Any] = field(default_factory=dict)  # further options of the compiler
     expect: Mapping[str, Any] = field(default_factory=dict)  # arguments of `assert_clean`
 
+    @classmethod
+    def of_config(
+        cls, config: Any, arguments: Mapping[str, Kind], constants: Mapping[str, Any], **rest: Any
+    ) -> CompileCase:
+        """Returns a case with the warps, stages and register limit of an operator's configuration.
+
+        Args:
+            config: has `num_warps`, `num_stages` and `maxnreg`.
+            constants: of which those are left out that are among the arguments.
+            rest: other fields.
+        """
+        return cls(
+            arguments=arguments,
+            constants={name: value for name, value in constants.items() if name not in arguments},
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            options={} if config.maxnreg is None else {"maxnreg": config.maxnreg},
+            **rest,
+        )
+
 
 @dataclass(frozen=True)
 class Record:

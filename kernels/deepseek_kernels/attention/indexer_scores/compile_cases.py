@@ -46,15 +46,13 @@ def _case(
     expect: dict = {"spills": _SPILLS if config is MANY and not fp8 else 0}
     if config in (MANY, FEW):
         expect |= {"wgmma": f"m64n{config.pairs}k{32 if fp8 else 16}.f32.{kind}.{kind}"}
-    return CompileCase(
+    return CompileCase.of_config(
+        config,
+        arguments,
+        constants,
         name=f"{_NAMES[id(config)]}, {heads} heads, {mask}, {dtype}",
         kernel=kernel.scores_kernel,
-        arguments=arguments,
-        constants={name: value for name, value in constants.items() if name not in arguments},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
         targets=targets,
-        options={} if config.maxnreg is None else {"maxnreg": config.maxnreg},
         expect=expect,
     )
 

@@ -49,15 +49,13 @@ def _case(
         **{"BULK": config.bulk, "PARTIAL": partial},
         **config.blocks,
     }
-    return CompileCase(
+    return CompileCase.of_config(
+        config,
+        arguments,
+        constants,
         name=f"{label}, {_NAMES[id(config)]}, {'fp8 and ' if fp8 else ''}{dtype}",
         kernel=kernel.decode_kernel,
-        arguments=arguments,
-        constants={name: value for name, value in constants.items() if name not in arguments},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
         targets=targets,
-        options={} if config.maxnreg is None else {"maxnreg": config.maxnreg},
         expect=_expect(config, dtype, fp8 or bool(page), max(spills, _SPILLS.get(id(config), 0))),
     )
 

@@ -46,15 +46,13 @@ def _case(
     if config is MANY:
         kind = dtype.replace("fp", "f")
         expect |= {"wgmma": f"m64n256k16.f32.{kind}.{kind}"}
-    return CompileCase(
+    return CompileCase.of_config(
+        config,
+        arguments,
+        constants,
         name=f"{label}, {_NAMES[id(config)]}, {'fp8 and ' if fp8 else ''}{dtype}",
         kernel=kernel.sparse_kernel,
-        arguments=arguments,
-        constants={name: value for name, value in constants.items() if name not in arguments},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
         targets=targets,
-        options={} if config.maxnreg is None else {"maxnreg": config.maxnreg},
         expect=expect,
     )
 
