@@ -1,8 +1,9 @@
 """transformers' own model tests on our classes; not collected with the suite, since its files are not ours to ship.
 
-    pip download transformers==5.23.0 --no-binary :all: --no-deps -d /tmp/peer && tar -C /tmp/peer -xzf /tmp/peer/*.gz
+    PEER=$(mktemp -d)
+    pip download transformers==5.23.0 --no-binary :all: --no-deps -d $PEER && tar -C $PEER -xzf $PEER/*.gz
     pip install parameterized
-    PEER_TESTS=/tmp/peer/transformers-5.23.0 python -m pytest tests/hf/peer_suite.py -q
+    PEER_TESTS=$PEER/transformers-5.23.0 python -m pytest tests/hf/peer_suite.py -q
 
 Of the source distribution come the common model tests; the mixins for generation and exporters are not in it, and stand
 here as empty classes. `NOT_OURS` lists what fails, with the reason.

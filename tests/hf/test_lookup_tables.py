@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, Trainer, TrainingArguments
-from twins import ours
+from twins import WIDE, ours
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
@@ -21,17 +21,6 @@ from support import oracle, small_models
 from support.small_models import error, tokens
 
 CONFIG = small_models.config("v3")
-WIDE = small_models.config(
-    "v3",
-    hidden_size=128,
-    moe_intermediate_size=64,
-    intermediate_size=128,
-    kv_lora_rank=64,
-    q_lora_rank=64,
-    v_head_dim=64,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=64,
-)
 
 
 class Renamed(dhf.DeepseekForCausalLM):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import QuantoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from twins import ours
+from twins import WIDE, ours
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
@@ -17,17 +17,6 @@ from deepseek_arch.hf.fp8_config import FP8_METHOD
 from support import small_models
 from support.small_models import error, tokens
 
-WIDE = small_models.config(
-    "v3",
-    hidden_size=128,
-    moe_intermediate_size=64,
-    intermediate_size=128,
-    kv_lora_rank=64,
-    q_lora_rank=64,
-    v_head_dim=64,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=64,
-)
 SETTINGS = {  # that a method has no default for
     "bitsandbytes_4bit": {"load_in_4bit": True},
     "bitsandbytes_8bit": {"load_in_8bit": True},

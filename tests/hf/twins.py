@@ -24,6 +24,19 @@ import deepseek_arch as da
 import deepseek_arch.hf as dhf
 from support import small_models
 
+# Wide enough for quantizers that want multiples of 64 values.
+WIDE = small_models.config(
+    "v3",
+    hidden_size=128,
+    moe_intermediate_size=64,
+    intermediate_size=128,
+    kv_lora_rank=64,
+    q_lora_rank=64,
+    v_head_dim=64,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+)
+
 NATIVE = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
