@@ -18,6 +18,7 @@ from .models.main_model import DeepseekModel as DeepseekModel
 from .models.mtp_layer import MTPLayer as MTPLayer
 from .models.outputs import CausalLMOutput as CausalLMOutput
 from .models.live_weights import ParameterMatrices as ParameterMatrices
+from .models.huge_pages import use_huge_pages as use_huge_pages
 from .models.live_weights import published_tensors as published_tensors
 from .attention.mla import MultiHeadLatentAttention as MultiHeadLatentAttention
 from .attention.sparse_attention import SparseLatentAttention as SparseLatentAttention

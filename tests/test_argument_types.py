@@ -161,6 +161,7 @@ class World:
                 {"model": self.model, "input_ids": ids, "attention_mask": None, "max_new_tokens": 2, "mtp_depth": 1}
                 | {"temperature": 0.0, "seed": 0},
             ),
+            "use_huge_pages": (da.use_huge_pages, {"module": self.model}),
             "published_tensors": (lambda model: list(da.published_tensors(model)), {"model": self.model}),
             "ParameterMatrices": (da.ParameterMatrices, {"model": self.model}),
             "load": (

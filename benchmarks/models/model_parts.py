@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,9 +40,13 @@ from .llama_bench import LLAMA, LlamaBench
 from .model_settings import Settings
 from .timed_rows import Times, ran_fewer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["MOST_STEPS", "Bench"]
 
 MOST_STEPS = 22  # of a decode
+HUGE, NATIVE_HUGE = "ours, huge pages", "transformers, huge pages"
 PLAIN, PLAIN_REFERENCE = "unquantized", "unquantized, reference"
 PROMPT = 32  # tokens before those that a small model generates
 LLAMA_TOKENS = 16  # of a sample
@@ -82,9 +88,11 @@ class Bench:
     # -------------------------------------------------------------- decode and prefill
 
     def decode(self) -> Iterator[Row]:
-        """Milliseconds a token, batch 1, on a cache of random latents."""
+        """Milliseconds a token, batch 1, on a cache of random latents; both models also on copies in huge pages."""
+        huge = deepcopy(self.ours)
+        twins = (huge, native_twin(huge)) if da.use_huge_pages(huge) else None
         for context in self.settings.contexts:
-            times = self._decode(f"decode at {context}", self.ours, self.native, context)
+            times = self._decode(f"decode at {context}", self.ours, self.native, context, huge=twins)
             work = decode_work(self.config, self.settings.dtype, 1, context)
             steps = steps_at(context)
             self._add_deepseek(times, lambda one, n=context, k=steps, **limits: one.decode(n, k, 2, **limits))
@@ -101,9 +109,20 @@ class Bench:
                 times.add(LLAMA, self.llama.prefill(prompt, 2))
             yield self._prefill_row(times, prompt, self.settings.dtype)
 
-    def _decode(self, name: str, ours: da.DeepseekLM, native: object, context: int, batch: int = 1) -> Times:
+    def _decode(
+        self,
+        name: str,
+        ours: da.DeepseekLM,
+        native: PreTrainedModel,
+        context: int,
+        batch: int = 1,
+        huge: tuple[da.DeepseekLM, PreTrainedModel] | None = None,
+    ) -> Times:
         steps = steps_at(context * batch)
         actions = decode_actions(ours, native, context, steps + 2, batch)
+        if huge is not None:
+            moved = decode_actions(*huge, context, steps + 2, batch)
+            actions |= {HUGE: moved[OURS], NATIVE_HUGE: moved[NATIVE]}
         seconds = interleave_clocked(actions, rounds=steps, warmup=2, budget_s=self.settings.budget_s)
         return Times(name, seconds, remarks=[ran_fewer(seconds, steps, "steps")])
 
@@ -150,6 +169,9 @@ class Bench:
         fp8 = keep_fp8(random_model(self.config, DTYPES[self.settings.dtype]))
         _check_backends_agree(fp8)
         actions = with_reference(OURS, lambda: our_decode(fp8, context, steps + 2))
+        huge = deepcopy(fp8)
+        if da.use_huge_pages(huge):
+            actions[HUGE] = our_decode(huge, context, steps + 2)
         actions |= with_reference(PLAIN, lambda: our_decode(self.ours, context, steps + 2))
         seconds = interleave_clocked(actions, rounds=steps, warmup=2, budget_s=self.settings.budget_s)
         times = Times(f"FP8 kept, decode at {context}", seconds, remarks=[ran_fewer(seconds, steps, "steps")])
