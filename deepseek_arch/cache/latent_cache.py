@@ -305,9 +305,11 @@ class LatentCache:
     @check_types
     def reorder(self, index: Tensor) -> None:
         """Makes row i a copy of row `index[i]` (beam search); the batch may change its size."""
+        readable = index.layout == torch.strided and not index.is_meta
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or not readable:
+            kind = f"{index.dtype} {list(index.shape)}, {index.layout} on {index.device}"
+            raise ValueError(f"expected integer row indices [rows], dense and with values, got {kind}")
         index = index.to(self.device)
-        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.layout != torch.strided:
-            raise ValueError(f"expected integer row indices [rows], got {index.dtype} {list(index.shape)}")
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch_size:
             raise ValueError(f"expected row indices between 0 and {self.batch_size - 1}, got {index.tolist()}")
         order = index.tolist()
@@ -394,8 +396,9 @@ class LatentCache:
 
 def _row_lengths(lengths: int | Sequence[int] | Tensor, rows: int) -> tuple[int, ...]:
     """Returns one length for each row, given one for all or one for each."""
-    if isinstance(lengths, Tensor) and lengths.layout != torch.strided:
-        raise ValueError(f"expected lengths in a dense tensor, got one of layout {lengths.layout}")
+    if isinstance(lengths, Tensor) and (lengths.layout != torch.strided or lengths.is_meta):
+        kind = f"{lengths.layout} on {lengths.device}"
+        raise ValueError(f"expected lengths in a dense tensor with values, got one of layout {kind}")
     listed: Any = lengths.tolist() if hasattr(lengths, "tolist") else lengths  # also numpy's
     several = listed if isinstance(listed, list | tuple) else (listed,) * rows
     try:

@@ -1,13 +1,16 @@
-"""Search for NaN and infinity in tensors while they are read or written."""
+"""Search for NaN, infinity and odd scales in tensors while they are read or written."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..layout.parameter_map import scale_name
+
 __all__ = ["NonFinite", "is_finite"]
 
 _SHOWN = 5
+_SCALE = scale_name("")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -25,23 +28,35 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 class NonFinite:
-    """Names of the tensors that hold NaN or infinity, in the order in which they were found."""
+    """Names of the tensors that hold NaN or infinity, or scales of 0 or less, in the order in which they were found."""
 
     def __init__(self) -> None:
-        self._names: dict[str, None] = {}
+        self._names: dict[str, dict[str, None]] = {}
 
     def check(self, name: str, values: Tensor) -> None:
-        """Notes `name` if some of its values are not finite."""
+        """Notes `name` if some of its values are not finite or, where they are scales, not above 0."""
         if not is_finite(values):
-            self._names[name] = None
+            self._note("values that are not finite (NaN or infinity)", name)
+        if name.endswith(_SCALE) and values.is_floating_point() and values.dtype.itemsize > 1 and values.numel():
+            least = float(values.amin())
+            if least == 0:
+                self._note("scales of 0, which make zeros of the values in their blocks", name)
+            elif least < 0:
+                self._note("scales below 0, which load refuses", name)
+
+    def _note(self, what: str, name: str) -> None:
+        self._names.setdefault(what, {})[name] = None
 
     @property
     def warnings(self) -> list[str]:
-        """One sentence that names the tensors; none if all values are finite."""
-        if not self._names:
-            return []
-        names, more = list(self._names), len(self._names) - _SHOWN
-        if more <= 1 - _SHOWN:
-            return [f"{names[0]} has values that are not finite (NaN or infinity)"]
-        shown = ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-        return [f"{len(names):,} tensors have values that are not finite (NaN or infinity): {shown}"]
+        """One sentence for each kind that names the tensors; none if all values are as they should be."""
+        return [_sentence(list(names), what) for what, names in self._names.items()]
+
+
+def _sentence(names: list[str], what: str) -> str:
+    if len(names) == 1:
+        return f"{names[0]} has {what}"
+    more = len(names) - _SHOWN
+    return f"{len(names):,} tensors have {what}: {', '.join(names[:_SHOWN])}" + (
+        f" and {more:,} more" if more > 0 else ""
+    )

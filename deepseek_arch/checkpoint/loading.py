@@ -238,18 +238,20 @@ def read_scales(plan: LoadPlan, reader: TensorReader, names: Container[str] | No
 
     Read first, since a tensor and its scales may lie in any two shards; they are 1/16384 of the elements.
     """
-    scales, problems = {}, []
+    scales, problems, odd = {}, [], NonFinite()
     for name, info in sorted(plan.scales.items(), key=lambda item: (item[1].file.name, item[1].offset)):
         if names is not None and name not in names:
             continue
         try:
             scales[name] = decode_scale(reader.rows(info, 0, info.shape[0])).clone()
+            odd.check(info.name, scales[name])
         except ShardError:
             raise
         except ValueError as error:
             problems.append(Problem(ProblemKind.SCALE_VALUES, f"{info.name}: {error}"))
     if problems:
         raise CheckpointError(plan.folder, problems)
+    plan.warnings += odd.warnings
     return scales
 
 

@@ -17,7 +17,14 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import TensorSlot, layout, scale_name
 from ..layout.published_tensors import TensorSpec
 from ..moe.adapter_state import biases_in_adapters
-from ..quant.fp8_blocks import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks, scale_format_of
+from ..quant.fp8_blocks import (
+    FP8_QUANTIZATION,
+    block_grid,
+    decode_scale,
+    dequantize_blocks,
+    quantize_blocks,
+    scale_format_of,
+)
 from ..quant.fp8_convert import fp8_layers
 from .files.progress import progress
 from .files.reader import DTYPE_NAMES, DTYPES
@@ -71,7 +78,7 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
 
     Raises:
         ValueError: an argument is wrong, the model's tensors are not what its config says, another process is writing
-            to the folder, or, for "fp8", a weight is not finite.
+            to the folder, or, for "fp8", a weight is not finite, or a scale negative or not finite.
         OSError: the disk is full, or the folder cannot be written.
 
     Warns:
@@ -210,6 +217,7 @@ def _tensors(
     if slot.parameter in fp8_weights.parameters:
         scale = slot.scale_of(state, fp8_weights.block_size[0])
         if len(specs) == 2:
+            _check_scales(scale_name(slot.name), scale)
             return tensor, scale
         return (dequantize_blocks(tensor, scale, fp8_weights.block_size, DTYPES[specs[0].dtype]),)
     if len(specs) == 1:
@@ -219,3 +227,11 @@ def _tensors(
         return quantize_blocks(tensor, config.weight_block_size, scale_format_of(config.quantization_config))
     except ValueError as error:
         raise ValueError(f"{slot.name}: {error}") from None
+
+
+def _check_scales(name: str, scale: Tensor) -> None:
+    """Raises ValueError for scales that `load` would refuse."""
+    try:
+        decode_scale(scale)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

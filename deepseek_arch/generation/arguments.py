@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import index
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.argument_types import as_integer
 from ..models.causal_lm import DeepseekLM
-from ..models.main_model import check_dense, check_multiplicative
+from ..models.tensor_checks import as_int64, check_dense, check_multiplicative, nonzero
 
 __all__ = ["check_arguments", "check_prompts", "end_tokens", "padding_token"]
 
@@ -19,28 +21,36 @@ _LONGEST = 2**20  # tokens of a text, unless the model's positions go further
 _INT64 = 2**63
 
 
-def check_prompts(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raises ValueError unless the prompts are integer ids [B, T] and the mask, if any, has a token in every row."""
+def check_prompts(model: DeepseekLM, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns the prompts, int64 [B, T], and the mask as bool.
+
+    Raises:
+        ValueError: the model has no memory, the prompts are no integers [B, T], or the mask has a row without tokens.
+    """
     if not isinstance(model, nn.Module) or not hasattr(model, "new_cache"):
         raise ValueError(f"expected model to be a DeepseekLM, got {type(model).__name__}")
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"expected input_ids to be a tensor [B, T], got {type(input_ids).__name__}")
-    check_dense("input_ids", input_ids)
+    if model.device.type == "meta":
+        raise ValueError("expected a model with weights, got one on device meta")
+    weights = torch.empty(0, device=model.device)
+    check_dense("input_ids", input_ids, weights)
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"expected non-empty input_ids [B, T] with T >= 1, got {list(input_ids.shape)}")
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise ValueError(f"expected integer input_ids, got {input_ids.dtype}")
+    ids = as_int64("input_ids", input_ids)
     if attention_mask is None:
-        return
+        return ids, None
     if not isinstance(attention_mask, Tensor):
         raise ValueError(f"expected attention_mask to be a tensor, got {type(attention_mask).__name__}")
-    check_dense("attention_mask", attention_mask)
+    check_dense("attention_mask", attention_mask, weights)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"expected attention_mask {list(input_ids.shape)}, got {list(attention_mask.shape)}")
     if attention_mask.is_floating_point():
         check_multiplicative(attention_mask)
-    if not bool((attention_mask != 0).any(-1).all()):
+    valid = nonzero(attention_mask)
+    if not bool(valid.any(-1).all()):
         raise ValueError("expected at least one prompt token in every row, got a row of padding only")
+    return ids, valid
 
 
 def check_arguments(model: DeepseekLM, prompt: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,47 +144,58 @@ def end_tokens(model: DeepseekLM, eos_token_id: int | Iterable[int] | None, devi
     """Returns the tokens that end a row, int64 [n]: the argument, else the model's generation config, else its config.
 
     Raises:
-        ValueError: not an integer, or not a list of them.
+        ValueError: not an integer, or not a list of them; or one of the argument's is outside the vocabulary.
+
+    Warns:
+        UserWarning: one of a config's is outside the vocabulary, so that no text ends with it.
     """
-    given: Any = eos_token_id
+    given, source = eos_token_id, "the argument"
     if given is None:
-        given = _from_generation_config(model, "eos_token_id")
+        given, source = _from_generation_config(model, "eos_token_id"), "generation_config.json"
     if given is None:
-        given = model.config.eos_token_id
+        given, source = model.config.eos_token_id, "config.json"
     if given is None:
         return torch.empty(0, dtype=torch.int64, device=device)
-    several = given if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
-    if isinstance(given, Tensor) and given.ndim == 0:
-        several = [given]
-    ends = []
-    for token in several:
-        try:
-            ends.append(index(token))
-        except TypeError:
-            raise ValueError(
-                f"expected eos_token_id to be an integer or a list of integers, got {_shown(given)}"
-            ) from None
-        if not -_INT64 <= ends[-1] < _INT64 or isinstance(token, bool):
-            raise ValueError(f"expected eos_token_id to be a token id, got {_shown(given)}")
+    ends = [_token(each, f"eos_token_id of {source}", given) for each in _several(given)]
+    outside = [each for each in ends if not 0 <= each < model.config.vocab_size]
+    if outside:
+        message = f"expected eos_token_id of {source} between 0 and {model.config.vocab_size - 1}, got {outside[0]}"
+        if source == "the argument":
+            raise ValueError(message)
+        warnings.warn(f"{message}, which ends no text", stacklevel=4)  # past `generate` and its decorator
     return torch.tensor(ends, dtype=torch.int64, device=device)
 
 
 def padding_token(model: DeepseekLM, pad_token_id: int | None, ends: Tensor) -> int:
     """Returns the token that fills finished rows: the argument, else a config's, else the first end token, else 0.
 
+    It is never run, and need not be in the vocabulary.
+
     Raises:
         ValueError: it is no integer.
     """
     for pad in (pad_token_id, _from_generation_config(model, "pad_token_id"), model.config.pad_token_id):
         if pad is not None:
-            try:
-                filling = index(pad)
-            except TypeError:
-                raise ValueError(f"expected pad_token_id to be an integer, got {_shown(pad)}") from None
-            if not -_INT64 <= filling < _INT64 or isinstance(pad, bool):
-                raise ValueError(f"expected pad_token_id to be a token id, got {_shown(pad)}")
-            return filling
+            return _token(pad, "pad_token_id", pad)
     return int(ends[0]) if len(ends) else 0
+
+
+def _several(given: Any) -> Iterable[Any]:
+    if isinstance(given, Tensor) and given.ndim == 0:
+        return [given]
+    return given if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
+
+
+def _token(value: Any, name: str, given: Any) -> int:
+    """Returns one token of the value of an argument, `given`, as Python's integer."""
+    try:
+        token = as_integer(name, value)
+    except ValueError:
+        kind = "an integer or a list of integers" if name.startswith("eos") else "an integer"
+        raise ValueError(f"expected {name} to be {kind}, got {_shown(given)}") from None
+    if not -_INT64 <= token < _INT64:
+        raise ValueError(f"expected {name} to be a token id, got {_shown(given)}")
+    return token
 
 
 def _from_generation_config(model: DeepseekLM, name: str) -> Any:

@@ -89,7 +89,7 @@ def generate(
         ValueError: an argument has another type or is out of range, the model lacks what is asked for (MTP modules,
             experts), or its logits are not finite; nothing has been emitted for that step then.
     """
-    check_prompts(model, input_ids, attention_mask)
+    input_ids, attention_mask = check_prompts(model, input_ids, attention_mask)
     given = check_arguments(
         model,
         input_ids.shape[1],
@@ -112,12 +112,13 @@ def generate(
             "record_routing": record_routing,
         },
     )
-    input_ids, seed, drafts = input_ids.long(), given["seed"], given["mtp_depth"]
+    seed, drafts = given["seed"], given["mtp_depth"]
     if record_routing:
         check_recording(model, given["max_new_tokens"], compiled)
     steps = SharedSteps(model)
     if compiled and steps.shared:
         raise ValueError("expected compiled=False for a model that is split over ranks, got True")
+    steps.check_selection(model)
     ends = end_tokens(model, eos_token_id, input_ids.device)
     settings = GenerationSettings(
         given["max_new_tokens"],
@@ -140,7 +141,7 @@ def generate(
         if not settings.new_tokens:
             new = input_ids[:, :0]
         elif drafts:
-            adapt = (seed is None or temperature == 0) if adaptive is None else adaptive
+            adapt = (seed is None or settings.temperature == 0) if adaptive is None else adaptive
             # A draft is one decoder layer more, and the head again.
             cost = 1 / model.config.num_hidden_layers if many_ranks() else None
             length = DraftLength(drafts, adapt, cost)

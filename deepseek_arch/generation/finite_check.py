@@ -1,11 +1,22 @@
-"""Refuses to emit tokens from logits that are not finite."""
+"""Refuses to emit tokens from logits that are not finite, or chosen by parameters that are not.
+
+NaN in most parameters shows in the logits as soon as a token uses them, and each step looks at those. It does not show
+in what only selects: a router's biases choose experts, and an indexer's weights the keys of a query, and neither takes
+part in what is computed of them. These are looked at once, before the first pass. NaN that no token reaches, in an
+expert that none chose or the embedding of another token, changes nothing and is not looked for; `load`, `save` and
+`from_pretrained` warn of it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FiniteCheck", "finite_at"]
+from ..attention.lightning_indexer import LightningIndexer
+from ..checkpoint.finite_values import is_finite
+from ..moe.moe import Router
+
+__all__ = ["FiniteCheck", "finite_at", "selecting_tensor_not_finite"]
 
 _EVERY = 32  # steps between two looks, where a look would wait for the device
 
@@ -19,6 +30,23 @@ def finite_at(values: Tensor, tokens: Tensor) -> Tensor:
         tokens: int64 [...], the choices.
     """
     return values.gather(-1, tokens[..., None])[..., 0].isfinite()
+
+
+def selecting_tensor_not_finite(model: nn.Module) -> str | None:
+    """Returns the name of the first router bias or parameter of an indexer that is not finite, or None.
+
+    A bias of -inf is taken for what it does: its expert is never chosen.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, Router) and module.e_score_correction_bias is not None:
+            bias = _local(module.e_score_correction_bias)
+            if not (bias.is_meta or bool((bias < torch.inf).all())):
+                return f"{path}.e_score_correction_bias"
+        elif isinstance(module, LightningIndexer):
+            for name, tensor in module.named_parameters():
+                if not _is_finite(tensor):
+                    return f"{path}.{name}"
+    return None
 
 
 class FiniteCheck:
@@ -55,7 +83,7 @@ class FiniteCheck:
 
 def _cause(model: nn.Module) -> str:
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta or not _is_finite(tensor):
+        if isinstance(tensor, Tensor) and not _is_finite(tensor):
             return f"{name} is not finite"
     return f"every parameter is finite, so that a product overflowed or a hook made them ({_dtype_name(model)})"
 
@@ -66,6 +94,11 @@ def _dtype_name(model: nn.Module) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype == torch.float8_e4m3fn:  # 0x7F and 0xFF are its NaN
-        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    """Returns False for NaN or infinity in this rank's part of a tensor; True on device meta, where there is none."""
+    values = _local(tensor)
+    return values.is_meta or is_finite(values)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    values: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return values.detach()

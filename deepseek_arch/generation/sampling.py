@@ -7,6 +7,9 @@ from torch import Tensor
 
 __all__ = ["Sampler", "sampling_probabilities", "token_logprobs"]
 
+# What float32 can divide by: a number below would become 0 and a largest logit 0 / 0, one above infinity.
+_COLDEST, _HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def sampling_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
@@ -15,14 +18,14 @@ def sampling_probabilities(
 
     Args:
         logits: [..., vocab_size].
+        temperature: above 0; as small as it may be, its limit is the most probable token.
         top_p: keeps the most probable tokens up to and including the one that brings their sum to `top_p`
-            (arXiv 1904.09751).
+            (arXiv 1904.09751), at least one.
 
     Returns:
         float32 [..., vocab_size], summing to 1; NaN throughout a row whose logits have NaN or +Inf, or only -Inf.
     """
-    logits = logits.float()
-    scores = (logits - logits.amax(-1, keepdim=True)) / temperature  # a tiny temperature must not overflow
+    scores = _tempered(logits, temperature)
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     if top_p is not None and top_p < 1:
@@ -30,6 +33,7 @@ def sampling_probabilities(
         probabilities = ordered.softmax(-1)
         # The sum before a token, without its own share: the token that crosses the threshold stays.
         outside = probabilities.cumsum(-1) - probabilities >= top_p
+        outside[..., 0] = False  # a threshold may be too small for float32
         scores = scores.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), float("-inf"))
     return scores.softmax(-1)
 
@@ -44,8 +48,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
         logits: [..., vocab_size].
         tokens: int64 [...].
     """
-    scores = logits.float() / (temperature or 1.0)
+    scores = _tempered(logits, temperature or 1.0)
     return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Returns float32 (logits - their largest) / temperature, at most 0, so that a tiny temperature cannot overflow."""
+    wide = logits.float()
+    return (wide - wide.amax(-1, keepdim=True)) / min(max(temperature, _COLDEST), _HOTTEST)
 
 
 class Sampler:

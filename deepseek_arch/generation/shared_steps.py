@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .finite_check import selecting_tensor_not_finite
+
 __all__ = ["SharedSteps", "many_ranks"]
 
 
@@ -65,6 +67,13 @@ class SharedSteps:
     def all_done(self, done: bool) -> bool:
         """Returns True if all ranks are done."""
         return self.agree(0, done)[1]
+
+    def check_selection(self, model: nn.Module) -> None:
+        """Raises ValueError, on every rank, where what selects experts or keys is not finite on one of them."""
+        name = selecting_tensor_not_finite(model)
+        found, _ = self.agree(int(name is not None), done=True)
+        if found:
+            raise ValueError(f"expected finite values, got NaN or infinity in {name or 'a part of another rank'}")
 
     def check_prompts(self, depth: int, passes: list[int]) -> None:
         """Checks that ranks draft as many tokens, and run their prompts in as many passes, each of as many modules.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.tensor_checks import as_int64
 from .attention_mask import real_tokens
 from .mtp_training import loss_weight, prediction_losses, share_of_items
 from .outputs import DeepseekModelOutput
@@ -70,7 +71,7 @@ def added_losses(
         added.aux_loss = model.balance_loss(outputs.router_logits, shape, valid)
     if outputs.trunk is not None and input_ids is not None and labels is not None:
         added.mtp_losses, added.mtp_accuracy, more = prediction_losses(
-            model, outputs.trunk, input_ids, labels, valid, balanced=added.aux_loss is not None
+            model, outputs.trunk, as_int64("input_ids", input_ids), labels, valid, balanced=added.aux_loss is not None
         )
         if more is not None:
             added.mtp_aux_loss = model.router_aux_loss_coef * more

@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import is_tracing
 
+from ..models.tensor_checks import nonzero
+
 __all__ = ["FirstTokens", "as_visibility", "attention_mask_for", "document_starts", "only_mask", "real_tokens"]
 
 
@@ -34,7 +36,7 @@ def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     """Returns bool [B, T], False for padding, of a mask [B, past + T]; None without one, or with a finished mask."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -tokens:] != 0
+    return nonzero(attention_mask[:, -tokens:])
 
 
 def document_starts(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..config.argument_types import shown
+
 __all__ = ["check_holds_latents"]
 
 
@@ -13,8 +15,10 @@ def check_holds_latents(cache: Any, kv_lora_rank: int) -> None:
     """Checks what a cache already has in its first layer; an empty one, and one that hides its tensors, pass.
 
     Raises:
-        ValueError: there are keys of heads, as PEFT's prefix tuning puts them there.
+        ValueError: it is no cache, or there are keys of heads, as PEFT's prefix tuning puts them there.
     """
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise ValueError(f"expected past_key_values to be a Cache of transformers, got {shown(cache)}")
     layers = getattr(cache, "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4 or keys.dtype == torch.uint8:

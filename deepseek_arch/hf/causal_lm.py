@@ -7,13 +7,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedConfig
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedConfig, TemperatureLogitsWarper
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.unreached import connect
+from ..models.causal_lm import kept_states
+from ..models.tensor_checks import check_kept, check_labels
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Router
 from .added_losses import added_losses, own_losses, replaces_the_head
@@ -21,6 +23,7 @@ from .attention_mask import only_mask
 from .base import DeepseekPreTrainedModel
 from .configuration import core_config
 from .finite_logits import FiniteLogits
+from .input_checks import checked_prompts, vocabulary
 from .key_mapping import register_conversions
 from .layers import DeepseekMTPLayer
 from .lookup_tables import add_class_name
@@ -31,6 +34,7 @@ from .outputs import DeepseekCausalLMOutput, DeepseekModelOutput
 
 __all__ = ["DeepseekForCausalLM"]
 
+_COLDEST = 1e-30  # as good as greedy, and a quotient of logits that float32 holds
 _NO_PAGES = (
     "expected generate, deepseek_arch.generate or a serving engine, got continuous batching: its paged cache has keys "
     "and values of one width, and latent attention caches two"
@@ -111,6 +115,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as the main model's, or a weight that is negative or has nothing to weigh.
         """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        logits_to_keep = check_kept(logits_to_keep, tokens)
+        vocab_size, ignored = vocabulary(self.model), kwargs.get("ignore_index", -100)
+        if labels is not None:
+            labels = check_labels(labels, tokens, vocab_size, ignored)
+        if kwargs.get("shift_labels") is not None:
+            kwargs["shift_labels"] = check_labels(kwargs["shift_labels"], None, vocab_size, ignored)
         attention_mask, weight = only_mask(attention_mask), 0.0
         if labels is not None and input_ids is not None and past_key_values is None:
             weight = loss_weight(self)
@@ -127,8 +138,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         assert hidden is not None
         hidden = connect(hidden, self.mtp) if self.training else hidden
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        logits = self.lm_head(kept_states(hidden, logits_to_keep))
         num_items, shift_labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
         added = added_losses(self, outputs, input_ids, attention_mask, labels, num_items, shift_labels)
         loss = None
@@ -160,6 +170,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             ValueError: logits are not finite (the message names the first parameter that is not); or `use_mtp` without
                 MTP modules, or with a setting that it does not go with.
         """
+        args, kwargs = checked_prompts(args, kwargs)
         configs = (kwargs.get("generation_config"), *args[1:2], self.generation_config)
         wanted = [kwargs.get("use_mtp"), *(getattr(config, "use_mtp", None) for config in configs)]
         if next((use for use in wanted if use is not None), False):
@@ -169,6 +180,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As transformers', with a check of the logits before all others."""
         processors = cast(Any, super())._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, TemperatureLogitsWarper):  # below, float32 logits would overflow
+                processor.temperature = max(processor.temperature, _COLDEST)
         return LogitsProcessorList([FiniteLogits(self, torch.device(kwargs.get("device") or self.device)), *processors])
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

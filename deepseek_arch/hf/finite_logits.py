@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from ..checkpoint.finite_values import NonFinite
-from ..generation.finite_check import FiniteCheck
+from ..generation.finite_check import FiniteCheck, selecting_tensor_not_finite
 
 __all__ = ["FiniteLogits", "warn_of_values"]
 
@@ -23,6 +23,9 @@ class FiniteLogits(LogitsProcessor):
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        name = selecting_tensor_not_finite(model)
+        if name is not None:
+            raise ValueError(f"expected finite values, got NaN or infinity in {name}")
         self._check = FiniteCheck(model, device, immediate=True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..moe.routing_record import RoutingRecord
 from .attention_mask import FirstTokens, as_visibility, attention_mask_for, document_starts, only_mask, real_tokens
 from .base import DeepseekPreTrainedModel
 from .cache_check import check_holds_latents
+from .input_checks import checked_ids, checked_mask, checked_positions
 from .key_mapping import register_conversions
 from .layers import DeepseekDecoderLayer
 from .lookup_tables import add_class_name
@@ -85,11 +86,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 `output_router_logits`, and `output_attentions` (with `attn_implementation="eager"`).
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or outputs that would be recorded without
+            ValueError: ids, embeddings, the mask, positions or the cache do not fit; outputs would be recorded without
                 gradients, or a cache of something else than latents (prefix tuning).
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        input_ids = checked_ids(self, input_ids, inputs_embeds)
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             warnings.warn(
                 f"{self.config._attn_implementation!r} computes no attention weights, so that `attentions` is empty: "
@@ -102,8 +102,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         check_holds_latents(past_key_values, self.config.kv_lora_rank)
-        attention_mask = only_mask(attention_mask)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        attention_mask = checked_mask(only_mask(attention_mask), x, past_key_values)
+        position_ids = checked_positions(position_ids, x)
         batch, tokens = x.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         starts = document_starts(batch, tokens, past, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))

@@ -92,7 +92,7 @@ def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor | Gene
             temperature=(1.0 if config.temperature is None else config.temperature) if samples else 0.0,
             top_k=(config.top_k or None) if samples else None,
             top_p=config.top_p if samples else None,
-            eos_token_id=[] if ends is None else ends,
+            eos_token_id=[end for end in ending if end is not None and end < model.config.vocab_size],
             pad_token_id=pad,
             callback=None if streamer is None else lambda column: streamer.put(column.cpu()),
         )

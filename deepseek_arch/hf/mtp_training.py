@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ..config.argument_types import shown
 from ..models.mtp_chain import mtp_chain_losses
 from ..models.outputs import TrunkOutput
 from ..moe.balance_loss import BalanceLoss
@@ -20,11 +22,12 @@ def loss_weight(model: Any) -> float:
     """Returns the weight of the MTP modules' loss: `mtp_loss_weight` of the config, 0 where it has none.
 
     Raises:
-        ValueError: it is negative, or the model has no MTP modules that it could weigh.
+        ValueError: it is no number, negative or not finite, or the model has no MTP modules that it could weigh.
     """
-    weight = float(getattr(model.config, "mtp_loss_weight", None) or 0.0)
-    if not weight >= 0:
-        raise ValueError(f"expected mtp_loss_weight >= 0, got {weight}")
+    given = getattr(model.config, "mtp_loss_weight", None) or 0.0
+    weight = float(given) if isinstance(given, int | float) else math.nan
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"expected a finite mtp_loss_weight >= 0, got {shown(given)}")
     if weight and not len(model.mtp):
         raise ValueError(f"expected a model with MTP modules for mtp_loss_weight {weight}, got one without any")
     return weight

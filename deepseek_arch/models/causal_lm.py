@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..attention.key_selection import KeySelection
 from ..attention.lightning_indexer import KeyNorm
 from ..cache.latent_cache import LatentCache
-from ..config.argument_types import as_integer, check_types, shown
+from ..config.argument_types import check_types, shown
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
@@ -23,13 +23,14 @@ from ..moe.routing_record import RoutingRecord
 from ..moe.token_dropping import TokenDropping
 from .allocate import allocate
 from .losses import cross_entropy, gathers_logits, head_losses, ignore
-from .main_model import DeepseekModel, check_dense
+from .main_model import DeepseekModel
 from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
 from .mtp_loss import count_targets, shift_labels
 from .outputs import CausalLMOutput, MTPStep, TrunkOutput
+from .tensor_checks import as_int64, check_kept, check_labels, nonzero
 
-__all__ = ["DeepseekLM"]
+__all__ = ["DeepseekLM", "kept_states"]
 
 
 @check_types
@@ -213,24 +214,24 @@ class DeepseekLM(nn.Module):
         """
         if mtp_step is not None:
             return self._mtp_output(mtp_step, logits_to_keep, return_logits)
-        logits_to_keep = _check_kept(logits_to_keep)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        logits_to_keep = check_kept(logits_to_keep, tokens)
         for name, flag in (("record_routing", record_routing), ("return_logits", return_logits)):
             if not isinstance(flag, bool):
                 raise ValueError(f"expected {name} to be True or False, got {shown(flag)}")
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
         if labels is not None:
-            labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+            labels = check_labels(labels, tokens, self.config.vocab_size)
         routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
         main: TrunkOutput = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, routing, selection
         )
         hidden = connect(main.hidden_states, self.mtp) if self.training else main.hidden_states
-        kept = _keep(hidden, logits_to_keep)
+        kept = kept_states(hidden, logits_to_keep)
         out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
         if labels is not None:
-            padding = None if attention_mask is None else attention_mask[:, -labels.shape[1] :] == 0
+            padding = None if attention_mask is None else ~nonzero(attention_mask[:, -labels.shape[1] :])
             labels = ignore(labels, padding)
             targets = ignore(shift_labels(labels, 1, main.documents), padding)
             if out.logits is not None and not gathers_logits(self.lm_head):
@@ -244,7 +245,7 @@ class DeepseekLM(nn.Module):
                     self.model.embed,
                     self.lm_head,
                     main,
-                    input_ids,
+                    as_int64("input_ids", input_ids),
                     labels,
                     padding=padding,
                     routing=routing,
@@ -301,25 +302,10 @@ class DeepseekLM(nn.Module):
             if missing:
                 raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")
         shape = (tokens.shape[0], tokens.shape[1])
-        valid = None if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_sparse else mask[:, -shape[1] :] != 0
+        readable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.layout == torch.strided
+        valid = nonzero(mask[:, -shape[1] :]) if readable and mask is not None else None
         loss = self.balance_loss if self.balance_loss.active else None
         return Routing(shape, valid, record=record, replay=replay, loss=loss, capacity=self.capacity)
-
-    def _check_labels(self, labels: Tensor, tokens: Tensor | None) -> Tensor:
-        """Returns labels as int64, where every one is a token id or -100."""
-        check_dense("labels", labels)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"expected integer labels, got {labels.dtype}")
-        labels = labels.long()  # before any comparison: -100 is no uint8
-        if isinstance(tokens, Tensor) and labels.shape != tokens.shape[:2]:
-            raise ValueError(f"expected labels {list(tokens.shape[:2])}, got {list(labels.shape)}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))]
-            if wrong.numel():
-                raise ValueError(
-                    f"expected labels of -100 or between 0 and {self.config.vocab_size - 1}, got {int(wrong[0])}"
-                )
-        return labels
 
     def mtp_hidden(self, main: TrunkOutput) -> Tensor:
         """Returns the main model's hidden state that the first MTP module reads (TRAPS F2)."""
@@ -381,36 +367,10 @@ class DeepseekLM(nn.Module):
         )
 
 
-def _check_kept(logits_to_keep: int | Tensor) -> int | Tensor:
-    """Returns `logits_to_keep` as a number >= 0 or an index tensor."""
-    if isinstance(logits_to_keep, Tensor):
-        check_dense("logits_to_keep", logits_to_keep)
-        if logits_to_keep.ndim not in (1, 2) or logits_to_keep.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "expected logits_to_keep to be a number or integer positions [n] or [B, n], got "
-                f"{logits_to_keep.dtype} {list(logits_to_keep.shape)}"
-            )
-        return logits_to_keep
-    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | torch.SymInt):
-        logits_to_keep = as_integer("logits_to_keep", logits_to_keep)
-    if logits_to_keep < 0:
-        raise ValueError(f"expected logits_to_keep >= 0, got {shown(logits_to_keep)}")
-    return logits_to_keep
-
-
-def _keep(hidden: Tensor, positions: int | Tensor) -> Tensor:
+def kept_states(hidden: Tensor, positions: int | Tensor) -> Tensor:
     """Returns the hidden states [B, n, H] that logits are made of."""
     if not isinstance(positions, Tensor):
         return hidden[:, -min(positions, hidden.shape[1]) :] if positions else hidden
-    rows, tokens = hidden.shape[:2]
-    if positions.ndim == 2 and positions.shape[0] != rows:
-        raise ValueError(f"expected logits_to_keep [{rows}, n], got {list(positions.shape)}")
-    if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(positions))
-        if high >= tokens or low < (0 if positions.ndim == 2 else -tokens):
-            raise ValueError(
-                f"expected logits_to_keep to be positions below {tokens}, got {high if high >= tokens else low}"
-            )
     if positions.ndim == 2:
-        return hidden.gather(1, positions.long()[..., None].expand(-1, -1, hidden.shape[-1]))
+        return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
     return hidden[:, positions]

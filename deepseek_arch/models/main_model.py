@@ -24,26 +24,9 @@ from ..layers.rope import RotaryEmbedding, Rotation
 from ..moe.moe import MoE
 from ..moe.routing import Routing
 from .outputs import TrunkOutput
+from .tensor_checks import as_int64, check_dense, check_multiplicative, check_token_ids, is_readable, nonzero
 
-__all__ = ["DecoderLayer", "DeepseekModel", "check_dense", "check_multiplicative"]
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def check_dense(name: str, value: object) -> None:
-    """Raises ValueError unless a value is a tensor with memory for each element: no sparse and no nested one."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {shown(value)}")
-    if value.layout != torch.strided or value.is_nested:
-        raise ValueError(f"expected {name} to be a dense tensor, got one of layout {value.layout}")
-
-
-def check_multiplicative(mask: Tensor) -> None:
-    """Raises ValueError unless a floating-point attention mask has ones and zeros only."""
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            "expected attention_mask of 1 for tokens and 0 for padding, got other values (an additive mask?)"
-        )
+__all__ = ["DecoderLayer", "DeepseekModel"]
 
 
 @check_types
@@ -136,10 +119,10 @@ class DeepseekModel(nn.Module):
         """Runs the layers; see `DeepseekLM.forward` for the arguments."""
         x = self.embed(input_ids, inputs_embeds)
         batch, tokens = x.shape[:2]
-        valid = _check_mask(attention_mask, batch, tokens, cache)
+        valid = _check_mask(attention_mask, x, cache)
         selection = self._selection(selection, valid)
         if position_ids is not None:
-            _check_positions(position_ids, batch, tokens)
+            position_ids = _check_positions(position_ids, x)
         documents = None
         if position_ids is not None and (cache is None or not torch.compiler.is_compiling()):
             documents = document_numbers(position_ids, valid)
@@ -213,50 +196,39 @@ class DeepseekModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        weight = next(self.embed_tokens.parameters())
         if inputs_embeds is not None:
-            check_dense("inputs_embeds", inputs_embeds)
+            check_dense("inputs_embeds", inputs_embeds, weight)
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
                 raise ValueError(
                     f"expected inputs_embeds [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}"
                 )
-            dtype = next(self.embed_tokens.parameters()).dtype
+            dtype = weight.dtype
             autocast = torch.is_autocast_enabled(inputs_embeds.device.type)
             if inputs_embeds.dtype != dtype and dtype.is_floating_point and not autocast:
                 raise ValueError(f"expected inputs_embeds of dtype {dtype}, got {inputs_embeds.dtype}")
             return inputs_embeds
         assert input_ids is not None
-        check_dense("input_ids", input_ids)
-        dtype = input_ids.dtype
-        if input_ids.ndim != 2 or dtype not in _INTEGERS or not input_ids.shape[1]:
-            raise ValueError(f"expected integer input_ids [B, T] with T >= 1, got {list(input_ids.shape)} {dtype}")
-        if dtype not in (torch.int64, torch.int32):  # the others do not index
-            input_ids = input_ids.long()
-        # On an accelerator the look would wait for the device; its own assertion catches the mistake there.
-        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
-            low, high = (int(v) for v in torch.aminmax(input_ids))
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"expected token ids between 0 and {self.config.vocab_size - 1}, got {low if low < 0 else high}"
-                )
-        return self.embed_tokens(input_ids)
+        return self.embed_tokens(check_token_ids(input_ids, self.config.vocab_size, weight))
 
 
-def _check_mask(mask: Tensor | None, batch: int, tokens: int, cache: LatentCache | None) -> Tensor | None:
+def _check_mask(mask: Tensor | None, x: Tensor, cache: LatentCache | None) -> Tensor | None:
     """Returns the attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
     if mask is None:
         return None
-    check_dense("attention_mask", mask)
+    batch, tokens = x.shape[:2]
+    check_dense("attention_mask", mask, x)
     wide_enough = mask.ndim == 2 and (mask.shape[-1] == tokens or (cache is not None and mask.shape[-1] > tokens))
     if not wide_enough or mask.shape[0] != batch:
         raise ValueError(f"expected attention_mask [{batch}, {tokens}], got {list(mask.shape)}")
-    if mask.is_floating_point() and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if mask.is_floating_point() and is_readable(mask):
         check_multiplicative(mask)
-    return mask[:, -tokens:] != 0
+    return nonzero(mask[:, -tokens:])
 
 
-def _check_positions(position_ids: Tensor, batch: int, tokens: int) -> None:
-    check_dense("position_ids", position_ids)
-    if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
-        raise ValueError(f"expected integer position_ids, got {position_ids.dtype}")
+def _check_positions(position_ids: Tensor, x: Tensor) -> Tensor:
+    batch, tokens = x.shape[:2]
+    check_dense("position_ids", position_ids, x)
     if tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
         raise ValueError(f"expected position_ids [{batch}, {tokens}], got {list(position_ids.shape)}")
+    return as_int64("position_ids", position_ids)

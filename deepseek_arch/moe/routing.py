@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.argument_types import shown
 from .routing_record import RoutingRecord
 
 __all__ = ["Routing"]
@@ -49,6 +50,8 @@ class Routing:
         keep_logits: bool = False,
         capacity: Any | None = None,
     ) -> None:
+        if replay is not None and not isinstance(replay, RoutingRecord):
+            raise ValueError(f"expected replay_routing to be a RoutingRecord, got {shown(replay)}")
         if replay is not None and replay.ids and replay.shape != tuple(shape):
             raise ValueError(f"expected recorded decisions for {list(shape)} tokens, got {list(replay.shape)}")
         self.shape, self.valid, self.replay = tuple(shape), valid, replay

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config.argument_types import check_types
+from ..config.argument_types import check_types, shown
 
 __all__ = ["Agreement", "RoutingRecord", "routing_agreement"]
 
@@ -35,12 +35,19 @@ class RoutingRecord:
         """(B, T).
 
         Raises:
-            ValueError: the record is empty, as that of a model without experts is.
+            ValueError: the record is empty, as that of a model without experts is, or holds no integers [B, T, K].
         """
         if not self.ids:
             raise ValueError("expected a record with at least one layer, got an empty one")
-        batch, tokens, _ = next(iter(self.ids.values())).shape
-        return batch, tokens
+        shapes: set[tuple[int, int]] = set()
+        for layer, ids in self.ids.items():
+            if not isinstance(ids, Tensor) or ids.ndim != 3 or ids.is_floating_point() or ids.dtype == torch.bool:
+                kind = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else shown(ids)
+                raise ValueError(f"expected integer decisions [B, T, K] for layer {shown(layer)}, got {kind}")
+            shapes.add((ids.shape[0], ids.shape[1]))
+        if len(shapes) > 1:
+            raise ValueError(f"expected decisions for the same [B, T] tokens in all layers, got {sorted(shapes)}")
+        return shapes.pop()
 
     def to(self, device: torch.device | str) -> RoutingRecord:
         """Returns a copy on another device."""

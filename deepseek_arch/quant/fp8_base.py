@@ -17,7 +17,7 @@ from deepseek_kernels import dequantize_blocks, dispatch, fp8_gemm, fp8_grouped_
 from deepseek_kernels.gemm.fp8_gemm import unsupported_by_triton
 from deepseek_kernels.gemm.fp8_weight_gemm import fp8_weight_product as weight_product
 
-from .fp8_blocks import block_grid, quantize_blocks
+from .fp8_blocks import block_grid, decode_scale, quantize_blocks
 
 __all__ = ["ACTIVATIONS", "GROUP", "FP8Layer", "QuantizedProduct"]
 
@@ -149,6 +149,8 @@ class FP8Layer(nn.Module):
                 given = state_dict.get(prefix + key)
                 if given is not None and given.dtype != tensor.dtype:
                     wrong.append(f"{prefix}{key}: expected {tensor.dtype}, got {given.dtype}")
+                elif given is not None and key == scale_name(name) and not given.is_meta:
+                    wrong += _refused_scales(f"{prefix}{key}", given)
         if wrong:  # a copy would cast to FP8 without a scale, or from FP8 without its scale (TRAPS E11)
             errors.extend(wrong)
         else:
@@ -168,6 +170,15 @@ class FP8Layer(nn.Module):
     def _describe(self) -> str:
         rows, columns = self.block_size
         return f"fp8 in blocks of {rows}x{columns}, activations={self.activations}"
+
+
+def _refused_scales(name: str, given: Tensor) -> list[str]:
+    """Returns what is wrong with scales that a state dict holds, on this rank."""
+    try:
+        decode_scale((given.to_local() if hasattr(given, "to_local") else given).detach())
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    return []
 
 
 class QuantizedProduct(torch.autograd.Function):

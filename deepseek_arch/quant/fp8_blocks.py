@@ -55,7 +55,7 @@ def decode_scale(scale: Tensor) -> Tensor:
     """Returns scales as float32: exponent bytes (float8_e8m0fnu or uint8) become 2^(b - 127), floats are widened.
 
     Raises:
-        ValueError: a scale is NaN or infinite, or the dtype holds no scales.
+        ValueError: a scale is negative, NaN or infinite, or the dtype holds no scales.
     """
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
         exponent = scale.view(torch.uint8).int()
@@ -66,10 +66,10 @@ def decode_scale(scale: Tensor) -> Tensor:
         wide = scale.float()
     else:
         raise ValueError(f"expected scales in float32, bfloat16, float16, float8_e8m0fnu or uint8, got {scale.dtype}")
-    finite = wide.isfinite()
-    if not finite.all():
-        where = tuple((~finite).nonzero()[0].tolist())
-        raise ValueError(f"expected finite scales, got {wide[where].item()} at {list(where)}")
+    for right, what in ((wide.isfinite(), "finite scales"), (wide >= 0, "scales >= 0")):
+        if not right.all():
+            where = tuple((~right).nonzero()[0].tolist())
+            raise ValueError(f"expected {what}, got {wide[where].item()} at {list(where)}")
     return wide
 
 
@@ -93,7 +93,7 @@ def dequantize_blocks(
         The shape of `codes`. On a CPU the extra memory is one row of blocks.
 
     Raises:
-        ValueError: wrong dtype or shape, or a scale that is not finite.
+        ValueError: wrong dtype or shape, or a scale that is negative or not finite.
     """
     wide, target = decode_scale(scale), dtype if out is None else out.dtype
     if target in _WIDE:

@@ -373,6 +373,24 @@ def test_old_files_without_a_journal_return_to_the_places_that_are_empty(tmp_pat
     assert snapshot(tmp_path) == {"config.json": b"new", "model.safetensors": b"old"}
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["../mine.txt"], ["/mine.txt"], ["sub/../../mine.txt"], [3], "mine.txt", ["a\0b"], None],
+    ids=repr,
+)
+@pytest.mark.parametrize("part", ["new", "leaving"])
+def test_a_journal_that_came_with_a_folder_moves_no_file_outside_of_it(tmp_path, part, names):
+    (tmp_path / "mine.txt").write_text("mine")
+    folder = tmp_path / "model"
+    aside = folder / staging.SAVING / "replaced"
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text("old")
+    (folder / staging.SAVING / "swap.json").write_text(json.dumps({"new": [], "leaving": []} | {part: names}))
+    staging.FolderLock(folder).release()
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert snapshot(folder) == {"config.json": b"old"}  # as without a journal
+
+
 # ---------------------------------------------------------------- what is no file
 
 

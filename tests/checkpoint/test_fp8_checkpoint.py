@@ -140,6 +140,40 @@ def test_scales_that_are_not_finite_are_named(tmp_path, bad):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("fp8", ["keep", "dequantize"])
+def test_negative_scales_are_refused_and_scales_of_zero_named(tmp_path, fp8):
+    """A scale is a largest magnitude divided by 448: none is below 0, and 0 makes zeros of a whole block."""
+    checkpoint(tmp_path / "negative", change=lambda weights: weights[scale_name(O_PROJ)][0, 1].fill_(-0.5))
+    with pytest.raises(CheckpointError, match=rf"{O_PROJ}_scale_inv: expected scales >= 0, got -0.5 at \[0, 1\]"):
+        load(tmp_path / "negative", fp8=fp8)
+    checkpoint(tmp_path / "zero", change=lambda weights: weights[scale_name(O_PROJ)][0, 1].fill_(0))
+    with pytest.warns(UserWarning, match=rf"{O_PROJ}_scale_inv has scales of 0"):
+        model = load(tmp_path / "zero", fp8=fp8)
+    assert any("scales of 0" in warning for warning in model.load_report.warnings)
+
+
+def test_copies_of_odd_scales_are_warned_of(tmp_path):
+    checkpoint(tmp_path / "from", change=lambda weights: weights[scale_name(O_PROJ)][0, 1].fill_(-0.5))
+    with pytest.warns(UserWarning, match=rf"{O_PROJ}_scale_inv has scales below 0, which load refuses"):
+        da.slice_checkpoint(tmp_path / "from", tmp_path / "slice", layers=[0, 1], mtp=False)
+
+
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_odd_scales_enter_neither_a_model_nor_a_file(tmp_path, bad):
+    checkpoint(tmp_path / "from")
+    model = load(tmp_path / "from")
+    name = "model.layers.1.mlp.experts.down_proj_scale_inv"
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state[name][3, 0, 0] = bad
+    with pytest.raises(RuntimeError, match=rf"{name}: expected .*scales.*, got {bad}"):
+        model.load_state_dict(state)
+    with torch.no_grad():
+        model.get_parameter(name)[3, 0, 0] = bad
+    with pytest.raises(ValueError, match=rf"experts\.3\.down_proj\.weight_scale_inv: expected .*scales.*, got {bad}"):
+        save(model, tmp_path / "to", format="fp8")
+    assert not (tmp_path / "to").exists() or not list((tmp_path / "to").glob("*.safetensors"))
+
+
 def without_fp8(weights: dict[str, Tensor], names) -> None:
     for name in [name for name in weights if weights[name].dtype == E4M3 and names(name)]:
         del weights[scale_name(name)]

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import deepseek_arch as da
+from deepseek_arch.generation.finite_check import FiniteCheck
+from deepseek_arch.generation.sampling import sampling_probabilities
 from support.small_models import config, model, tokens
 
 
@@ -79,7 +81,7 @@ def test_numpy_scalars_are_numbers(lm):
 def test_ids_of_any_integer_type_and_no_other(lm, drafts):
     ids = tokens(lm.config, 2, 5)
     expected = da.generate(lm, ids, max_new_tokens=3, mtp_depth=drafts)
-    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64):
         assert torch.equal(da.generate(lm, ids.to(dtype), max_new_tokens=3, mtp_depth=drafts), expected)
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64):
         with pytest.raises(ValueError, match=f"integer input_ids, got {dtype}"):
@@ -95,7 +97,74 @@ def test_other_things_than_models(lm):
             da.generate(wrong, torch.tensor([[1]]))
 
 
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_prompts_masks_and_models_without_values(lm, drafts):
+    ids = tokens(lm.config, 2, 5)
+    with pytest.raises(ValueError, match=r"expected input_ids with values, .* on device meta"):
+        da.generate(lm, ids.to("meta"), mtp_depth=drafts)
+    with pytest.raises(ValueError, match=r"expected attention_mask with values, .* on device meta"):
+        da.generate(lm, ids, torch.ones_like(ids, device="meta"), mtp_depth=drafts)
+    with pytest.raises(ValueError, match="expected a model with weights, got one on device meta"):
+        da.generate(da.DeepseekLM(lm.config, device="meta"), ids, mtp_depth=drafts)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = da.generate(lm, ids, mask, max_new_tokens=3, mtp_depth=drafts)
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.uint64, torch.float16):
+        assert torch.equal(da.generate(lm, ids, mask.to(dtype), max_new_tokens=3, mtp_depth=drafts), expected)
+
+
+# ---------------------------------------------------------------- extreme settings
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-38, 1e-30])
+def test_the_limit_of_low_temperatures_is_greedy(lm, drafts, temperature):
+    """Below float32's smallest number a temperature became 0, and the best logit 0 / 0."""
+    ids = tokens(lm.config, 2, 5)
+    greedy = da.generate(lm, ids, max_new_tokens=6)
+    settings = {"max_new_tokens": 6, "mtp_depth": drafts, "temperature": temperature, "seed": 1}
+    for more in ({}, {"top_k": 3}, {"top_p": 0.5}, {"top_p": 1e-300}):
+        assert torch.equal(da.generate(lm, ids, **settings, **more), greedy)
+    _, report = da.generate(lm, ids, **settings, return_logprobs=True)
+    assert torch.equal(report.logprobs, torch.zeros(2, 6))  # certain
+
+
+def test_the_limit_of_high_temperatures_is_uniform(lm):
+    """Above float32's largest number a temperature became infinite, and a masked logit Inf / Inf."""
+    logits = torch.tensor([[1.0, 3.0, -torch.inf, 2.0]])
+    third = torch.tensor([[1, 1, 0, 1]]) / 3
+    torch.testing.assert_close(sampling_probabilities(logits, 1e300), third)
+    torch.testing.assert_close(sampling_probabilities(logits, 1e39), third)
+    out = da.generate(lm, tokens(lm.config, 1, 5), max_new_tokens=4, temperature=1e300, seed=0)
+    assert out.shape == (1, 9)
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-8])
+def test_a_nucleus_holds_at_least_the_best_token(top_p):
+    got = sampling_probabilities(torch.tensor([[0.0, 0.1, -1.0]]), 1.0, None, top_p)
+    assert got.tolist() == [[0.0, 1.0, 0.0]]
+
+
 # ---------------------------------------------------------------- end tokens
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_end_tokens_outside_the_vocabulary(lm, drafts):
+    """Refused as an argument; those of a folder end no text, and a warning says so."""
+    ids = tokens(lm.config, 1, 5)
+    free = da.generate(lm, ids, max_new_tokens=3, eos_token_id=[])
+    for wrong in (61, -1, [3, 10**6], 2**62, np.array([61]), torch.tensor([-100])):
+        with pytest.raises(ValueError, match="expected eos_token_id of the argument between 0 and 60, got"):
+            da.generate(lm, ids, max_new_tokens=3, eos_token_id=wrong, mtp_depth=drafts)
+    other = model(config("v3", num_nextn_predict_layers=1, eos_token_id=100))
+    with pytest.warns(UserWarning, match=r"eos_token_id of config\.json between 0 and 60, got 100, which ends no text"):
+        assert torch.equal(da.generate(other, ids, max_new_tokens=3, mtp_depth=drafts), free)
+    other.generation_config = {"eos_token_id": [163586]}
+    with pytest.warns(UserWarning, match=r"generation_config\.json between 0 and 60, got 163586"):
+        assert torch.equal(da.generate(other, ids, max_new_tokens=3, mtp_depth=drafts), free)
+    for wrong in ("</s>", 1.5, [True], {"a": 1}):
+        other.generation_config = {"eos_token_id": wrong}
+        with pytest.raises(ValueError, match=r"eos_token_id of generation_config\.json to be an integer or a list"):
+            da.generate(other, ids, max_new_tokens=3, mtp_depth=drafts)
 
 
 def test_the_folders_generation_config_says_where_texts_end(lm):
@@ -183,3 +252,45 @@ def test_masked_logits_are_finite_enough():
     for temperature in (0.0, 1.0):
         out = da.generate(lm, tokens(lm.config, 1, 4), max_new_tokens=6, temperature=temperature, seed=0)
         assert (out[:, 4:] >= 30).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mtp_depth": 1}, {"temperature": 1.0}, {"record_routing": True}])
+def test_what_selects_is_looked_at_before_anything_runs(settings):
+    """NaN in a router's bias sends every token to its expert, and leaves the logits finite."""
+    lm, seen = model(config("v3", num_nextn_predict_layers=1)), []
+    for value in (torch.nan, torch.inf):
+        for router, name in ((lm.model.layers[2].mlp.gate, "model.layers.2"), (lm.mtp[0].mlp.gate, "mtp.0")):
+            before = router.e_score_correction_bias.clone()
+            router.e_score_correction_bias[5] = value
+            with pytest.raises(ValueError, match=f"expected finite values, got .* {name}.mlp.gate.e_score_correction"):
+                da.generate(lm, tokens(lm.config, 1, 4), max_new_tokens=3, callback=seen.append, **settings)
+            router.e_score_correction_bias.copy_(before)
+    assert not seen
+    lm.model.layers[2].mlp.gate.e_score_correction_bias[5] = -torch.inf  # an expert that is left out
+    assert da.generate(lm, tokens(lm.config, 1, 4), max_new_tokens=3, **settings) is not None
+
+
+@pytest.mark.parametrize("name", ["wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight"])
+def test_an_indexer_with_nan_selects_no_keys(name):
+    lm = model(config("v32"))
+    with torch.no_grad():
+        lm.get_parameter(f"model.layers.1.self_attn.indexer.{name}").view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"finite values, got .* model\.layers\.1\.self_attn\.indexer\.{name}"):
+        da.generate(lm, tokens(lm.config, 1, 9), max_new_tokens=3)
+
+
+def test_nan_that_no_token_reaches_changes_nothing():
+    lm = model(config("v3"))
+    ids = tokens(lm.config, 1, 4)
+    text = da.generate(lm, ids, max_new_tokens=3)
+    unused = next(token for token in range(61) if token not in text)
+    with torch.no_grad():
+        lm.model.embed_tokens.weight[unused] = torch.nan
+    assert torch.equal(da.generate(lm, ids, max_new_tokens=3), text)
+
+
+def test_the_message_does_not_blame_offloaded_parameters():
+    """A parameter on device meta has no values to be wrong."""
+    check = FiniteCheck(da.DeepseekLM(config("v3"), device="meta"), torch.device("cpu"), immediate=True)
+    with pytest.raises(ValueError, match="every parameter is finite"):
+        check(torch.tensor([False]), torch.tensor([False]))

@@ -9,7 +9,7 @@ import torch
 import deepseek_arch as da
 from support.small_models import config, model, tokens
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,75 @@ def test_numbers_that_are_not_pythons_own_are_the_same_numbers():
     for wrong in (float("nan"), float("inf"), -1.0):
         with pytest.raises(ValueError, match="expected"):
             da.plan_placement([wrong, 1.0], 1)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_masks_positions_and_places_of_any_integer_type(lm, dtype):
+    ids, mask = tokens(lm.config, 2, 5), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    positions, kept = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]), torch.tensor([1, 4])
+    assert torch.equal(lm(ids, mask.to(dtype), labels=ids).loss, lm(ids, mask, labels=ids).loss)
+    assert torch.equal(lm(ids, position_ids=positions.to(dtype)).logits, lm(ids, position_ids=positions).logits)
+    assert torch.equal(lm(ids, logits_to_keep=kept.to(dtype)).logits, lm(ids, logits_to_keep=kept).logits)
+    for caches in (lm.new_cache(2), None):
+        got = lm(ids, mask.to(dtype), cache=caches, record_routing=True)
+        assert torch.equal(got.routing.valid, mask != 0)
+
+
+def test_unsigned_numbers_beyond_int64_do_not_wrap(lm):
+    """2**64 - 100 would become -100: a label that is ignored."""
+    ids = tokens(lm.config, 1, 4)
+    huge = torch.full((1, 4), 2**64 - 100, dtype=torch.uint64)
+    for given in ({"input_ids": huge}, {"input_ids": ids, "labels": huge}, {"input_ids": ids, "position_ids": huge}):
+        with pytest.raises(ValueError, match=rf"{list(given)[-1]} below 2\*\*63, got {2**64 - 100}"):
+            lm(**given)
+
+
+@pytest.mark.parametrize("value", [-1, 61, -(2**62), 2**62])
+def test_ids_and_labels_outside_the_vocabulary_are_named(lm, value):
+    ids = tokens(lm.config, 2, 4)
+    wrong = ids.clone()
+    wrong[1, 2] = value
+    with pytest.raises(ValueError, match=f"expected token ids between 0 and 60, got {value}"):
+        lm(wrong)
+    with pytest.raises(ValueError, match=f"expected labels of -100 or between 0 and 60, got {value}"):
+        lm(ids, labels=wrong)
+
+
+def test_tensors_without_values_are_refused_beside_a_model_with_weights(lm):
+    ids = tokens(lm.config, 1, 4)
+    for name in ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep"):
+        value = ids[0] if name == "logits_to_keep" else ids
+        with pytest.raises(ValueError, match=f"expected {name} with values, .* got a tensor on device meta"):
+            lm(**({"input_ids": ids} | {name: value.to("meta")}))
+    with pytest.raises(ValueError, match="expected inputs_embeds with values"):
+        lm(inputs_embeds=torch.ones(1, 4, 32, device="meta"))
+    meta = da.DeepseekLM(lm.config, device="meta")
+    assert meta(ids.to("meta"), labels=ids.to("meta")).logits.shape == (1, 4, 61)  # shapes alone
+    cache = lm.new_cache(2)
+    for call in (cache.rewind, cache.reorder):
+        with pytest.raises(ValueError, match=r"with values, got .*meta"):
+            call(torch.tensor([0, 1], device="meta"))
+
+
+def test_places_out_of_range_leave_the_cache_as_it_was(lm):
+    ids, cache = tokens(lm.config, 1, 5), lm.new_cache(1)
+    lm(ids, cache=cache)
+    for kept in (torch.tensor([5]), torch.tensor([[0], [1]]), torch.tensor([0], device="meta")):
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            lm(ids, cache=cache, logits_to_keep=kept)
+        assert cache.lengths == (5,)
+
+
+def test_records_that_hold_no_decisions_are_refused(lm):
+    ids = tokens(lm.config, 1, 5)
+    good = lm(ids, record_routing=True).routing
+    wrong = (
+        ({1: 5, 2: 5}, "integer decisions .* for layer 1, got 5"),
+        ({layer: each.float() for layer, each in good.ids.items()}, "integer decisions"),
+        ({layer: each[0] for layer, each in good.ids.items()}, r"integer decisions .* got torch.int16 \[5, 3\]"),
+        ({1: good.ids[1], 2: good.ids[2][:, :3]}, "the same .* tokens in all layers"),
+        ({layer: each - 100 for layer, each in good.ids.items()}, "recorded experts between 0 and 7"),
+    )
+    for decisions, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            lm(ids, replay_routing=da.RoutingRecord(decisions))

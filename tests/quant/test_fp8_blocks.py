@@ -76,7 +76,7 @@ def test_dequantizing_is_code_times_scale_rounded_once(rows, columns, block, dty
     generator = torch.Generator().manual_seed(seed)
     bytes_ = torch.randint(0, 255, (rows, columns), generator=generator)
     bytes_[bytes_ == 0x7F] = 0  # NaN has many bit patterns
-    scale = torch.randn(block_grid((rows, columns), block), generator=generator)
+    scale = torch.randn(block_grid((rows, columns), block), generator=generator).abs()
     expected = torch.empty(rows, columns, dtype=torch.float32)
     for i in range(rows):
         for j in range(columns):
@@ -116,6 +116,14 @@ def test_exponent_bytes_are_powers_of_two():
     expected = torch.tensor([2.0 ** (b - 127) for b in range(255)], dtype=torch.float64).float()
     assert_same_bits(decode_scale(bytes_), expected)
     assert_same_bits(decode_scale(bytes_.view(torch.float8_e8m0fnu)), expected)
+
+
+def test_a_negative_scale_is_an_error():
+    scale = torch.ones(3, 2)
+    scale[2, 1] = -0.5
+    with pytest.raises(ValueError, match=r"expected scales >= 0, got -0.5 at \[2, 1\]"):
+        decode_scale(scale)
+    assert decode_scale(scale.clamp(min=0))[2, 1] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -148,7 +148,7 @@ def _roll_back(folder: Path, staging: Path) -> None:
         # The old config last: without it, the folder does not load.
         found = sorted(aside.rglob("*"), key=lambda file: (file != aside / CONFIG_NAME, file))
         names = [str(file.relative_to(aside)) for file in found if file.is_symlink() or not file.is_dir()]
-        swap = {"new": [], "leaving": names} | (read_json(journal) or {})
+        swap = _read_journal(journal) or {"new": [], "leaving": names}
         for source, target in reversed(_renames(folder, staging, swap["new"], swap["leaving"])):
             if os.path.lexists(target) and not os.path.lexists(source):
                 os.replace(target, source)
@@ -157,6 +157,25 @@ def _roll_back(folder: Path, staging: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if not aside.exists():
         finished.unlink(missing_ok=True)
+
+
+def _read_journal(file: Path) -> dict[str, list[str]] | None:
+    """Returns the names in a journal; None if it is absent, broken, or names a file outside of the folder.
+
+    A folder may come from anywhere, and so may the journal in it.
+    """
+    swap = read_json(file) or {}
+    lists = [swap.get("new"), swap.get("leaving")]
+    if not all(isinstance(names, list) and all(map(_is_inside, names)) for names in lists):
+        return None
+    return {"new": lists[0], "leaving": lists[1]}
+
+
+def _is_inside(name: object) -> bool:
+    """Returns True for a path relative to a folder that does not lead out of it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def discard(folder: Path, staging: Path) -> None:
