@@ -70,9 +70,10 @@ from .moe.token_dropping import TokenDropping as TokenDropping
 from .layout.parallel_layout import LayoutError as LayoutError
 from .layout.parallel_layout import ParallelLayout as ParallelLayout
 from .parallel.apply import parallelize as parallelize
+from .parallel.init_weights import init_weights as init_weights
 from .parallel.norms import clip_grad_norm as clip_grad_norm
-from .parallel.checkpoint import load_sharded as load_sharded
-from .parallel.checkpoint import save_sharded as save_sharded
+from .checkpoint.sharded_state import load_sharded as load_sharded
+from .checkpoint.sharded_state import save_sharded as save_sharded
 from .models.global_loss import global_loss as global_loss
 from .planning.inference import InferencePlan as InferencePlan
 from .planning.inference import InferenceSetup as InferenceSetup

@@ -270,6 +270,7 @@ class World:
             ),
             "clip_grad_norm": (da.clip_grad_norm, {"model": self.trained(), "max_norm": 1.0}),
             "parallelize": (da.parallelize, {"model": self.fresh(), "layout": self.layout}),
+            "init_weights": (da.init_weights, {"model": self.fresh(), "seed": 1, "device": "cpu"}),
             "save_sharded": (
                 lambda **given: da.save_sharded(**({"path": self.new()} | given)),
                 {"model": self.fresh(), "optimizer": None},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["CheckpointError", "Problem", "ProblemKind", "by_kind"]
 
@@ -58,6 +58,7 @@ class CheckpointError(ValueError):
     """A checkpoint that does not hold what its config says.
 
     Attributes:
+        folder: of the checkpoint.
         problems: everything found, by the heading of its kind; the message shows the first few of each.
     """
 
@@ -69,3 +70,8 @@ class CheckpointError(ValueError):
             shown = (detail if len(detail) <= _LONGEST else f"{detail[:_LONGEST]}..." for detail in details[:_SHOWN])
             lines.append(f"  {kind} ({len(details):,}): {'; '.join(shown)}{more}")
         super().__init__("\n".join(lines))
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        each = [Problem(ProblemKind(kind), detail) for kind, details in self.problems.items() for detail in details]
+        return type(self), (self.folder, each)

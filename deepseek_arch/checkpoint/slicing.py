@@ -15,7 +15,7 @@ from .files.reader import TensorInfo, TensorReader
 from .files.writer import CheckpointWriter, parse_size, plan_shards
 from .finite_values import NonFinite
 from .load_plan import LoadPlan, plan_load
-from .saving import SaveReport
+from .save_plan import SaveReport
 
 __all__ = ["slice_checkpoint"]
 

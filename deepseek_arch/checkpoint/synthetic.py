@@ -14,9 +14,9 @@ from torch import Tensor
 from ..config.deepseek_config import DeepseekConfig
 from ..layout.parameter_map import TensorSlot, layout, scale_name
 from ..layout.published_tensors import TensorSpec
-from ..quant.fp8_blocks import block_grid, dequantize_blocks, quantize_blocks
+from ..quant.fp8_blocks import FP8_QUANTIZATION, block_grid, dequantize_blocks, quantize_blocks
 from .files.writer import CheckpointWriter, shard_names
-from .saving import FP8_QUANTIZATION, SaveReport
+from .save_plan import SaveReport
 
 __all__ = ["write_checkpoint"]
 

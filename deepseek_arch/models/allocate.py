@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "check_device"]
 
 
 def allocate(module: nn.Module, device: torch.device) -> None:
@@ -25,3 +25,20 @@ def allocate(module: nn.Module, device: torch.device) -> None:
                         nn.Parameter(memory, meta.requires_grad) if isinstance(meta, nn.Parameter) else memory
                     )
                 setattr(part, name, made[id(meta)])
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Returns a device that has memory.
+
+    Raises:
+        ValueError: it is not available, or is the meta device.
+    """
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, TypeError, ImportError, AttributeError) as error:
+        # ImportError is what PyTorch raises for the devices of packages that are not installed.
+        raise ValueError(f"expected an available device, got {device!r}: {error}") from None
+    if checked.type == "meta":
+        raise ValueError("expected a device with memory, got 'meta'; DeepseekLM(config, device='meta') builds one")
+    return checked

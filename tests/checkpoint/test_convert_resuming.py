@@ -390,12 +390,12 @@ def test_too_little_room_is_known_before_writing(source, tmp_path, monkeypatch):
     plan = plan_conversion(source, tmp_path / "new", **OPTIONS)
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(resuming.shutil, "disk_usage", lambda _: usage._replace(free=plan.disk_needed - 1))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=plan.disk_needed - 1))
         with pytest.raises(OSError, match=rf"{plan.disk_needed:,} bytes to write, {plan.disk_needed - 1:,} free"):
             convert(source, tmp_path / "new", **OPTIONS)
         with pytest.raises(OSError, match=rf"{plan.bytes_written:,} bytes to write"):
             convert(source, tmp_path / "other", **OPTIONS)
-        patch.setattr(resuming.shutil, "disk_usage", lambda _: usage._replace(free=plan.disk_needed))
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=plan.disk_needed))
         assert finished(tmp_path / "new") == left and not (tmp_path / "other").exists()
         assert convert(source, tmp_path / "new", **OPTIONS).continued == len(left)
 

@@ -83,7 +83,7 @@ def test_parts_are_those_of_the_whole_model(folder, axes, world, fp8):
 
 def broken_on_one_rank(rank, folder):
     if rank == 1:  # a file that this rank alone sees otherwise
-        from deepseek_arch.checkpoint import loading
+        from deepseek_arch.checkpoint import load_setup as loading
 
         real = loading.plan_load
 

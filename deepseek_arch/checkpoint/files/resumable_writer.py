@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 from ...layout.published_tensors import TensorSpec
 from .reader import memory_of
 from .staging import CONVERTING, FolderLock, discard, read_json
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, check_room
 
 __all__ = ["ResumableWriter", "finished_shards"]
 
@@ -120,11 +118,7 @@ class ResumableWriter(CheckpointWriter):
             self._discard(name)
 
     def _check_room(self) -> None:
-        left = sum(spec.nbytes for name in self.unfinished for spec in self._specs[name])
-        free = shutil.disk_usage(self._staging).free
-        if free < left:
-            detail = f"{os.strerror(errno.ENOSPC)}: {left:,} bytes to write, {free:,} free"
-            raise OSError(errno.ENOSPC, detail, str(self.folder))
+        check_room(self._staging, sum(spec.nbytes for name in self.unfinished for spec in self._specs[name]))
 
     def _discard(self, name: str) -> None:
         self._unwritten -= {spec.name for spec in self._specs[name]}

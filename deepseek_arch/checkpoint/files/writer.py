@@ -19,7 +19,15 @@ from .reader import DTYPE_NAMES, memory_of
 from .shards import INDEX_NAME
 from .staging import CONFIG_NAME, SAVING, FolderLock, discard, old_weights, swap_in
 
-__all__ = ["CheckpointWriter", "parse_size", "plan_shards", "shard_names"]
+__all__ = [
+    "CheckpointWriter",
+    "ShardFiles",
+    "check_room",
+    "parse_size",
+    "plan_shards",
+    "shard_names",
+    "write_descriptions",
+]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -61,31 +69,20 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-class CheckpointWriter:
-    """Writes a checkpoint folder that appears whole or not at all.
-
-    A context manager. `write` every tensor of `shards`, in any order, then `commit`. Files are made in a hidden folder
-    inside `folder` and renamed into place by `commit`, after the files of the checkpoint that was there have been set
-    aside; leaving the context without `commit`, or an error within it, restores everything as it was. Files that are no
-    part of a checkpoint's weights (a tokenizer, a README) are left alone. The next writer puts in order what a process
-    leaves that is killed (see `staging`).
+class ShardFiles:
+    """Shards that are written tensor by tensor into a folder, their headers first.
 
     Args:
-        shards: the tensors of each shard.
-        names: the shards' file names; default transformers'.
+        folder: where the files are made, by `start_shards`.
+        shards: the tensors of each shard, in the order of `names`.
 
-    Raises:
-        ValueError: another process is writing to the folder.
-        OSError: the disk has no room for it, or a write failed.
+    Attributes:
+        nbytes: bytes of all tensors.
     """
 
-    def __init__(self, folder: str | Path, shards: Sequence[Sequence[TensorSpec]], names: Sequence[str] | None = None):
-        self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
-        self.names = list(names or shard_names(len(shards)))
-        self._staging = self.folder / SAVING
-        self._lock: FolderLock | None = None
+    def __init__(self, folder: Path, shards: Sequence[Sequence[TensorSpec]], names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._staging = folder
         self._shards = shards
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}  # tensor -> shard, offset in it
         self._unwritten = {spec.name for shard in shards for spec in shard}
@@ -93,29 +90,15 @@ class CheckpointWriter:
         self._current: str | None = None
         self._stream: BinaryIO | None = None
 
-    def __enter__(self) -> CheckpointWriter:
-        self._lock = FolderLock(self.folder)
-        try:
-            self._staging.mkdir()
-            free = shutil.disk_usage(self._staging).free
-            if free < self.nbytes:
-                detail = f"{os.strerror(errno.ENOSPC)}: {self.nbytes:,} bytes to write, {free:,} free"
-                raise OSError(errno.ENOSPC, detail, str(self.folder))
-            for name, specs in zip(self.names, self._shards, strict=True):
-                self._start_shard(name, specs)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """The file of each tensor."""
+        return {spec.name: name for name, specs in zip(self.names, self._shards, strict=True) for spec in specs}
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            if self._stream is not None:
-                self._stream.close()
-            discard(self.folder, self._staging)
-        finally:
-            if self._lock is not None:
-                self._lock.release()
+    def start_shards(self) -> None:
+        """Writes the header of every shard."""
+        for name, specs in zip(self.names, self._shards, strict=True):
+            self._start_shard(name, specs)
 
     def _start_shard(self, name: str, specs: Sequence[TensorSpec]) -> None:
         """Writes the header. Wide dtypes come first: their readers need them aligned."""
@@ -160,6 +143,61 @@ class CheckpointWriter:
             self._stream.close()
         self._stream = self._current = None
 
+    def complete(self) -> None:
+        """Sees that every tensor was written and lies on the disk."""
+        assert not self._unwritten, f"never written: {sorted(self._unwritten)[:3]}"
+        self._close()
+
+    def abandon(self) -> None:
+        """Closes what is open."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+class CheckpointWriter(ShardFiles):
+    """Writes a checkpoint folder that appears whole or not at all.
+
+    A context manager. `write` every tensor of `shards`, in any order, then `commit`. Files are made in a hidden folder
+    inside `folder` and renamed into place by `commit`, after the files of the checkpoint that was there have been set
+    aside; leaving the context without `commit`, or an error within it, restores everything as it was. Files that are no
+    part of a checkpoint's weights (a tokenizer, a README) are left alone. The next writer puts in order what a process
+    leaves that is killed (see `staging`).
+
+    Args:
+        shards: the tensors of each shard.
+        names: the shards' file names; default transformers'.
+
+    Raises:
+        ValueError: another process is writing to the folder.
+        OSError: the disk has no room for it, or a write failed.
+    """
+
+    def __init__(self, folder: str | Path, shards: Sequence[Sequence[TensorSpec]], names: Sequence[str] | None = None):
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"expected a folder to write to, got the file {str(folder)!r}")
+        super().__init__(self.folder / SAVING, shards, names or shard_names(len(shards)))
+        self._lock: FolderLock | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        self._lock = FolderLock(self.folder)
+        try:
+            self._staging.mkdir()
+            check_room(self._staging, self.nbytes)
+            self.start_shards()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.abandon()
+            discard(self.folder, self._staging)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
     def commit(
         self,
         config: dict[str, Any],
@@ -174,15 +212,9 @@ class CheckpointWriter:
         Returns:
             The files written.
         """
-        assert not self._unwritten, f"never written: {sorted(self._unwritten)[:3]}"
-        self._close()
-        weight_map = {spec.name: name for name, specs in zip(self.names, self._shards, strict=True) for spec in specs}
-        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-        _write_json(self._staging / INDEX_NAME, index)
-        _write_json(self._staging / CONFIG_NAME, config)
-        for name, content in more.items():
-            _write_json(self._staging / name, content)
-        new = [*self.names, INDEX_NAME, *more]
+        self.complete()
+        described = write_descriptions(self._staging, self.weight_map, self.nbytes, config, more)
+        new = [*self.names, *described]
         for file in companions:
             if not (self.folder / file.name).exists():
                 shutil.copyfile(file, self._staging / file.name)
@@ -191,7 +223,31 @@ class CheckpointWriter:
         return [self.folder / name for name in [*new, CONFIG_NAME]]
 
 
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raises OSError if the disk of `folder` has less than `nbytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        detail = f"{os.strerror(errno.ENOSPC)}: {nbytes:,} bytes to write, {free:,} free"
+        raise OSError(errno.ENOSPC, detail, str(folder.parent))
+
+
+def write_descriptions(
+    folder: Path,
+    weight_map: Mapping[str, str],
+    nbytes: int,
+    config: dict[str, Any],
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> list[str]:
+    """Writes the index of shards, config.json and further JSON files; returns their names but for config.json's."""
+    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": nbytes}, "weight_map": dict(weight_map)})
+    _write_json(folder / CONFIG_NAME, config)
+    for name, content in more.items():
+        _write_json(folder / name, content)
+    return [INDEX_NAME, *more]
+
+
 def _write_json(file: Path, data: dict[str, Any]) -> None:
+    """Writes a JSON file, and waits until it is on the disk."""
     with file.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(data, indent=2) + "\n")
         stream.flush()

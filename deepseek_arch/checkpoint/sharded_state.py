@@ -8,11 +8,17 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..config.argument_types import check_types
+from ..parallel.agreement import agreed_any, on_ranks, raise_alike
+from .files.shared_staging import SharedStaging
+from .files.staging import SAVING
 
 __all__ = ["load_sharded", "save_sharded"]
+
+_METADATA = ".metadata"  # what torch.distributed.checkpoint reads first
 
 
 @check_types
@@ -20,7 +26,8 @@ def save_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
     """Writes the parameters and buffers of a model, and an optimizer's state, through `torch.distributed.checkpoint`.
 
     Every rank calls this and writes its own part; nothing is gathered. `load_sharded` reads it on any layout, and on
-    one process. Names are the model's own; `save` writes published files.
+    one process. Names are the model's own; `save` writes published files. The checkpoint appears whole or not at all:
+    what killed ranks leave is cleared away by the next call for the folder.
 
     Args:
         model: `parallelize`d, wrapped by FSDP2, or whole on one process.
@@ -28,12 +35,25 @@ def save_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
         optimizer: over the model's parameters.
 
     Raises:
-        ValueError: the folder holds a checkpoint or other files already, or a rank cannot look into it.
+        ValueError: the folder holds a checkpoint or other files already, a rank cannot look into it, or another
+            process is writing to it.
+        OSError: the disk is full, or the folder cannot be written.
     """
     folder = Path(path)
-    if _agreed_any(_is_taken(folder)):
-        raise ValueError(f"expected a new or empty folder, got {str(path)!r}")
-    dcp.save(_state(model, optimizer), checkpoint_id=str(folder), no_dist=not _on_ranks())
+    if agreed_any(folder.exists() and not folder.is_dir()):
+        raise ValueError(_taken(path))
+    with SharedStaging(folder) as staging:
+        if agreed_any(_holds_files(folder)):
+            raise ValueError(_taken(path))
+        error: Any = None
+        try:
+            dcp.save(_state(model, optimizer), checkpoint_id=str(staging.path), no_dist=not on_ranks())
+        except CheckpointException as raised:  # no Exception: what went wrong on each rank that failed
+            error = next(iter(raised.failures.values()))[0]
+        except Exception as raised:
+            error = raised
+        raise_alike(error)
+        staging.commit(lambda: sorted(_names(staging.path), key=lambda name: (name == _METADATA, name)))
 
 
 @check_types
@@ -49,39 +69,36 @@ def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
         optimizer: over the model's parameters, of the same kind; None leaves its saved state alone.
 
     Raises:
-        ValueError: the folder holds no such checkpoint.
+        ValueError: the folder holds no such checkpoint, or the model has no parameters.
     """
     folder = Path(path)
-    if _agreed_any(not (folder / ".metadata").is_file()):
+    if agreed_any(not (folder / _METADATA).is_file()):
         raise ValueError(f"expected a folder that save_sharded wrote, got {str(path)!r}")
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=str(folder), no_dist=not _on_ranks())
+    dcp.load(state, checkpoint_id=str(folder), no_dist=not on_ranks())
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))
 
 
-def _is_taken(folder: Path) -> bool:
-    """Returns False for a path where a checkpoint can be written; one that cannot be looked into is none."""
+def _taken(path: str | Path) -> str:
+    return f"expected a new or empty folder, got {str(path)!r}"
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
+
+
+def _holds_files(folder: Path) -> bool:
+    """Returns False for a folder where a checkpoint can be written; one that cannot be looked into is none."""
     try:
-        return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        return _names(folder) != [SAVING]
     except OSError:
         return True
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Returns what is written: DTensors, which know their place in the whole, and plain buffers, alike on all ranks."""
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"expected a model with parameters, got {type(model).__name__} without any")
     of_model, of_optimizer = get_state_dict(model, [] if optimizer is None else [optimizer])
     return {"model": of_model} if optimizer is None else {"model": of_model, "optimizer": of_optimizer}
-
-
-def _on_ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _agreed_any(value: bool) -> bool:
-    """Returns True if it is true on any rank, so that all ranks raise alike."""
-    if not _on_ranks():
-        return value
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return any(gathered)
