@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.causal_lm import DeepseekLM
 from .arguments import check_arguments, check_prompts, end_tokens, padding_token
@@ -87,46 +88,38 @@ def generate(
 
     Raises:
         ValueError: an argument has another type or is out of range, the model lacks what is asked for (MTP modules,
-            experts), or its logits are not finite; nothing has been emitted for that step then.
+            experts), or its logits are not finite; nothing has been emitted for that step then. Ranks that run a model
+            together raise alike, also what a `callback` of one raises.
     """
-    input_ids, attention_mask = check_prompts(model, input_ids, attention_mask)
-    given = check_arguments(
-        model,
-        input_ids.shape[1],
-        {
-            "max_new_tokens": max_new_tokens,
-            "mtp_depth": mtp_depth,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "pad_token_id": pad_token_id,
-            "seed": seed,
-            "callback": callback,
-            "prefill_chunk": prefill_chunk,
-            "cache_format": cache_format,
-            "adaptive": adaptive,
-            "compiled": compiled,
-            "drop_finished": drop_finished,
-            "return_report": return_report,
-            "return_logprobs": return_logprobs,
-            "record_routing": record_routing,
-        },
+    arguments: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "mtp_depth": mtp_depth,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "pad_token_id": pad_token_id,
+        "seed": seed,
+        "callback": callback,
+        "prefill_chunk": prefill_chunk,
+        "cache_format": cache_format,
+        "adaptive": adaptive,
+        "compiled": compiled,
+        "drop_finished": drop_finished,
+        "return_report": return_report,
+        "return_logprobs": return_logprobs,
+        "record_routing": record_routing,
+    }
+    (input_ids, attention_mask), given, ends, padding, steps = _started(
+        model, (input_ids, attention_mask), eos_token_id, arguments
     )
     seed, drafts = given["seed"], given["mtp_depth"]
-    if record_routing:
-        check_recording(model, given["max_new_tokens"], compiled)
-    steps = SharedSteps(model)
-    if compiled and steps.shared:
-        raise ValueError("expected compiled=False for a model that is split over ranks, got True")
-    steps.check_selection(model)
-    ends = end_tokens(model, eos_token_id, input_ids.device)
     settings = GenerationSettings(
         given["max_new_tokens"],
         given["temperature"],
         given["top_k"],
         given["top_p"],
         ends,
-        padding_token(model, given["pad_token_id"], ends),
+        padding,
         steps.generator(seed, input_ids.device),
         callback,
         given["prefill_chunk"] or input_ids.shape[1],
@@ -150,6 +143,39 @@ def generate(
             new = decode_plain(model, input_ids, attention_mask, settings, report)
     tokens = torch.cat((input_ids, new), dim=1)
     return (tokens, report) if return_report or return_logprobs or record_routing else tokens
+
+
+def _started(
+    model: DeepseekLM,
+    prompts: tuple[Tensor, Tensor | None],
+    eos_token_id: int | Iterable[int] | None,
+    arguments: dict[str, Any],
+) -> tuple[tuple[Tensor, Tensor | None], dict[str, Any], Tensor, int, SharedSteps]:
+    """Checks what `generate` was given; ranks that share the passes of a model raise alike (TRAPS S4).
+
+    Returns:
+        Prompts and arguments as they are checked, the tokens that end a row, the padding, the shared steps.
+    """
+    if not isinstance(model, nn.Module):
+        check_prompts(model, *prompts)  # which raises
+    steps, error = SharedSteps(model), None
+    given, ends, padding = dict(arguments), torch.empty(0, dtype=torch.int64), 0
+    try:
+        prompts = check_prompts(model, *prompts)
+        given = check_arguments(model, prompts[0].shape[1], arguments)
+        if given["record_routing"]:
+            check_recording(model, given["max_new_tokens"], given["compiled"])
+        if given["compiled"] and steps.shared:
+            raise ValueError("expected compiled=False for a model that is split over ranks, got True")
+        ends = end_tokens(model, eos_token_id, prompts[0].device)
+        padding = padding_token(model, given["pad_token_id"], ends)
+    except Exception as raised:
+        error = raised
+    alike = {} if error else {name: given[name] for name in ("mtp_depth", "record_routing")}
+    alike |= {} if error else {"truth of max_new_tokens > 0": given["max_new_tokens"] > 0}
+    steps.start(error, given["seed"], alike)
+    steps.check_selection(model)
+    return prompts, given, ends, padding, steps
 
 
 @contextmanager

@@ -47,21 +47,22 @@ def decode_plain(
     logits = _prefill(model, input_ids, attention_mask, cache, settings.prefill_chunk, routing)
     step = _decode_step(model, cache, settings, prompt)
     while True:
-        # Every row's next token; a row that has ended gets padding.
-        fresh, probabilities = sampler.choose(logits)
-        check(finite_at(logits if probabilities is None else probabilities, fresh), ignored=done)
-        columns.append(_in_result(fresh.masked_fill(done, settings.pad_token), rows, batch, settings.pad_token))
-        if settings.return_logprobs:
-            chosen = token_logprobs(logits, fresh, settings.temperature)
-            logprobs.append(_in_result(chosen.masked_fill(done, 0.0), rows, batch, 0.0))
-        if settings.callback is not None:
-            settings.callback(columns[-1])
-        if len(settings.end_tokens):
-            ending = torch.isin(fresh, settings.end_tokens) & ~done
-            lengths[rows[ending]] = len(columns)
-            done = done | ending
-        running = len(rows) - int(done.sum()) if len(settings.end_tokens) else len(rows)
-        last = not running or len(columns) == settings.new_tokens
+        with shared.alone():
+            # Every row's next token; a row that has ended gets padding.
+            fresh, probabilities = sampler.choose(logits)
+            check(finite_at(logits if probabilities is None else probabilities, fresh), ignored=done)
+            columns.append(_in_result(fresh.masked_fill(done, settings.pad_token), rows, batch, settings.pad_token))
+            if settings.return_logprobs:
+                chosen = token_logprobs(logits, fresh, settings.temperature)
+                logprobs.append(_in_result(chosen.masked_fill(done, 0.0), rows, batch, 0.0))
+            if settings.callback is not None:
+                settings.callback(columns[-1])
+            if len(settings.end_tokens):
+                ending = torch.isin(fresh, settings.end_tokens) & ~done
+                lengths[rows[ending]] = len(columns)
+                done = done | ending
+            running = len(rows) - int(done.sum()) if len(settings.end_tokens) else len(rows)
+            last = not running or len(columns) == settings.new_tokens
         ended = shared.all_done(last)
         # The pass that gives the logits of the token after; at the end for the sake of its routing alone. A row that
         # has ended goes on with what it sampled, since the padding token need not be in the vocabulary.
@@ -83,7 +84,9 @@ def decode_plain(
             cache.reorder(keep)
             sampler.keep_rows(keep)
             rows, done, logits = rows[keep], done[keep], logits[keep]
-    check.look()
+    with shared.alone():
+        check.look()
+    shared.all_done(True)  # no rank returns where another raises
     if settings.return_logprobs:
         report.logprobs = torch.stack(logprobs, 1)
     if routing is not None:

@@ -7,11 +7,14 @@ texts is decided for all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..parallel.agreement import raise_alike
 from .finite_check import selecting_tensor_not_finite
 
 __all__ = ["SharedSteps", "many_ranks"]
@@ -54,15 +57,31 @@ class SharedSteps:
             seed = drawn[0] + self.data_rank
         return None if seed is None else torch.Generator(device=device).manual_seed(seed)
 
-    def agree(self, drafts: int, done: bool) -> tuple[int, bool]:
-        """Returns the most drafts that a rank wants in the next pass, and whether all ranks are done."""
+    def agree(self, drafts: int, done: bool, error: Exception | None = None) -> tuple[int, bool]:
+        """Returns the most drafts that a rank wants in the next pass, and whether all ranks are done.
+
+        Raises:
+            Exception: on all ranks, what `raise_alike` makes of an `error` of one.
+        """
         if not self.shared:
             return drafts, done
         device = torch.accelerator.current_accelerator() if torch.distributed.get_backend() == "nccl" else "cpu"
-        state = torch.tensor([drafts, not done], device=device)
+        state = torch.tensor([drafts, not done, error is not None], device=device)
         torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MAX, group=self.group)
-        most, running = state.tolist()
+        most, running, failed = state.tolist()
+        if failed:
+            raise_alike(error, self.group)
         return most, not running
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Runs what this rank does by itself between two calls of `agree`: its error is raised on all ranks."""
+        try:
+            yield
+        except Exception as error:
+            if self.shared:
+                self.agree(0, True, error)  # which raises
+            raise
 
     def all_done(self, done: bool) -> bool:
         """Returns True if all ranks are done."""
@@ -74,6 +93,34 @@ class SharedSteps:
         found, _ = self.agree(int(name is not None), done=True)
         if found:
             raise ValueError(f"expected finite values, got NaN or infinity in {name or 'a part of another rank'}")
+
+    def start(self, error: Exception | None, seed: int | None, alike: dict[str, Any]) -> None:
+        """Checks, before anything is computed, that ranks are asked for what they can do together.
+
+        Args:
+            error: what is wrong with this rank's arguments.
+            alike: arguments that have to be the same on all ranks, by name.
+
+        Raises:
+            ValueError: on every rank, where one has an error, or arguments differ, or some ranks alone have a seed, or
+                those that compute parts of the same logits have different ones.
+        """
+        if not self.shared:
+            if error is not None:
+                raise error
+            return
+        raise_alike(error, self.group)
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(self.group)
+        torch.distributed.all_gather_object(gathered, (self.data_rank, seed, alike), group=self.group)
+        for name in alike:
+            values = [other[name] for _, _, other in gathered]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"expected the same {name} on all ranks, got {values}")
+        seeds = [each for _, each, _ in gathered]
+        if len({each is None for each in seeds}) > 1:
+            raise ValueError(f"expected a seed on all ranks or on none, got {seeds}")
+        if len({(rank, each) for rank, each, _ in gathered}) > len({rank for rank, _, _ in gathered}):
+            raise ValueError(f"expected the same seed on ranks that compute parts of the same logits, got {seeds}")
 
     def check_prompts(self, depth: int, passes: list[int]) -> None:
         """Checks that ranks draft as many tokens, and run their prompts in as many passes, each of as many modules.

@@ -52,10 +52,11 @@ def decode_with_drafts(
     shared = SharedSteps(model)
     batch = _prefill(model, input_ids, attention_mask, settings, length.most, text, check, routing, shared)
     while True:
-        finished = text.finished(batch.rows)
-        text.emit(batch.rows[~finished])
-        done = bool(finished.all())
-        wanted = 0 if done else min(length.next(), text.missing(batch.rows[~finished]) - 1)
+        with shared.alone():
+            finished = text.finished(batch.rows)
+            text.emit(batch.rows[~finished])
+            done = bool(finished.all())
+            wanted = 0 if done else min(length.next(), text.missing(batch.rows[~finished]) - 1)
         count, ended = shared.agree(wanted, done and (routing is None or bool(batch.recorded.all())))
         if ended:
             break
@@ -71,22 +72,25 @@ def decode_with_drafts(
         before, window = batch.drafter.lengths, torch.cat((batch.newest[:, None], drafts), dim=1)
         out = model(window, cache=batch.cache, record_routing=routing is not None, return_trunk=True)
         logits, record = out.logits, out.routing
-        # 3. Accept the drafts that it agrees with, and one token more.
-        accepted, follow, finite = accept(drafts, drawn_from, logits, batch.sampler)
-        check(finite, ignored=finished[:, None])
-        gained = (accepted + 1).masked_fill(finished, 0)
-        # 4. Roll back: every cache forgets its row's rejected drafts.
-        batch.drafter.advance(out.trunk, gained, drafted=count > 0)
-        batch.cache.rewind(batch.drafter.lengths)
-        batch.set_newest(torch.where(finished, batch.newest, follow))
+        with shared.alone():
+            # 3. Accept the drafts that it agrees with, and one token more.
+            accepted, follow, finite = accept(drafts, drawn_from, logits, batch.sampler)
+            check(finite, ignored=finished[:, None])
+            gained = (accepted + 1).masked_fill(finished, 0)
+            # 4. Roll back: every cache forgets its row's rejected drafts.
+            batch.drafter.advance(out.trunk, gained, drafted=count > 0)
+            batch.cache.rewind(batch.drafter.lengths)
+            batch.set_newest(torch.where(finished, batch.newest, follow))
 
-        fresh = torch.cat((drafts, follow[:, None]), dim=1).scatter(1, accepted[:, None], follow[:, None])
-        taken = text.add(batch.rows, fresh, gained, logits)
-        if record is not None and routing is not None:
-            batch.add_routing(routing, record, before, gained, finished)
-        if not done:
-            _count(report, length, accepted[~finished].tolist(), count, taken, time.perf_counter() - started)
-    check.look()
+            fresh = torch.cat((drafts, follow[:, None]), dim=1).scatter(1, accepted[:, None], follow[:, None])
+            taken = text.add(batch.rows, fresh, gained, logits)
+            if record is not None and routing is not None:
+                batch.add_routing(routing, record, before, gained, finished)
+            if not done:
+                _count(report, length, accepted[~finished].tolist(), count, taken, time.perf_counter() - started)
+    with shared.alone():
+        check.look()
+    shared.all_done(True)  # no rank returns where another raises
     report.plain_seconds, report.logprobs = length.plain_seconds, text.logprobs()
     if routing is not None:
         report.routing = routing.record(valid_tokens(attention_mask, input_ids.shape[1], text.made))
@@ -222,8 +226,9 @@ def _prefill(
             routing.add(out.routing, rows, places[:, part], mask)
     logits = out.logits
     sampler = settings.sampler(len(ids))
-    _, newest, finite = accept(ids[:, :0], None, logits, sampler)
-    check(finite, ignored=torch.zeros_like(finite))
+    with shared.alone():
+        _, newest, finite = accept(ids[:, :0], None, logits, sampler)
+        check(finite, ignored=torch.zeros_like(finite))
     text.add(rows, newest[:, None], torch.ones_like(rows), logits)
     nothing = torch.zeros_like(rows, dtype=torch.bool)
     batch = _Batch(cache, drafter, sampler, rows, prompts, newest, nothing, input_ids.shape[1])
