@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def test_shell_blocks_name_commands_that_exist():
     from typer.main import get_command
 
     from benchmarks.cli.commands import COMMANDS
+    from benchmarks.core.options import parser_of
     from deepseek_arch.cli import app as command_line
 
     def options_of(command) -> set[str]:
@@ -80,6 +82,10 @@ def test_shell_blocks_name_commands_that_exist():
             continue
         if text.startswith("make "):
             assert re.search(rf"^{text.split()[1]}:", makefile, re.MULTILINE), text
+            continue
+        if text.startswith("torchrun "):
+            module, *arguments = text.partition(" -m ")[2].split()
+            parser_of(module, importlib.import_module(module).Settings, "").parse_args(arguments)
             continue
         start = next(start for start in known if text.startswith(start + " "))
         name, *rest = text.removeprefix(start).split()
