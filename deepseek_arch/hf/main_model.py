@@ -108,9 +108,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         starts = document_starts(batch, tokens, past, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         mask = attention_mask_for(self.config, x, attention_mask, position_ids, past_key_values, starts)
-        chosen = {}
+        selection, chosen = None, {}
         if self._is_sparse:
-            mask, chosen = as_visibility(mask), {"selection": KeySelection()}
+            mask, selection = as_visibility(mask), KeySelection()
+            chosen = {"selection": selection}
         valid = real_tokens(attention_mask, tokens)
         documents = None
         if return_trunk:
@@ -133,9 +134,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             out = layer(x, rope, mask=mask, past_key_values=cache, routing=routing, **chosen)
             if isinstance(out, tuple):
-                assert routing is not None
-                out, *kept = out
-                routing.replace(i, kept)
+                out, side, *kept = out
+                side.join(routing, selection, i, kept)
             x = out
         if routing is not None:
             routing.commit()
