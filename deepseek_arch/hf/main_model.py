@@ -24,6 +24,7 @@ from ..moe.routing_record import RoutingRecord
 from .attention_mask import FirstTokens, as_visibility, attention_mask_for, document_starts, only_mask, real_tokens
 from .base import DeepseekPreTrainedModel
 from .cache_check import check_holds_latents
+from .continuous_batching import PagedLatents
 from .key_mapping import register_conversions
 from .layers import DeepseekDecoderLayer
 from .lookup_tables import add_class_name
@@ -97,7 +98,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 stacklevel=2,
             )
         self._check_recorded(kwargs)
-        if not getattr(self.config, "is_causal", True):
+        paged = kwargs.get("cache")  # of continuous batching, whose mask is causal although it says is_causal=False
+        if paged is None and not getattr(self.config, "is_causal", True):
             raise ValueError("expected causal attention, got is_causal=False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -122,6 +124,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         else:
             positions = position_ids
         cache: Any = past_key_values
+        if paged is not None:
+            cache = PagedLatents(paged, kwargs)
         if mask is None and cache is not None and tokens > 1 and cache.get_mask_sizes(tokens, 0)[0] > tokens:
             cache = FirstTokens(cache, tokens)
         rope = self.rotary_emb(positions)
