@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ STAGES = (None, "dense", "sparse")
 class KeySelection:
     """The selections of one pass, by decoder layer.
 
-    Layers write to it under their own number, so that a layer that runs again in the backward pass changes nothing.
+    Layers write to it under their own number, and a layer that runs again in the backward pass to one of its own
+    (`separate`): running again changes nothing.
 
     Args:
         record: keeps the selection of every layer, not only of those whose selection another layer shares.
@@ -46,6 +49,20 @@ class KeySelection:
         self.losses: dict[int, Tensor] = {}
         self.recall: dict[int, Tensor] = {}
         self.valid: Tensor | None = None
+        self._before: dict[int, Tensor] = {}  # of layers that ran before this object was separated
+
+    def separate(self) -> KeySelection:
+        """Returns the same settings with no results yet: those of one layer, until `join` adds them."""
+        part = copy.copy(self)
+        part._before = self.ids
+        part.ids, part.losses, part.recall = {}, {}, {}
+        return part
+
+    def join(self, part: KeySelection) -> None:
+        """Adds the results of what `separate` returned."""
+        self.ids.update(part.ids)
+        self.losses.update(part.losses)
+        self.recall.update(part.recall)
 
     def of(self, layer_idx: int) -> Tensor:
         """Returns the selection of a layer before.
@@ -53,9 +70,10 @@ class KeySelection:
         Raises:
             ValueError: it has made none.
         """
-        if layer_idx not in self.ids:
-            raise ValueError(f"expected a selection of keys by layer {layer_idx}, which a later one shares, got none")
-        return self.ids[layer_idx]
+        for ids in (self.ids, self._before):
+            if layer_idx in ids:
+                return ids[layer_idx]
+        raise ValueError(f"expected a selection of keys by layer {layer_idx}, which a later one shares, got none")
 
     def total_loss(self) -> Tensor | None:
         """Returns the sum of the layers' losses, or None without any."""

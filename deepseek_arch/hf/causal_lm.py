@@ -22,6 +22,7 @@ from .added_losses import added_losses, own_losses, replaces_the_head
 from .attention_mask import only_mask
 from .base import DeepseekPreTrainedModel
 from .configuration import core_config
+from .continuous_batching import PagedGenerationMixin
 from .finite_logits import FiniteLogits
 from .input_checks import checked_prompts, vocabulary
 from .key_mapping import register_conversions
@@ -35,13 +36,9 @@ from .outputs import DeepseekCausalLMOutput, DeepseekModelOutput
 __all__ = ["DeepseekForCausalLM"]
 
 _COLDEST = 1e-30  # as good as greedy, and a quotient of logits that float32 holds
-_NO_PAGES = (
-    "expected generate, deepseek_arch.generate or a serving engine, got continuous batching: its paged cache has keys "
-    "and values of one width, and latent attention caches two"
-)
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
     """The language model: main model, head, and the multi-token-prediction modules of the checkpoint.
 
     The MTP modules are kept so that nothing of the checkpoint is lost; `forward` trains them where
@@ -184,23 +181,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             if isinstance(processor, TemperatureLogitsWarper):  # below, float32 logits would overflow
                 processor.temperature = max(processor.temperature, _COLDEST)
         return LogitsProcessorList([FiniteLogits(self, torch.device(kwargs.get("device") or self.device)), *processors])
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available.
-
-        Raises:
-            ValueError: always, before anything runs: transformers' paged cache has heads of one width for keys and
-                values, and these layers cache a latent and a key of their own widths.
-        """
-        raise ValueError(_NO_PAGES)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available, as `generate_batch`."""
-        raise ValueError(_NO_PAGES)
-
-    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available, as `generate_batch`."""
-        raise ValueError(_NO_PAGES)
 
     @property
     def router_aux_loss_coef(self) -> float:

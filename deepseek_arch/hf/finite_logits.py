@@ -22,6 +22,8 @@ class FiniteLogits(LogitsProcessor):
     transformers waits for the device in every step anyway.
     """
 
+    supports_continuous_batching = True
+
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         name = selecting_tensor_not_finite(model)
         if name is not None:

@@ -13,6 +13,7 @@ from ..config.deepseek_config import DeepseekConfig
 from ..layers.rope import Rotation
 from ..models.main_model import DecoderLayer
 from ..models.mtp_layer import MTPLayer
+from ..models.side_results import SideResults
 from ..moe.routing import Routing
 from .attention import DeepseekAttention, DeepseekSparseAttention, ShowsWeights
 from .configuration import as_arch_config
@@ -39,14 +40,17 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
         past_key_values: Any | None = None,
         routing: Routing | None = None,
         selection: KeySelection | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Any, ...]:
         """Maps [B, T, H] to the same shape; see `DecoderLayer.forward`.
 
-        Where `routing` keeps logits or a balance loss, they are returned beside it (`Routing.differentiable`).
+        Where the pass has `routing`, or a selection of keys in training, the output is a tuple: behind it the layer's
+        `SideResults`, and the tensors of these that are differentiated (`Routing.differentiable`).
         """
-        out = DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, routing, selection)
-        kept = () if routing is None else routing.differentiable(self.layer_idx)
-        return (out, *kept) if kept else out
+        if routing is None and (selection is None or not self.training):
+            return DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, None, selection)
+        side = SideResults(routing, selection)
+        out = DecoderLayer.forward(self, hidden_states, rope, mask, past_key_values, side.routing, side.selection)
+        return (out, side, *side.differentiable(self.layer_idx))
 
 
 class DeepseekMTPLayer(GradientCheckpointingLayer, MTPLayer):
@@ -61,7 +65,10 @@ class DeepseekMTPLayer(GradientCheckpointingLayer, MTPLayer):
         cache: Any | None = None,
         routing: Routing | None = None,
         selection: KeySelection | None = None,
-    ) -> tuple[Tensor, ...]:
-        """As `MTPLayer.forward`, and returns what `routing` kept beside the rest, as the decoder layers do."""
-        out = MTPLayer.forward(self, hidden, next_embeddings, rope, mask, cache, routing, selection)
-        return out if routing is None else (*out, *routing.differentiable(self.layer_idx))
+    ) -> tuple[Any, ...]:
+        """As `MTPLayer.forward`; side results are returned behind the rest, as by the decoder layers."""
+        if routing is None and (selection is None or not self.training):
+            return MTPLayer.forward(self, hidden, next_embeddings, rope, mask, cache, None, selection)
+        side = SideResults(routing, selection)
+        out = MTPLayer.forward(self, hidden, next_embeddings, rope, mask, cache, side.routing, side.selection)
+        return (*out, side, *side.differentiable(self.layer_idx))

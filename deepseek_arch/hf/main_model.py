@@ -24,6 +24,7 @@ from ..moe.routing_record import RoutingRecord
 from .attention_mask import FirstTokens, as_visibility, attention_mask_for, document_starts, only_mask, real_tokens
 from .base import DeepseekPreTrainedModel
 from .cache_check import check_holds_latents
+from .continuous_batching import PagedLatents
 from .input_checks import checked_ids, checked_mask, checked_positions
 from .key_mapping import register_conversions
 from .layers import DeepseekDecoderLayer
@@ -97,7 +98,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 stacklevel=2,
             )
         self._check_recorded(kwargs)
-        if not getattr(self.config, "is_causal", True):
+        paged = kwargs.get("cache")  # of continuous batching, whose mask is causal although it says is_causal=False
+        if paged is None and not getattr(self.config, "is_causal", True):
             raise ValueError("expected causal attention, got is_causal=False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -109,9 +111,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         starts = document_starts(batch, tokens, past, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
         mask = attention_mask_for(self.config, x, attention_mask, position_ids, past_key_values, starts)
-        chosen = {}
+        selection, chosen = None, {}
         if self._is_sparse:
-            mask, chosen = as_visibility(mask), {"selection": KeySelection()}
+            mask, selection = as_visibility(mask), KeySelection()
+            chosen = {"selection": selection}
         valid = real_tokens(attention_mask, tokens)
         documents = None
         if return_trunk:
@@ -122,6 +125,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         else:
             positions = position_ids
         cache: Any = past_key_values
+        if paged is not None:
+            cache = PagedLatents(paged, kwargs)
         if mask is None and cache is not None and tokens > 1 and cache.get_mask_sizes(tokens, 0)[0] > tokens:
             cache = FirstTokens(cache, tokens)
         rope = self.rotary_emb(positions)
@@ -134,9 +139,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             out = layer(x, rope, mask=mask, past_key_values=cache, routing=routing, **chosen)
             if isinstance(out, tuple):
-                assert routing is not None
-                out, *kept = out
-                routing.replace(i, kept)
+                out, side, *kept = out
+                side.join(routing, selection, i, kept)
             x = out
         if routing is not None:
             routing.commit()

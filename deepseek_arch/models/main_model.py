@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.key_selection import KeySelection
 from ..attention.masking import attention_mask_for_documents, document_numbers, positions_from_mask
@@ -24,6 +23,7 @@ from ..layers.rope import RotaryEmbedding, Rotation
 from ..moe.moe import MoE
 from ..moe.routing import Routing
 from .outputs import TrunkOutput
+from .side_results import recomputed
 from .tensor_checks import as_int64, check_dense, check_multiplicative, check_token_ids, is_readable, nonzero
 
 __all__ = ["DecoderLayer", "DeepseekModel"]
@@ -159,7 +159,7 @@ class DeepseekModel(nn.Module):
         chosen = () if selection is None else (selection,)
         for layer in self.layers:
             if recomputes:
-                x = checkpoint(layer, x, rope, mask, None, routing, *chosen, use_reentrant=False)
+                x = recomputed(layer, x, rope, mask, None, routing=routing, selection=selection)
             else:
                 x = layer(x, rope, mask, cache, routing, *chosen)
         return TrunkOutput(self.norm(x), x, rope, mask, documents)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..attention.key_selection import KeySelection
 from ..cache.latent_cache import LatentCache
@@ -19,6 +18,7 @@ from ..layers.rope import Rotation
 from ..moe.routing import Routing
 from .mtp_loss import mtp_losses
 from .outputs import TrunkOutput
+from .side_results import recomputed
 
 __all__ = ["mtp_chain_losses", "mtp_input", "mtp_step"]
 
@@ -63,12 +63,12 @@ def mtp_step(
         hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()  # for `use_reentrant=True`
     chosen: dict[str, Any] = {} if selection is None else {"selection": selection}
     if recompute:
-        out = checkpoint(module, hidden, embeddings, rope, mask, cache, routing, use_reentrant=False, **chosen)
+        out = recomputed(module, hidden, embeddings, rope, mask, cache, routing=routing, selection=selection)
     else:
         out = module(hidden, embeddings, rope, mask=mask, cache=cache, routing=routing, **chosen)
-    hidden, normed, *kept = out
-    if kept and routing is not None:
-        routing.replace(config.num_hidden_layers + depth, kept)
+    hidden, normed, *side = out
+    if side:  # of a module under transformers' checkpointing
+        side[0].join(routing, selection, config.num_hidden_layers + depth, side[1:])
     return normed if config.mtp_chain == "head_norm" else hidden, normed
 
 

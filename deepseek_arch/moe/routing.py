@@ -21,8 +21,8 @@ __all__ = ["Routing"]
 class Routing:
     """Settings and results of routing in one forward pass.
 
-    Passed down through the layers as an argument, so that a layer that is recomputed in the backward pass gets the same
-    object again: everything here is assigned, never added up, and recomputing changes nothing (TRAPS D3).
+    Passed down through the layers as an argument. Everything here is assigned, never added up, and a layer that is
+    recomputed in the backward pass writes to an object of its own (`separate`): recomputing changes nothing (TRAPS D3).
 
     Args:
         shape: (B, T) of the tokens.
@@ -71,6 +71,23 @@ class Routing:
         part = copy.copy(self)
         part.valid = valid if self.valid is None else self.valid & valid
         return part
+
+    def separate(self) -> Routing:
+        """Returns the same settings with no results yet: those of one layer, until `join` adds them."""
+        part = copy.copy(self)
+        part.record = None if self.record is None else RoutingRecord({}, {}, self.record.valid)
+        part.losses, part.logits, part.counts, part._routers = {}, {}, {}, {}
+        return part
+
+    def join(self, part: Routing) -> None:
+        """Adds the results of what `separate` returned."""
+        self.losses.update(part.losses)
+        self.logits.update(part.logits)
+        self.counts.update(part.counts)
+        self._routers.update(part._routers)
+        if self.record is not None and part.record is not None:
+            self.record.ids.update(part.record.ids)
+            self.record.margins.update(part.record.margins)
 
     def replayed(self, layer: int, top_k: int, num_experts: int) -> Tensor | None:
         """Returns the decisions that layer `layer` has to take, int64 [B T, K], or None.

@@ -52,9 +52,12 @@ def test_one_graph_for_every_length(make, padded):
         assert error(got[mask.bool()], expected[mask.bool()]) < TOLERANCE
 
 
-def test_training_compiles_with_every_loss():
-    """Next tokens, MTP modules and balance, at two lengths."""
+@pytest.mark.parametrize("recompute", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_training_compiles_with_every_loss(recompute):
+    """Next tokens, MTP modules and balance, at two lengths; with gradient checkpointing at one."""
     models = [ours(CONFIG).train() for _ in range(2)]
+    if recompute is not None:
+        models[0].gradient_checkpointing_enable(recompute)
     for model in models:
         model.config.mtp_loss_weight, model.config.output_router_logits, model.config.router_aux_loss_coef = (
             0.3,
@@ -62,7 +65,7 @@ def test_training_compiles_with_every_loss():
             0.1,
         )
     compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
-    for length in (9, 12):
+    for length in (9, 12) if recompute is None else (9,):
         ids = tokens(CONFIG, 2, length)
         compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         models[1](input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -128,17 +128,6 @@ def test_ordinary_files_under_an_fp8_config_are_an_ordinary_model(folder_of, edi
     assert da.load(tmp_path / "saved").config.quantization_config is None
 
 
-def test_continuous_batching_is_refused_before_anything_runs():
-    """Natively errors are only logged, and empty texts come back."""
-    model = ours(small_models.config("v3"))
-    calls = []
-    model.model.register_forward_hook(lambda *args: calls.append(1))
-    for start in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
-        with pytest.raises(ValueError, match="got continuous batching"):
-            start([[5, 6, 7]], max_new_tokens=3)
-    assert not calls
-
-
 @pytest.mark.parametrize(("kind", "refused"), [("glm", True), ("v2", True), ("v3", False)])
 def test_training_under_plans_with_a_wrong_backward_is_refused(kind, refused):
     """A plan that splits attention leaves the gradients of whole projections one rank's part; inference is right."""
