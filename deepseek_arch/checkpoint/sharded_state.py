@@ -97,8 +97,12 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Returns what is written: DTensors, which know their place in the whole, and plain buffers, alike on all ranks."""
-    if next(model.parameters(), None) is None:
+    """Returns what is written: DTensors, which know their place in the whole, and plain buffers, alike on all ranks.
+
+    Raises:
+        ValueError: the model has no tensors.
+    """
+    if not model.state_dict():
         raise ValueError(f"expected a model with parameters, got {type(model).__name__} without any")
     of_model, of_optimizer = get_state_dict(model, [] if optimizer is None else [optimizer])
     return {"model": of_model} if optimizer is None else {"model": of_model, "optimizer": of_optimizer}

@@ -186,14 +186,22 @@ def _read_aliases(data: dict[str, Any]) -> list[str]:
             continue
         if data.get(name) is None:
             data[name] = value
-        elif str(data[name]).removeprefix("torch.") != str(value).removeprefix("torch."):
+        elif not _are_same(data[name], value):
             problems.append(f"expected {name} and {alias} to be the same, got {data[name]!r} and {value!r}")
     return problems
 
 
+def _are_same(first: object, second: object) -> bool:
+    """Returns True for equal values of one type, and for a dtype with and without "torch." before its name."""
+    if isinstance(first, str) and isinstance(second, str):
+        return first.removeprefix("torch.") == second.removeprefix("torch.")
+    return type(first) is type(second) and first == second
+
+
 def rope_type(rope_scaling: Mapping[str, Any]) -> Any:
     """Returns the kind of rotary scaling, under either of its names; "default" is none."""
-    return rope_scaling.get("rope_type") or rope_scaling.get("type") or "default"
+    given = [rope_scaling[name] for name in ("rope_type", "type") if rope_scaling.get(name) is not None]
+    return given[0] if given else "default"
 
 
 def _read_layer_types(data: dict[str, Any], problems: list[str]) -> None:
@@ -251,11 +259,16 @@ def _read_rope(data: dict[str, Any], problems: list[str]) -> None:
         if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
             problems.append(f"expected partial_rotary_factor 1.0 in {name}")
         thetas[f"{name}.rope_theta"] = parameters.pop("rope_theta", None)
-        if rope_type(parameters) != "default":
+        kinds = [parameters[kind] for kind in ("rope_type", "type") if parameters.get(kind) is not None]
+        others = {key for key, value in parameters.items() if value is not None} - {"rope_type", "type"}
+        if any(kind != "default" for kind in kinds) or (others and not kinds):
             scalings.append(parameters)
     given = {name: theta for name, theta in thetas.items() if theta is not None}
     if any(theta != next(iter(given.values())) for theta in given.values()):
         problems.append(f"expected one rope_theta, got {given}")
     if given:
         data["rope_theta"] = next(iter(given.values()))
+    first, *others = [{**each, "type": rope_type(each), "rope_type": None} for each in scalings] or [{}]
+    if any(other != first for other in others):
+        problems.append(f"expected rope_scaling and rope_parameters to be the same, got {scalings!r:.400}")
     data["rope_scaling"] = scalings[0] if scalings else None

@@ -97,6 +97,10 @@ class PinnedFiles:
         """Notes the identity of a file that was opened."""
         self._seen.setdefault(name, identity)
 
+    def look_at(self, name: str) -> None:
+        """Pins a file as it is now, or its absence."""
+        self._seen.setdefault(name, self._now(name))
+
     def changed(self) -> list[str]:
         """Returns the files that are not, or no longer, what they were when they were pinned."""
         return [name for name, identity in self._seen.items() if self._now(name) != identity]

@@ -49,6 +49,9 @@ _MOST_LAYERS = 10_000
 _MOST_EXPERTS = 100_000
 _MOST_HEADS = 2**16
 _WIDEST = 2**20
+# Models compute in float32: these stay finite there, also squared or as an exponent's base.
+_LARGEST_FLOAT = 1e15
+_LEAST_TURNS, _LARGEST_SCALING = 1e-9, 1e9  # of rope_scaling
 
 _INTEGERS: dict[str, tuple[int, int]] = {  # least and most
     "vocab_size": (1, _MOST),
@@ -116,8 +119,12 @@ def check_fields(values: Mapping[str, Any]) -> list[str]:
             if not (optional and values[name] is None):
                 problems += _check_integer(name, values[name], least, most)
     for name in (*_FLOATS, *_OPTIONAL_FLOATS):
-        if not (name in _OPTIONAL_FLOATS and values[name] is None) and not _is_finite(values[name], 0):
+        if name in _OPTIONAL_FLOATS and values[name] is None:
+            continue
+        if not _is_finite(values[name], 0):
             problems.append(f"expected {name} to be a finite number >= 0, got {_shown(values[name])}")
+        elif values[name] > _LARGEST_FLOAT:
+            problems.append(f"expected {name} to be a number <= {_LARGEST_FLOAT:g}, got {_shown(values[name])}")
     for name in (*_BOOLEANS, *_OPTIONAL_BOOLEANS):
         if not (name in _OPTIONAL_BOOLEANS and values[name] is None) and not isinstance(values[name], bool):
             problems.append(f"expected {name} to be true or false, got {_shown(values[name])}")
@@ -269,9 +276,15 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> list[str]:
     if scaling is None:
         return []
     kind = rope_type(scaling)
+    if scaling.get("type") not in (None, kind):
+        both = f"{_shown(kind)} and {_shown(scaling['type'])}"
+        return [f"expected rope_type and type of rope_scaling to be the same, got {both}"]
     if kind not in ("default", "yarn", "linear", "dynamic"):
         return [f"expected rope_scaling of type yarn, linear, dynamic or default, got {_shown(kind)}"]
     if kind == "default":
+        nameless = [key for key, value in scaling.items() if value is not None and "type" not in scaling]
+        if nameless and "rope_type" not in scaling:
+            return [f"expected rope_scaling with a rope_type, got {', '.join(nameless)!r:.200} without one"]
         return []
     problems, least = [], {"factor": 1, "original_max_position_embeddings": 1}
     of_yarn = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor") if kind == "yarn" else ()
@@ -283,6 +296,10 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> list[str]:
         if not _is_finite(value, bound) or (positive and value == 0):
             relation, shown = ">" if positive else ">=", _shown(value)
             problems.append(f"expected rope_scaling[{name!r}] to be a finite number {relation} {bound}, got {shown}")
+        elif value > _LARGEST_SCALING or (positive and value < _LEAST_TURNS):
+            low = _LEAST_TURNS if positive else bound
+            both = f"between {low:g} and {_LARGEST_SCALING:g}"
+            problems.append(f"expected rope_scaling[{name!r}] to be a number {both}, got {_shown(value)}")
     if not isinstance(scaling.get("truncate", True), bool):
         problems.append(f"expected rope_scaling['truncate'] to be true or false, got {_shown(scaling['truncate'])}")
     return problems

@@ -156,7 +156,13 @@ def end_tokens(model: DeepseekLM, eos_token_id: int | Iterable[int] | None, devi
         given, source = model.config.eos_token_id, "config.json"
     if given is None:
         return torch.empty(0, dtype=torch.int64, device=device)
-    ends = [_token(each, f"eos_token_id of {source}", given) for each in _several(given)]
+    ends: list[int] = []
+    for each in _several(given):
+        ends.append(_token(each, f"eos_token_id of {source}", given))
+        if len(ends) > _LONGEST or (source == "the argument" and not 0 <= ends[-1] < model.config.vocab_size):
+            break  # however many follow
+    if len(ends) > _LONGEST:
+        raise ValueError(f"expected at most {_LONGEST} eos_token_id, got more")
     outside = [each for each in ends if not 0 <= each < model.config.vocab_size]
     if outside:
         message = f"expected eos_token_id of {source} between 0 and {model.config.vocab_size - 1}, got {outside[0]}"

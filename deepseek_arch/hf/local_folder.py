@@ -11,14 +11,39 @@ from typing import Any
 
 from transformers import FineGrainedFP8Config
 
-from ..checkpoint.files.shards import INDEX_NAME, Shards
-from ..checkpoint.problems import Problem
+from ..checkpoint.files.shards import GENERATION_CONFIG_NAME, INDEX_NAME, Shards
+from ..checkpoint.files.staging import CONFIG_NAME
+from ..checkpoint.problems import CheckpointError, Problem, ProblemKind
 from ..config.regular_file import PinnedFiles, open_regular
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 
-__all__ = ["settle_files"]
+__all__ = ["check_unchanged", "pinned_files", "settle_files"]
 
 _LOCATED_OTHERWISE = ("gguf_file", "state_dict", "subfolder", "variant")
+
+
+def pinned_files(source: Any, kwargs: dict[str, Any]) -> PinnedFiles | None:
+    """Returns the files of a checkpoint folder as they are before transformers reads the first; None of another source.
+
+    Args:
+        source, kwargs: as for `settle_files`.
+    """
+    if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
+        return None
+    pins = PinnedFiles(Path(source, kwargs.get("subfolder") or ""))
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME):
+        pins.look_at(name)
+    if kwargs.get("state_dict") is None:
+        for name in Shards(PinnedFiles(pins.folder), []).shards:
+            pins.look_at(name)
+    return pins
+
+
+def check_unchanged(pins: PinnedFiles | None) -> None:
+    """Raises a CheckpointError if a file is no longer the one that was pinned: what was read may be a mixture."""
+    changed = [] if pins is None else pins.changed()
+    if pins is not None and changed:
+        raise CheckpointError(pins.folder, [Problem(ProblemKind.CHANGED, name) for name in changed])
 
 
 def settle_files(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:

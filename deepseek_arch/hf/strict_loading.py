@@ -18,7 +18,7 @@ from .configuration import WHERE, as_arch_config, load_config
 from .finite_logits import warn_of_values
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 from .key_mapping import mtp_key_mapping
-from .local_folder import settle_files
+from .local_folder import check_unchanged, pinned_files, settle_files
 from .other_quantizers import check_conversion, has_other_quantizer, restore_linears
 
 __all__ = ["StrictLoading"]
@@ -65,6 +65,7 @@ class StrictLoading:
             ValueError: a GGUF file; or tensors are missing, have other shapes than the config says (unless
                 `ignore_mismatched_sizes`), or cannot be converted; the message names them.
             UnsupportedModelError: a model that cannot be built (another architecture).
+            CheckpointError: files changed while they were read (another process saves to the folder).
 
         Warns:
             UserWarning: tensors have NaN or infinity; the message names them.
@@ -74,6 +75,32 @@ class StrictLoading:
                 f"expected a folder of safetensors files, got gguf_file={kwargs['gguf_file']!r}: transformers reads no "
                 "GGUF of this architecture (deepseek2); load the checkpoint that it was made from"
             )
+        pins = pinned_files(pretrained_model_name_or_path, kwargs)
+        try:
+            model, info = cls._read_files(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                **kwargs,
+            )
+        except Exception:
+            check_unchanged(pins)  # which explains any error
+            raise
+        check_unchanged(pins)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _read_files(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any,
+        key_mapping: dict[str, str] | None,
+        ignore_mismatched_sizes: bool,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
         if config is None or isinstance(config, str | PathLike):
             config, kwargs = load_config(config or pretrained_model_name_or_path, **kwargs)
         config = as_arch_config(config)
@@ -111,7 +138,7 @@ class StrictLoading:
         _forget_quantization(model)
         model.set_saving_conversions()
         warn_of_values(model, pretrained_model_name_or_path)
-        return (model, info) if output_loading_info else model
+        return model, info
 
     @staticmethod
     def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from .mtp_chain import mtp_chain_losses, mtp_input, mtp_step
 from .mtp_layer import MTPLayer
 from .mtp_loss import count_targets, shift_labels
 from .outputs import CausalLMOutput, MTPStep, TrunkOutput
-from .tensor_checks import as_int64, check_kept, check_labels, nonzero
+from .tensor_checks import as_int64, check_dense, check_kept, check_labels, nonzero
 
 __all__ = ["DeepseekLM", "kept_states"]
 
@@ -298,6 +298,9 @@ class DeepseekLM(nn.Module):
             if not isinstance(replay, RoutingRecord):
                 raise ValueError(f"expected replay_routing to be a RoutingRecord, got {shown(replay)}")
             layers = {i for i in range(self.config.num_hidden_layers) if self.config.is_moe_layer(i)}
+            for layer, ids in replay.ids.items():
+                if isinstance(ids, Tensor):  # `Routing` refuses what is none
+                    check_dense(f"replay_routing of layer {layer}", ids, tokens)
             missing = sorted(layers - replay.ids.keys())
             if missing:
                 raise ValueError(f"expected recorded decisions for layers {sorted(layers)}, got none for {missing}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ..config.argument_types import check_types, shown
+from ..config.regular_file import open_regular
 
 __all__ = ["ExpertLoad", "LoadHistory", "draw_max_violation", "read_loads"]
+
+_MOST = 1e30  # of a load that is read; float32 holds it, and sums of it
 
 
 @check_types
@@ -192,7 +194,8 @@ def _read(path: str | Path) -> dict[str, Any]:
     """Reads and checks saved loads: {"loads": {router: [E numbers]}} or {"shares": {router: [steps of E numbers]}}."""
     wrong = f"expected loads that ExpertLoad.save or LoadHistory.save wrote in {str(path)!r}, got "
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_regular(path) as stream:
+            saved = json.loads(stream.readall().decode("utf-8"))
     except (ValueError, RecursionError):
         raise ValueError(wrong + "no JSON") from None
     kinds = [kind for kind in ("loads", "shares") if isinstance(saved, dict) and isinstance(saved.get(kind), dict)]
@@ -207,7 +210,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 def _is_load(values: object) -> bool:
     def is_number(v: object) -> bool:
-        return isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < math.inf
+        return isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= _MOST
 
     return isinstance(values, list) and bool(values) and all(map(is_number, values))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -18,6 +17,8 @@ from .moe import Router
 from .summed_loads import SummedLoads
 
 __all__ = ["LoadBalancer", "expert_loads", "routers"]
+
+_LARGEST_RATE = 1e30
 
 
 def routers(model: nn.Module) -> dict[str, Router]:
@@ -135,7 +136,8 @@ class LoadBalancer:
 
 
 def _check_rate(rate: float) -> float:
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < math.inf:
+    # Biases are float32: a larger rate would make them infinite in one step.
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate <= _LARGEST_RATE:
         raise ValueError(f"expected a finite rate >= 0, got {shown(rate)}")
     return float(rate)
 

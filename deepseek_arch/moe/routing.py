@@ -102,6 +102,7 @@ class Routing:
             raise ValueError(
                 f"expected recorded decisions of {top_k} experts for layer {layer}, got {ids.shape[-1]} experts"
             )
+        ids = ids.long()
         if ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= num_experts:
@@ -109,7 +110,7 @@ class Routing:
                     f"expected recorded experts between 0 and {num_experts - 1} for layer {layer}, got "
                     f"{low if low < 0 else high}"
                 )
-        return ids.flatten(0, 1).long()
+        return ids.flatten(0, 1)
 
     def record_layer(self, layer: int, router: Any, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """Records and counts one layer's decisions -> the ids to use, int64 [B T, K].

@@ -61,7 +61,7 @@ class RoutingRecord:
         """Returns this record with `later` behind it in each row: a prompt's and that of the tokens decoded after it.
 
         Raises:
-            ValueError: the layers or the rows differ.
+            ValueError: the layers, the rows or the numbers of experts differ.
         """
         if self.ids.keys() != later.ids.keys() or self.shape[0] != later.shape[0]:
             raise ValueError(
@@ -69,8 +69,14 @@ class RoutingRecord:
                 f"{later.shape[0]} rows"
             )
 
+        for layer, ids in self.ids.items():
+            if ids.shape[-1] != later.ids[layer].shape[-1]:
+                chosen = ids.shape[-1], later.ids[layer].shape[-1]
+                raise ValueError(f"expected as many experts a token in layer {layer}, got {chosen[0]} and {chosen[1]}")
+
         def join(first: dict[int, Tensor], second: dict[int, Tensor]) -> dict[int, Tensor]:
-            return {layer: torch.cat((first[layer], second[layer]), 1) for layer in first if layer in second}
+            both = {layer: (first[layer], second[layer].to(first[layer])) for layer in first if layer in second}
+            return {layer: torch.cat(pair, 1) for layer, pair in both.items()}
 
         valid = None
         if self.valid is not None or later.valid is not None:
@@ -117,6 +123,8 @@ def routing_agreement(first: RoutingRecord, second: RoutingRecord) -> Agreement:
     """
     if first.ids.keys() != second.ids.keys():
         raise ValueError(f"expected records of the same layers, got {sorted(first.ids)} and {sorted(second.ids)}")
+    if first.ids and first.shape != second.shape:
+        raise ValueError(f"expected records of the same tokens, got {list(first.shape)} and {list(second.shape)}")
     same, overlap, margin = {}, {}, {}
     for layer, ids in first.ids.items():
         other = second.ids[layer]

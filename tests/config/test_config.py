@@ -350,3 +350,55 @@ def test_yarn_factors_that_no_published_file_has():
     both = tiny.replace(rope_scaling=YARN | {"mscale": 2.0, "mscale_all_dim": 1.0}).yarn
     assert both.cos_sin_factor == pytest.approx((0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1), rel=ULPS)
     assert tiny.replace(rope_scaling=YARN | {"factor": 1, "mscale_all_dim": 1.0}).yarn.softmax_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": YARN | {"rope_type": "linear"}},
+            r"rope_type and type .* got 'linear' and 'yarn'",
+        ),
+        ({"rope_scaling": YARN | {"rope_type": "default"}}, "to be the same, got 'default' and 'yarn'"),
+        (
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 8}},
+            "rope_scaling and rope_parameters to be the same",
+        ),
+        ({"rope_scaling": {"rope_type": []}}, r"rope_scaling of type yarn, .*, got \[\]"),
+        ({"rope_scaling": {"type": {}}}, r"rope_scaling of type yarn, .*, got \{\}"),
+        ({"rope_scaling": {"factor": 40.0}}, "rope_scaling with a rope_type, got 'factor' without one"),
+        ({"rope_parameters": {"factor": 40.0, "rope_theta": 1e4}}, "with a rope_type, got 'factor' without one"),
+        ({"rope_scaling": {"type": 0}}, "rope_scaling of type yarn, .*, got 0"),
+        ({"num_experts": "8", "n_routed_experts": 8}, "n_routed_experts and num_experts to be the same, got 8 and '8'"),
+        ({"num_experts": 8.0, "n_routed_experts": 8}, "to be the same, got 8 and 8.0"),
+    ],
+)
+def test_two_names_of_one_thing_say_the_same(changes, message):
+    """One of them won in silence."""
+    base = DeepseekConfig.from_pretrained("tiny").to_dict() | {"n_routed_experts": 8, "rope_scaling": None}
+    with pytest.raises(ConfigError, match=message):
+        DeepseekConfig.from_dict(base | changes)
+
+
+def test_one_scaling_under_both_names():
+    base = DeepseekConfig.from_pretrained("tiny").to_dict() | {"rope_scaling": YARN | {"rope_type": "yarn"}}
+    theirs = {key: value for key, value in YARN.items() if key != "type"} | {"rope_type": "yarn"}
+    assert DeepseekConfig.from_dict(base | {"rope_parameters": theirs}).yarn == DeepseekConfig.from_dict(base).yarn
+
+
+@pytest.mark.parametrize("name", ["beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "attention_factor"])
+@pytest.mark.parametrize("value", [1e308, 1e200, 1e10, 5e-324])
+def test_scalings_that_float32_cannot_compute_with(name, value):
+    """YaRN's ramp and the softmax scale ended in OverflowError, "math domain error" or NaN logits."""
+    tiny = DeepseekConfig.from_pretrained("tiny")
+    if value < 1 and not name.startswith(("beta", "factor")):
+        assert tiny.replace(rope_scaling=YARN | {name: value}).softmax_scale > 0
+        return
+    with pytest.raises(ConfigError, match=rf"rope_scaling\['{name}'\] to be a (finite )?number"):
+        tiny.replace(rope_scaling=YARN | {name: value})
+
+
+@pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"])
+def test_numbers_that_float32_cannot_compute_with(name):
+    with pytest.raises(ConfigError, match=rf"expected {name} to be a number <= 1e\+15, got 1e\+308"):
+        DeepseekConfig.from_pretrained("tiny").replace(**{name: 1e308})

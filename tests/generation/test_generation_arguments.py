@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -152,9 +153,11 @@ def test_end_tokens_outside_the_vocabulary(lm, drafts):
     """Refused as an argument; those of a folder end no text, and a warning says so."""
     ids = tokens(lm.config, 1, 5)
     free = da.generate(lm, ids, max_new_tokens=3, eos_token_id=[])
-    for wrong in (61, -1, [3, 10**6], 2**62, np.array([61]), torch.tensor([-100])):
+    for wrong in (61, -1, [3, 10**6], 2**62, np.array([61]), torch.tensor([-100]), range(10**12)):
         with pytest.raises(ValueError, match="expected eos_token_id of the argument between 0 and 60, got"):
             da.generate(lm, ids, max_new_tokens=3, eos_token_id=wrong, mtp_depth=drafts)
+    with pytest.raises(ValueError, match="expected at most 1048576 eos_token_id, got more"):
+        da.generate(lm, ids, eos_token_id=itertools.repeat(1), mtp_depth=drafts)
     other = model(config("v3", num_nextn_predict_layers=1, eos_token_id=100))
     with pytest.warns(UserWarning, match=r"eos_token_id of config\.json between 0 and 60, got 100, which ends no text"):
         assert torch.equal(da.generate(other, ids, max_new_tokens=3, mtp_depth=drafts), free)

@@ -3,7 +3,9 @@
     PEER=$(mktemp -d)
     pip download transformers==5.23.0 --no-binary :all: --no-deps -d $PEER && tar -C $PEER -xzf $PEER/*.gz
     pip install parameterized
-    PEER_TESTS=$PEER/transformers-5.23.0 python -m pytest tests/hf/peer_suite.py -q
+    PEER_TESTS=$PEER/transformers-5.23.0 python -m pytest tests/hf/peer_suite.py -q -rs -o addopts=
+
+(`addopts` of this project wants every marker declared, and transformers' tests have their own.)
 
 Of the source distribution come the common model tests; the mixins for generation and exporters are not in it, and stand
 here as empty classes. `NOT_OURS` lists what fails, with the reason.
@@ -112,3 +114,11 @@ class TestV2(_Suite, unittest.TestCase):
 
 class TestGlm(_Suite, unittest.TestCase):
     kind = "glm"
+
+
+class TestV32(_Suite, unittest.TestCase):
+    kind = "v32"
+
+
+class TestGlm5(_Suite, unittest.TestCase):
+    kind = "glm-5"

@@ -9,11 +9,14 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
+from deepseek_arch.checkpoint import CheckpointError
 from deepseek_arch.checkpoint.files import staging
 from deepseek_arch.config.deepseek_config import ConfigError
+from deepseek_arch.hf import strict_loading
 from support import checkpoint_files as files
 from support import layouts, small_models
 
@@ -242,3 +245,26 @@ def test_fp8_codes_that_are_not_finite_are_named_on_loading(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match=rf"{name} has values that are not finite"):
         dhf.DeepseekForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("when", ["config", "weights", "end"])
+def test_a_folder_that_is_saved_to_meanwhile_is_refused(tmp_path, monkeypatch, when):
+    """Between its first file and its last, transformers would take some of each checkpoint."""
+    old, new = (small_models.model(small_models.config("v3"), seed=seed) for seed in (1, 2))
+    da.save(old, tmp_path / "model", max_shard_size="40KB")
+    place = {
+        "config": (strict_loading, "settle_files"),
+        "weights": (PreTrainedModel, "_load_pretrained_model"),
+        "end": (strict_loading, "warn_of_values"),
+    }[when]
+    real = getattr(*place)
+
+    def saving(*args, **kwargs):
+        da.save(new, tmp_path / "model", max_shard_size="30KB")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(*place, saving)
+    with pytest.raises(CheckpointError, match=r"changed while they were read .*config\.json"):
+        dhf.DeepseekForCausalLM.from_pretrained(tmp_path / "model")
+    monkeypatch.undo()
+    assert dhf.DeepseekForCausalLM.from_pretrained(tmp_path / "model") is not None

@@ -166,3 +166,20 @@ def test_records_that_hold_no_decisions_are_refused(lm):
     for decisions, message in wrong:
         with pytest.raises(ValueError, match=message):
             lm(ids, replay_routing=da.RoutingRecord(decisions))
+
+
+def test_records_are_compared_and_joined_only_if_they_fit(lm):
+    ids = tokens(lm.config, 1, 5)
+    good = lm(ids, record_routing=True).routing
+    unsigned = da.RoutingRecord({layer: each.to(torch.uint16) for layer, each in good.ids.items()})
+    assert torch.equal(lm(ids, replay_routing=unsigned).logits, lm(ids).logits)
+    assert da.routing_agreement(good, unsigned).same == {1: 1.0, 2: 1.0}
+    assert good.concat(unsigned).shape == (1, 10)
+    fewer = da.RoutingRecord({layer: each[..., :1] for layer, each in good.ids.items()})
+    for call in (da.routing_agreement, da.RoutingRecord.concat):
+        with pytest.raises(ValueError, match="expected"):
+            call(good, fewer)
+        with pytest.raises(ValueError, match="expected"):
+            call(good, da.RoutingRecord({1: 5, 2: 5}))
+    with pytest.raises(ValueError, match="replay_routing of layer 1 with values"):
+        lm(ids, replay_routing=good.to("meta"))

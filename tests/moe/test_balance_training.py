@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -156,3 +158,27 @@ def test_files_that_hold_no_loads(tmp_path, text, what):
     (tmp_path / "loads.json").write_text(text)
     with pytest.raises(ValueError, match=what):
         read_loads(tmp_path / "loads.json")
+
+
+@pytest.mark.parametrize("number", ["1e400", "1" + "0" * 400, "1e308", "-1", "NaN"])
+def test_numbers_that_no_load_can_be(tmp_path, number):
+    (tmp_path / "loads.json").write_text(f'{{"loads": {{"a": [1, {number}]}}}}')
+    with pytest.raises(ValueError, match="numbers of at least 0"):
+        read_loads(tmp_path / "loads.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_loads_are_read_from_files_alone(tmp_path):
+    """A FIFO would be waited for."""
+    os.mkfifo(tmp_path / "loads.json")
+    with pytest.raises(OSError, match="expected a regular file, got a FIFO"):
+        LoadHistory.load(tmp_path / "loads.json")
+
+
+def test_a_rate_leaves_biases_finite():
+    lm = model(config("v3"))
+    for rate in (1e31, 1e308):
+        with pytest.raises(ValueError, match="expected a finite rate >= 0, got"):
+            LoadBalancer(lm, rate=rate)
+        with pytest.raises(ValueError, match="expected a finite rate >= 0, got"):
+            LoadBalancer(lm, rate=lambda step, rate=rate: rate).step()

@@ -123,3 +123,13 @@ def test_arguments_of_other_types_are_named(tmp_path):
             call("model", tmp_path)
         with pytest.raises(ValueError, match="expected optimizer to be"):
             call(model, tmp_path, "adam")
+
+
+def test_a_module_without_tensors_is_no_checkpoint(tmp_path):
+    """PyTorch asked for a process group."""
+    for call in (da.save_sharded, da.load_sharded):
+        folder = tmp_path / call.__name__
+        if call is da.load_sharded:
+            da.save_sharded(torch.nn.Linear(2, 2), folder)
+        with pytest.raises(ValueError, match="expected a model with parameters, got ReLU without any"):
+            call(torch.nn.ReLU(), folder)

@@ -385,3 +385,12 @@ def test_what_a_sensitivity_report_cannot_be_made_of():
     for message, call in cases.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_rules_and_names_that_are_none():
+    for rules in ((1,), ("o_proj",), (None,)):
+        with pytest.raises(ValueError, match="expected rules to be FP8Rules, got"):
+            FP8Policy(rules)
+    for names in (range(10**12), ["a", 1], [None]):  # the first is not listed
+        with pytest.raises(ValueError, match=r"expected names of weights, got (0|1|None) among"):
+            V3_RECIPE.assign(names)

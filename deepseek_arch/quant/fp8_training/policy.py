@@ -7,7 +7,7 @@ matches stays in high precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -95,6 +95,11 @@ class FP8Policy:
 
     rules: tuple[FP8Rule, ...]
 
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if not isinstance(rule, FP8Rule):
+                raise ValueError(f"expected rules to be FP8Rules, got {shown(rule)}")
+
     @check_types
     def assign(self, names: Iterable[str]) -> dict[str, FP8Rule | None]:
         """The rule of every name, None where none matches.
@@ -102,9 +107,7 @@ class FP8Policy:
         Raises:
             ValueError: a required rule, or every rule that asks for FP8, matches none of the names.
         """
-        names = list(names)
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"expected names of weights, got {shown(names)}")
+        names = list(_weight_names(names))
         matched = {rule: [name for name in names if rule.matches(name)] for rule in self.rules}
         some = f"{len(names)} linear and expert weights, such as {names[:3]}"
         for rule, hits in matched.items():
@@ -132,6 +135,14 @@ class FP8Policy:
         """
         _check_keys("a policy", data, required={"rules"}, allowed={"rules"})
         return cls(tuple(_rule(entry) for entry in data["rules"]))
+
+
+def _weight_names(names: Iterable[object]) -> Iterator[str]:
+    """Yields the names; stops at the first that is none, however many follow."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"expected names of weights, got {shown(name)} among {shown(names)}")
+        yield name
 
 
 def _rule(data: Mapping[str, Any]) -> FP8Rule:
