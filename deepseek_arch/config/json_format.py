@@ -268,7 +268,7 @@ def _read_rope(data: dict[str, Any], problems: list[str]) -> None:
         problems.append(f"expected one rope_theta, got {given}")
     if given:
         data["rope_theta"] = next(iter(given.values()))
-    first, *others = [{**each, "type": rope_type(each), "rope_type": None} for each in scalings] or [{}]
-    if any(other != first for other in others):
+    first, *rest = [{**each, "type": rope_type(each), "rope_type": None} for each in scalings] or [{}]
+    if any(other != first for other in rest):
         problems.append(f"expected rope_scaling and rope_parameters to be the same, got {scalings!r:.400}")
     data["rope_scaling"] = scalings[0] if scalings else None

@@ -289,7 +289,8 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> list[str]:
     problems, least = [], {"factor": 1, "original_max_position_embeddings": 1}
     of_yarn = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor") if kind == "yarn" else ()
     for name in (*of_yarn, *least):
-        value, bound = scaling.get(name), least.get(name, 0)
+        value: Any = scaling.get(name)
+        bound = least.get(name, 0)
         if value is None and name != "factor":
             continue
         positive = name.startswith("beta")

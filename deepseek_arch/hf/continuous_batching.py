@@ -48,6 +48,8 @@ class PagedLatents:
 class PagedGenerationMixin(GenerationMixin):
     """Generation with continuous batching, in a cache of bounded size, that fails loudly."""
 
+    config: Any
+
     def init_continuous_batching(
         self,
         generation_config: Any = None,
@@ -103,13 +105,13 @@ class PagedGenerationMixin(GenerationMixin):
 
     def _check_pages(self, generation_config: Any) -> None:
         """Raises ValueError where continuous batching would fail later, or do something else than it is asked for."""
-        problem = None
+        problem, ranks = None, getattr(self, "tp_size", None) or 1
         if self.config.to_core().is_sparse_attention:
             problem = "sparse attention, whose indexer's keys transformers' paged cache has no place for"
         elif not _pages_take_halves():
             problem = "a version of transformers whose paged cache fits no latents (5.23 has one that does)"
-        elif (getattr(self, "tp_size", None) or 1) > 1:
-            problem = f"a model that is split over {self.tp_size} ranks"
+        elif ranks > 1:
+            problem = f"a model that is split over {ranks} ranks"
         elif getattr(generation_config or self.generation_config, "use_mtp", None):
             problem = "use_mtp=True, which it would ignore"
         if problem is not None:

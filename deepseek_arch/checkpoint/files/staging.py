@@ -165,7 +165,7 @@ def _read_journal(file: Path) -> dict[str, list[str]] | None:
     A folder may come from anywhere, and so may the journal in it.
     """
     swap = read_json(file) or {}
-    lists = [swap.get("new"), swap.get("leaving")]
+    lists: list[Any] = [swap.get("new"), swap.get("leaving")]
     if not all(isinstance(names, list) and all(map(_is_inside, names)) for names in lists):
         return None
     return {"new": lists[0], "leaving": lists[1]}
