@@ -17,6 +17,7 @@ from ..attention.key_selection import KeySelection
 from ..attention.masking import document_numbers
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.norm import RMSNorm
+from ..layers.offloaded import check_not_offloaded
 from ..layers.rope import RotaryEmbedding
 from ..models.outputs import TrunkOutput
 from ..moe.routing import Routing
@@ -87,7 +88,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, or outputs that would be recorded without
-                gradients, or a cache of something else than latents (prefix tuning).
+                gradients, or a cache of something else than latents (prefix tuning), or a parameter to be trained is
+                offloaded.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -97,6 +99,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 'set attn_implementation="eager"',
                 stacklevel=2,
             )
+        if self.training:
+            check_not_offloaded(self, (input_ids if inputs_embeds is None else inputs_embeds).device)
         self._check_recorded(kwargs)
         paged = kwargs.get("cache")  # of continuous batching, whose mask is causal although it says is_causal=False
         if paged is None and not getattr(self.config, "is_causal", True):

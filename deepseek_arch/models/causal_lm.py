@@ -14,6 +14,7 @@ from ..config.argument_types import as_integer, check_types, shown
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
+from ..layers.offloaded import check_not_offloaded
 from ..layers.rope import Rotation
 from ..layers.unreached import connect
 from ..moe.balance_loss import BalanceLoss
@@ -209,7 +210,8 @@ class DeepseekLM(nn.Module):
                 positions; `hidden_states` is then the input of the next module, and no other argument counts.
 
         Raises:
-            ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
+            ValueError: shapes, token ids, the cache or the recorded decisions do not fit, or a parameter to be trained
+                is offloaded.
         """
         if mtp_step is not None:
             return self._mtp_output(mtp_step, logits_to_keep, return_logits)
@@ -222,6 +224,8 @@ class DeepseekLM(nn.Module):
         if labels is not None:
             labels = self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(tokens, Tensor) and self.training:
+            check_not_offloaded(self, tokens.device)
         routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
         main: TrunkOutput = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, routing, selection
