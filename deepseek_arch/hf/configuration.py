@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
@@ -82,6 +83,20 @@ class ArchConfig(PreTrainedConfig):
             raise ConfigError(f"expected quantization_config to be a mapping from names, got {quantization!r}")
         elif isinstance(quantization, dict) and quantization.get("quant_method") == PUBLISHED_METHOD:
             self.quantization_config = {**quantization, "quant_method": FP8_METHOD}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`.
+
+        Raises:
+            ConfigError: a field has the wrong type.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            fields = {**config_dict, **{name: kwargs[name] for name in kwargs.keys() & config_dict.keys()}}
+            DeepseekConfig.from_dict({"model_type": cls.model_type, **fields})  # says it as everywhere else
+            raise ConfigError(f"expected fields of a config, got one of a wrong type: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the published `config.json` layout: its class names, and the rope fields in their older form too."""
@@ -217,8 +232,10 @@ def as_arch_config(config: PreTrainedConfig | DeepseekConfig) -> ArchConfig:
         return config
     if not isinstance(config, PreTrainedConfig | DeepseekConfig):
         raise ValueError(f"expected a transformers config or a DeepseekConfig, got {type(config).__name__}")
-    own = config_class(config.model_type)
-    return own.from_dict(config.to_dict())
+    fields = config.to_dict()
+    if isinstance(config, DeepseekConfig):  # has none where the native classes have defaults
+        fields = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **fields}
+    return config_class(config.model_type).from_dict(fields)
 
 
 def core_config(config: ArchConfig) -> DeepseekConfig:

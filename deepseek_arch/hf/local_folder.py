@@ -14,6 +14,8 @@ from transformers import FineGrainedFP8Config
 from ..checkpoint.files.shards import GENERATION_CONFIG_NAME, INDEX_NAME, Shards
 from ..checkpoint.files.staging import CONFIG_NAME
 from ..checkpoint.problems import CheckpointError, Problem, ProblemKind
+from ..config.argument_types import shown
+from ..config.json_format import MOST_JSON, parse_json
 from ..config.regular_file import PinnedFiles, open_regular
 from .fp8_config import FP8_METHOD, DeepseekFP8Config
 
@@ -58,13 +60,17 @@ def settle_files(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
 
     Raises:
         OSError: a shard is a FIFO, a socket or a device, for which transformers would wait for ever.
+        ValueError: generation_config.json is no JSON object, or has end tokens that are none; transformers would skip
+            it, or fail when it generates.
 
     Warns:
         UserWarning: other safetensors files of the folder are not read.
     """
     if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         return config
-    _check_files(Path(source, kwargs.get("subfolder") or ""))
+    folder = Path(source, kwargs.get("subfolder") or "")
+    _check_files(folder)
+    _check_generation_config(folder)
     if any(kwargs.get(name) for name in _LOCATED_OTHERWISE):
         return config
     problems: list[Problem] = []  # of files that cannot be read: transformers finds them again
@@ -92,6 +98,20 @@ def _check_files(folder: Path) -> None:
     for name in Shards(PinnedFiles(folder), []).shards:
         with contextlib.suppress(FileNotFoundError):  # transformers names what is missing
             open_regular(folder / name).close()
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Raises ValueError for a generation_config.json that `checkpoint.load` refuses, or whose tokens are none."""
+    try:
+        data = PinnedFiles(folder).read(GENERATION_CONFIG_NAME, MOST_JSON)
+        fields = {} if data is None else parse_json(data.decode("utf-8"))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = fields.get(name)
+            several = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if value is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in several):
+                raise ValueError(f"{name} {shown(value)}")
+    except ValueError as error:
+        raise ValueError(f"expected a generation config in {folder / GENERATION_CONFIG_NAME}, got {error}") from None
 
 
 def _says_fp8(config: Any) -> bool:

@@ -17,6 +17,7 @@ from ..attention.key_selection import KeySelection
 from ..attention.masking import document_numbers
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.norm import RMSNorm
+from ..layers.offloaded import check_not_offloaded
 from ..layers.rope import RotaryEmbedding
 from ..models.outputs import TrunkOutput
 from ..moe.routing import Routing
@@ -88,7 +89,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         Raises:
             ValueError: ids, embeddings, the mask, positions or the cache do not fit; outputs would be recorded without
-                gradients, or a cache of something else than latents (prefix tuning).
+                gradients, or a cache of something else than latents (prefix tuning), or a
+                parameter to be trained is offloaded.
         """
         input_ids = checked_ids(self, input_ids, inputs_embeds)
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
@@ -97,6 +99,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 'set attn_implementation="eager"',
                 stacklevel=2,
             )
+        if self.training:
+            check_not_offloaded(self, (input_ids if inputs_embeds is None else inputs_embeds).device)
         self._check_recorded(kwargs)
         paged = kwargs.get("cache")  # of continuous batching, whose mask is causal although it says is_causal=False
         if paged is None and not getattr(self.config, "is_causal", True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,25 @@ class Linear(nn.Linear):
     def takes_fp8(self, device: torch.device) -> bool:
         """Returns True if activations on this device become FP8 for the product, so that `QuantizedRows` may come."""
         return False
+
+    @property
+    def qconfig(self) -> Any:
+        """Nothing: the setting by which torch.ao.quantization converts a layer.
+
+        It finds layers by their exact class, sets None for all others, and would leave this one as it is in silence.
+        """
+        raise AttributeError(f"{type(self).__name__!r} has no 'qconfig'")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        instead = "use torchao's quantize_, bitsandbytes, or this package's FP8"
+        if value is not None:
+            raise ValueError(f"expected no qconfig, got {value}: torch.ao.quantization cannot convert it; {instead}")
+        warnings.warn(
+            f"torch.ao.quantization converts no {type(self).__name__} of deepseek_arch, which is left as it is: "
+            f"{instead}",
+            stacklevel=2,
+        )
 
 
 class Embedding(nn.Embedding):

@@ -14,6 +14,7 @@ from ..config.argument_types import check_types, shown
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
+from ..layers.offloaded import check_not_offloaded
 from ..layers.rope import Rotation
 from ..layers.unreached import connect
 from ..moe.balance_loss import BalanceLoss
@@ -210,7 +211,8 @@ class DeepseekLM(nn.Module):
                 positions; `hidden_states` is then the input of the next module, and no other argument counts.
 
         Raises:
-            ValueError: shapes, token ids, the cache or the recorded decisions do not fit.
+            ValueError: shapes, token ids, the cache or the recorded decisions do not fit, or a parameter to be trained
+                is offloaded.
         """
         if mtp_step is not None:
             return self._mtp_output(mtp_step, logits_to_keep, return_logits)
@@ -223,6 +225,8 @@ class DeepseekLM(nn.Module):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
         if labels is not None:
             labels = check_labels(labels, tokens, self.config.vocab_size)
+        if isinstance(tokens, Tensor) and self.training:
+            check_not_offloaded(self, tokens.device)
         routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
         main: TrunkOutput = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, routing, selection

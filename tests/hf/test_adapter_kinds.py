@@ -24,6 +24,7 @@ KINDS = {
     "LoKr": peft.LoKrConfig(r=2, target_modules=TARGETS, init_weights=False),
     "VeRA": peft.VeraConfig(r=2, target_modules=["o_proj"]),
     "HRA": peft.HRAConfig(r=2, target_modules=TARGETS, init_weights=False),
+    "BOFT": peft.BOFTConfig(boft_block_size=2, target_modules=TARGETS, init_weights=False),
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm", "kv_a_layernorm"]),
     "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),

@@ -139,3 +139,20 @@ def test_an_offloaded_model_decodes_and_passes_gradients_on(kind, where, tmp_pat
         each(inputs_embeds=embeddings).logits.square().sum().backward()
         gradients.append(embeddings.grad)
     assert error(gradients[1], gradients[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["core", "hf"])
+def test_training_offloaded_parameters_is_refused_and_frozen_ones_pass_gradients_on(kind):
+    """The gradients go to copies that are gone after the forward pass; natively nothing says so."""
+    accelerate = pytest.importorskip("accelerate")
+    model = made(kind).train()
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    with pytest.raises(ValueError, match=r"expected parameters in memory in training, got an offloaded one \(.*embed"):
+        model(IDS, labels=IDS)
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+    model.requires_grad_(False)
+    if kind == "hf":
+        embeddings = made(kind).model.embed_tokens(IDS).detach().requires_grad_(True)
+        model(inputs_embeds=embeddings).logits.square().sum().backward()
+        assert embeddings.grad.abs().sum() > 0
