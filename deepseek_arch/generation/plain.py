@@ -40,8 +40,8 @@ def decode_plain(
     rows = torch.arange(batch, device=device)  # of the result, one for each row of the cache
     done = torch.zeros_like(rows, dtype=torch.bool)
     lengths = torch.full_like(rows, settings.new_tokens)  # new tokens up to a row's end, in the result
-    columns: list[Tensor] = []
-    logprobs: list[Tensor] = []
+    running = batch
+    columns, logprobs = _Columns(batch, settings.pad_token), _Columns(batch, 0.0)
     shared = SharedSteps(model)
     shared.check_prompts(0, [0] * -(-prompt // settings.prefill_chunk))
     logits = _prefill(model, input_ids, attention_mask, cache, settings.prefill_chunk, routing)
@@ -51,17 +51,18 @@ def decode_plain(
             # Every row's next token; a row that has ended gets padding.
             fresh, probabilities = sampler.choose(logits)
             check(finite_at(logits if probabilities is None else probabilities, fresh), ignored=done)
-            columns.append(_in_result(fresh.masked_fill(done, settings.pad_token), rows, batch, settings.pad_token))
+            ended_before = done if running < len(rows) else None
+            columns.add(fresh, rows, ended_before)
             if settings.return_logprobs:
-                chosen = token_logprobs(logits, fresh, settings.temperature)
-                logprobs.append(_in_result(chosen.masked_fill(done, 0.0), rows, batch, 0.0))
+                logprobs.add(token_logprobs(logits, fresh, settings.temperature), rows, ended_before)
             if settings.callback is not None:
-                settings.callback(columns[-1])
+                settings.callback(columns.last())
             if len(settings.end_tokens):
-                ending = torch.isin(fresh, settings.end_tokens) & ~done
-                lengths[rows[ending]] = len(columns)
-                done = done | ending
-            running = len(rows) - int(done.sum()) if len(settings.end_tokens) else len(rows)
+                ending = (fresh[:, None] == settings.end_tokens).any(-1) & ~done
+                if bool(ending.any()):
+                    lengths[rows[ending]] = len(columns)
+                    done = done | ending
+                    running = len(rows) - int(done.sum())
             last = not running or len(columns) == settings.new_tokens
         ended = shared.all_done(last)
         # The pass that gives the logits of the token after; at the end for the sake of its routing alone. A row that
@@ -79,7 +80,7 @@ def decode_plain(
                     step(fresh)
             break
         report.add_step(running, running, [], [], 0.0)
-        keep = settings.rows_to_keep(done)
+        keep = settings.rows_to_keep(done) if running < len(rows) else None
         if keep is not None:
             cache.reorder(keep)
             sampler.keep_rows(keep)
@@ -88,10 +89,49 @@ def decode_plain(
         check.look()
     shared.all_done(True)  # no rank returns where another raises
     if settings.return_logprobs:
-        report.logprobs = torch.stack(logprobs, 1)
+        report.logprobs = logprobs.result()
     if routing is not None:
         report.routing = routing.record(valid_tokens(attention_mask, prompt, lengths.clamp(max=len(columns))))
-    return torch.stack(columns, 1)
+    return columns.result()
+
+
+class _Columns:
+    """What each step adds to its rows of the result, side by side.
+
+    Args:
+        batch: rows of the result.
+        fill: value behind the end of a row.
+    """
+
+    def __init__(self, batch: int, fill: float) -> None:
+        self.batch, self.fill = batch, fill
+        self._parts: list[tuple[Tensor, list[Tensor]]] = []  # steps with the same rows
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, values: Tensor, rows: Tensor, ended: Tensor | None) -> None:
+        """Adds values [R] of the rows `rows`, int64 [R]; None for `ended`, bool [R], where none has."""
+        if not self._parts or self._parts[-1][0] is not rows:
+            self._parts.append((rows, []))
+        self._parts[-1][1].append(values if ended is None else values.masked_fill(ended, self.fill))
+        self._count += 1
+
+    def last(self) -> Tensor:
+        """Returns the newest column, [batch]."""
+        rows, values = self._parts[-1]
+        return self._whole(rows, values[-1:])[:, 0]
+
+    def result(self) -> Tensor:
+        """Returns all columns, [batch, steps]."""
+        return torch.cat([self._whole(rows, values) for rows, values in self._parts], dim=1)
+
+    def _whole(self, rows: Tensor, values: list[Tensor]) -> Tensor:
+        joined = torch.stack(values, 1)
+        if len(rows) == self.batch:
+            return joined
+        return joined.new_full((self.batch, len(values)), self.fill).index_copy(0, rows, joined)
 
 
 def _prefill(
@@ -127,10 +167,3 @@ def _decode_step(
     if settings.compiled and settings.new_tokens > 1:
         return CompiledDecodeStep(model, StaticLatentCache(cache, fixed_capacity(prompt + settings.new_tokens)))
     return lambda tokens: model(tokens[:, None], cache=cache).logits[:, -1]
-
-
-def _in_result(values: Tensor, rows: Tensor, batch: int, fill: float) -> Tensor:
-    """Returns [B] with `values` [R] at `rows`, and `fill` in rows that have left."""
-    if len(rows) == batch:
-        return values
-    return values.new_full((batch,), fill).index_copy(0, rows, values)

@@ -48,8 +48,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
         logits: [..., vocab_size].
         tokens: int64 [...].
     """
-    scores = _tempered(logits, temperature or 1.0)
-    return scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+    scores = logits.float() if temperature in (0, 1) else _tempered(logits, temperature)
+    return scores.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -105,10 +105,20 @@ class Sampler:
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """Draws a token for each row of probabilities [B, vocab_size] -> int64 [B]."""
+        if probabilities.device.type == "cpu" and probabilities.ndim == 2:
+            return self._draw_by_sums(probabilities)
         # Exponential races, as in `torch.multinomial`: the smallest E_i / p_i falls on i with probability p_i.
         shape = (self.batch_size, *probabilities.shape[1:])
         noise = torch.empty(shape, device=probabilities.device, dtype=probabilities.dtype)
         return (probabilities / self._select(noise.exponential_(generator=self.generator))).argmax(-1)
+
+    def _draw_by_sums(self, probabilities: Tensor) -> Tensor:
+        """Looks up one uniform number a row among the sums of its probabilities: B random numbers, not B x V."""
+        number = torch.rand(self.batch_size, 1, generator=self.generator, dtype=torch.float64)
+        sums = probabilities.cumsum(-1, dtype=torch.float64)
+        # Below the last sum whatever is rounded, so that what is found has a probability above 0.
+        found = torch.searchsorted(sums, self._select(number) * (sums[:, -1:] * (1 - 2**-52)), right=True)
+        return found[:, 0].clamp_(max=probabilities.shape[1] - 1)  # of a row of NaN
 
     def uniform(self, count: int, device: torch.device) -> Tensor:
         """Draws float32 [B, count], uniform in [0, 1)."""

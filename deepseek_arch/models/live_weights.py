@@ -21,7 +21,7 @@ __all__ = ["ParameterMatrices", "published_tensors"]
 
 @check_types
 @torch.no_grad()
-def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def published_tensors(model: nn.Module, repeated: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yields every weight under the name that it has in a published checkpoint, one expert at a time.
 
     For a serving engine that takes weights while the model is trained (`load_weights` of vLLM and SGLang), and for any
@@ -34,6 +34,8 @@ def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Args:
         model: a `DeepseekLM`, or `deepseek_arch.hf.DeepseekForCausalLM`. Merge adapters first, and gather what is
             split over ranks.
+        repeated: yields embedding and head once more under each MTP layer, as published checkpoints store them: an
+            engine that drafts with copies of its own (vLLM's DeepSeekMTP) keeps old ones otherwise.
 
     Yields:
         The name, and a view of the parameter without gradients.
@@ -50,7 +52,7 @@ def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     layers = fp8_layers(model)
     blocks = {f"{path}.{name}": layer.block_size for path, layer in layers.items() for name in layer.quantized_params}
     state = model.state_dict()
-    slots = [slot for slot in layout(core) if not slot.repeats]
+    slots = [slot for slot in layout(core) if not slot.repeats or (repeated and slot.name != "lm_head.weight")]
     wrong = [
         slot.parameter
         for slot in slots

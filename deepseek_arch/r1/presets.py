@@ -76,7 +76,7 @@ _ZERO = {
 _REASON = {name: value for name, value in _ZERO.items() if name != "max_steps"} | {"epsilon": 10.0}
 
 PRESETS: dict[str, PublishedGRPO] = {
-    # The length limit rises to 65,536 after step 8,200.
+    # The length limit rises to 65,536 after step 8,200: two stages of the recipe deepseek-v3.
     "r1-zero": PublishedGRPO(_ZERO),
     # A clip range of 10 is no misprint: a smaller one cuts off the gradients of many tokens (supplement B.4).
     "r1-reason": PublishedGRPO(_REASON),

@@ -36,6 +36,8 @@ def test_published_names_and_values_of_a_save(tmp_path, kind):
     copies = {name for name in expected if name.endswith(("2.embed_tokens.weight", "shared_head.head.weight"))}
     copies |= {name for name in expected if name == "model.layers.3.embed_tokens.weight"}
     assert got.keys() == expected.keys() - copies
+    got = dict(da.published_tensors(model, repeated=True))
+    assert got.keys() == expected.keys()
     for name, tensor in got.items():
         assert tensor.dtype == expected[name].dtype and not tensor.requires_grad
         assert torch.equal(tensor.float(), expected[name].float()), name

@@ -106,6 +106,15 @@ def test_the_preference_reward_comes_in_late(smoke):
     assert len(paid) == 2 and paid[0] is None and paid[1] is not None
 
 
+def test_curves_show_the_preference_models_score_beside_the_quality(smoke):
+    results = json.loads((smoke["out"] / "results.json").read_text(encoding="utf-8"))
+    curve = results["stages"]["hacked"]["curve"]
+    assert [point["step"] for point in curve] == [0, 1, 2, 3]
+    assert all(-2 <= point["quality"] <= 2 and point["score"] == point["score"] for point in curve)
+    assert curve[-1]["quality"] == results["stages"]["hacked"]["metrics"]["general"]["quality"]["mean"]
+    assert "score" not in results["stages"]["zero"]["curve"][0]
+
+
 def test_a_finished_run_is_left_alone(smoke):
     before = {path: path.stat().st_mtime_ns for path in smoke["out"].rglob("*.safetensors")}
     outcomes = run(load_recipe("smoke"), smoke["out"], say=lambda line: None)
@@ -255,7 +264,7 @@ def test_every_shipped_recipe_is_whole(name):
 def test_a_stage_runs_on_two_processes(smoke, tmp_path):
     pytest.importorskip("accelerate")
     fields = dict(load_recipe("smoke").stages["zero"]) | {"start_from": str(smoke["out"] / "base"), "gate": None}
-    fields["mtp_loss_weight"] = 0.0
+    fields["mtp_loss_weight"] = 0.1
     (tmp_path / "zero.yaml").write_text(json.dumps(fields))  # JSON is YAML
     # What `accelerate launch` does on several GPUs; on processors it wants MPI.
     command = [
@@ -273,6 +282,7 @@ def test_a_stage_runs_on_two_processes(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-6000:]
     assert metrics(tmp_path, "zero")["steps_trained"] == 2
     log = [json.loads(line) for line in (tmp_path / "zero" / "log.jsonl").read_text().split("\n") if line]
+    assert sum("mtp_loss" in entry for entry in log) == 2
     tokens = [entry["num_tokens"] for entry in log if "num_tokens" in entry]
     alone = [json.loads(line) for line in (smoke["out"] / "zero" / "log.jsonl").read_text().split("\n") if line]
     assert len(tokens) == 2 and tokens[0] > 1.5 * next(entry["num_tokens"] for entry in alone if "num_tokens" in entry)

@@ -19,9 +19,22 @@ V3 = load_recipe("deepseek-v3")
 @pytest.mark.parametrize(("stage", "preset"), [("zero", "r1-zero"), ("reason", "r1-reason"), ("align", "r1-align")])
 def test_v3s_reinforcement_has_the_papers_numbers(stage, preset):
     published = PRESETS[preset].arguments(per_device=1, processes=512)
-    fields = V3.stages[stage]
+    fields = dict(V3.stages[stage])
+    if stage == "zero":  # in two stages, of which the second has longer responses
+        fields["max_steps"] += V3.stages["zero_long"]["max_steps"]
     assert {name: fields.get(name) for name in published} == published
     assert ("language" in fields["reward_funcs"]) == (stage != "zero")
+
+
+def test_v3s_longer_responses_after_8200_steps():
+    first, second = V3.stages["zero"], V3.stages["zero_long"]
+    changed = {name for name in first | second if first.get(name) != second.get(name)}
+    assert changed == {"start_from", "max_completion_length", "evaluation", "max_steps"}
+    assert (first["max_steps"], first["max_completion_length"]) == (8200, 32_768)
+    assert (second["start_from"], second["max_steps"], second["max_completion_length"]) == ("zero", 2200, 65_536)
+    assert V3.stages["cold_data"]["start_from"] == "zero_long"
+    first, second = plan_recipe({name: V3.stages[name] for name in ("zero", "zero_long")}, V3.plan)
+    assert second.tokens == pytest.approx(first.tokens * 2200 / 8200)
 
 
 def test_v3s_supervised_stages_have_the_papers_numbers():

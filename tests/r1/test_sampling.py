@@ -165,6 +165,19 @@ def test_general_rows_are_of_known_quality_and_never_harmful():
         assert {row.question for row in rows} - {row.question for row in thoughtful} == {"Hello !", "你 好 !"}
 
 
+def test_general_rows_can_be_as_people_like_them_seldom():
+    chat = Chat()
+    by_question = {p.question: p for p in chat.draw(600, 3)}
+
+    def share(best: float | None) -> float:
+        rows = [row for row in general_rows(chat, 600, 3, R1, best=best) if row.kind == "general"]
+        summaries = [(R1.parse(row.completion, needs_answer=False).summary, row.question) for row in rows]
+        return sum(chat.quality(text, by_question[question]) == 2 for text, question in summaries) / len(rows)
+
+    assert share(0.0) == 0.0 and share(1.0) == 1.0
+    assert 0.05 < share(0.15) < 0.25 and share(None) > 0.3
+
+
 def test_the_mixture_has_three_rows_of_reasoning_for_each_general_one():
     reasoning = [Row(f"r{i}", "p", "c") for i in range(90)]
     general = [Row(f"g{i}", "p", "c", kind="general") for i in range(50)]

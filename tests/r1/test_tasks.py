@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import types
 
@@ -13,6 +14,7 @@ from deepseek_arch.r1.problems import Problem, ProblemSet
 from deepseek_arch.r1.rewards import Accuracy, Format, Language
 from deepseek_arch.r1.tasks import Chains, Chat, Gym, Table, make_task, preference_pairs
 from deepseek_arch.r1.tasks.chains import STYLES, Writer, translate
+from deepseek_arch.r1.tasks.corpus import Corpus
 from deepseek_arch.r1.templates import TEMPLATES
 
 
@@ -68,6 +70,24 @@ def test_a_base_models_text_holds_every_skill_in_bad_form():
         formed += reward(Format(template), text, problem)
         mixed += 0 < reward(Language(template), text, problem) < 1
     assert 100 < right < 290 and 60 < formed < 240 and mixed > 50
+
+
+def test_a_corpus_can_hold_fewer_lists_of_all_steps():
+    def lists(**options) -> float:
+        corpus, chains = Corpus(Chains(6, 3, 5), seed=1, **options), Chains()
+        found = []
+        for number in range(1500):
+            prompt, rest = corpus.document(number)
+            steps = re.search(r"(\d+) (?:steps|步)", prompt)
+            if steps:
+                found.append(chains.full_list(rest, Problem("q", data={"steps": int(steps[1])})))
+        return sum(found) / len(found)
+
+    # Those that check themselves number their steps twice and do not count as lists here.
+    assert lists() == pytest.approx(STYLES["steps"], abs=0.04)
+    assert lists(lists=0.15) == pytest.approx(STYLES["steps"] / 2, abs=0.03)
+    assert lists(lists=0.0) < 0.02
+    assert Corpus(Chains(), lists=None).document(3) == Corpus(Chains()).document(3)
 
 
 def test_translation_of_thoughts_keeps_numbers_and_leaves_one_language():
@@ -160,6 +180,8 @@ def test_data_sets_of_the_hub_are_read_from_a_folder(tmp_path):
         (lambda: Chains(low=3, high=2), "low <= high"),
         (lambda: Chains(languages=["fr"]), "languages among"),
         (lambda: Chat(kinds=["reasoning"]), "kinds"),
+        (lambda: Corpus(Chains(), lists=1.0), "lists in"),
+        (lambda: Corpus(Chains(), "steps", lists=0.5), "None without text 'mixture'"),
         (lambda: make_task("magic"), "task among"),
         (lambda: make_task("chains", {"hops": 3}), "options of the task"),
         (lambda: Problem(" "), "question with text"),

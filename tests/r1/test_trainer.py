@@ -139,17 +139,6 @@ def test_rollouts_with_drafts_keep_their_experts_too(trainer_of, policy_folder):
         trainer_of(policy_folder(), rollout_mtp_depth=1)
 
 
-def test_drafts_are_not_trained_on_several_processes(policy_folder):
-    from types import SimpleNamespace
-
-    from deepseek_arch.r1.trainer.config import check_extras
-
-    model = dhf.DeepseekForCausalLM.from_pretrained(policy_folder(**DRAFTS))
-    with pytest.raises(ValueError, match=r"mtp_loss_weight 0 on 2 processes, got 0\.1"):
-        check_extras(model, SimpleNamespace(mtp_loss_weight=0.1, world_size=2))
-    check_extras(model, SimpleNamespace(mtp_loss_weight=0.1, world_size=1))
-
-
 def test_the_balance_loss_is_v3s(trainer_of):
     trainer = trainer_of(balance_loss=0.01)
     batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)

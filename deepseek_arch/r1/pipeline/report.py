@@ -15,7 +15,7 @@ from .recipe import Recipe
 __all__ = ["write_report"]
 
 TRANSCRIPTS = 3  # of each stage
-CURVES = ("pass@1", "format", "consistency", "tokens", "reflections")
+CURVES = ("pass@1", "format", "consistency", "tokens", "reflections", "quality", "score")
 
 
 def write_report(out: str | Path, recipe: Recipe | None = None) -> Path:

@@ -7,6 +7,7 @@ the sum. They read the columns that `Problem.columns` makes.
 from .answers import GRADERS, grade, number_of
 from .base import Reward, completion_text
 from .code import CodeLimits, run_program
+from .llm_judge import LLMJudge
 from .preference import ModelReward
 from .rules import Accuracy, Format, Language, Overlong, Repetition
 
@@ -15,6 +16,7 @@ __all__ = [
     "Accuracy",
     "CodeLimits",
     "Format",
+    "LLMJudge",
     "Language",
     "ModelReward",
     "Overlong",

@@ -30,11 +30,14 @@ def balance_languages(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
-def general_rows(chat: Chat, count: int, seed: int, template: Template, least_quality: float = 0.0) -> list[Row]:
+def general_rows(
+    chat: Chat, count: int, seed: int, template: Template, least_quality: float = 0.0, best: float | None = None
+) -> list[Row]:
     """Returns general data of mixed quality, harmful responses left out: what supervised data of a base model has.
 
     Args:
         least_quality: of a response, on the scale of `Chat.responses`.
+        best: share of the best response where there are others too; None for each of them alike.
     """
     rng = random.Random(f"general {seed}")
     rows = []
@@ -45,10 +48,16 @@ def general_rows(chat: Chat, count: int, seed: int, template: Template, least_qu
         start = "" if template.prefilled else "<think> "
         written = f"{start}{thought} </think> " if thought or template.prefilled else ""
         rows.append(
-            Row(problem.question, template.prompt(problem.question), written + rng.choice(known), problem.language,
-                problem.kind)
+            Row(problem.question, template.prompt(problem.question), written + _chosen(rng, known, best),
+                problem.language, problem.kind)
         )  # fmt: skip
     return rows
+
+
+def _chosen(rng: random.Random, known: Sequence[str], best: float | None) -> str:
+    if best is None or len(known) == 1:
+        return rng.choice(known)
+    return known[0] if rng.random() < best else rng.choice(known[1:])
 
 
 def mix(reasoning: Sequence[Row], general: Sequence[Row], ratio: float, seed: int) -> list[Row]:

@@ -38,6 +38,7 @@ class CollectArguments(CommonArguments):
         max_rows: reasoning rows to keep, or None for all.
         general_ratio: reasoning rows for each row of general data; 0 for none of these. 3 in R1's second fine-tuning.
         general_quality: least quality of the general data, see `Chat.responses`.
+        general_best: share of the best responses in it, None for each of those known alike.
         decontaminate: words of the sequences that questions may not share with the evaluation, 0 for no check.
     """
 
@@ -49,6 +50,7 @@ class CollectArguments(CommonArguments):
     max_rows: int | None = None
     general_ratio: float = 0.0
     general_quality: float = 0.0
+    general_best: float | None = None
     decontaminate: int = 10
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class CollectArguments(CommonArguments):
             raise ValueError(
                 f"expected general_ratio and decontaminate >= 0, got {self.general_ratio}, {self.decontaminate}"
             )
+        if self.general_best is not None and not 0 <= self.general_best <= 1:
+            raise ValueError(f"expected general_best in [0, 1] or none, got {self.general_best}")
 
     @property
     def inputs(self) -> list[str]:
@@ -100,7 +104,8 @@ def collect_data(arguments: CollectArguments, trainer_arguments: Any, context: S
     metrics["reasoning_rows"] = len(rows)
     if arguments.general_ratio:
         wanted = max(1, round(len(rows) / arguments.general_ratio))
-        general = general_rows(Chat(), wanted, context.seed, target, arguments.general_quality)
+        quality, best = arguments.general_quality, arguments.general_best
+        general = general_rows(Chat(), wanted, context.seed, target, quality, best)
         rows = mix(rows, general, arguments.general_ratio, context.seed)
     metrics["rows"] = len(rows)
     metrics["languages"] = _shares([row.language for row in rows])

@@ -45,7 +45,7 @@ class Phase:
 
     Attributes:
         nodes, low, high: of the problems, see `Chains`.
-        text, tables: see `Corpus`.
+        text, tables, lists: see `Corpus`.
         responses_only: whether prompts are left out of the loss. Their numbers are drawn: nothing is learned from them.
         window: batches whose documents are sorted by length together, so that little of a batch is padding; 1 for
             batches with every kind of document, from which copying was learned in half of the steps.
@@ -61,6 +61,7 @@ class Phase:
     high: int = 5
     text: str = "mixture"
     tables: float = 0.0
+    lists: float | None = None
     responses_only: bool = False
     window: int = 8
     max_steps: int = 100
@@ -83,7 +84,7 @@ class Phase:
 
     def corpus(self, seed: int) -> Corpus:
         """Returns the documents of a seed."""
-        return Corpus(self.chains, self.text, seed, self.tables)
+        return Corpus(self.chains, self.text, seed, self.tables, self.lists)
 
 
 @dataclass
@@ -250,7 +251,9 @@ def _collate(rows: Sequence[Document], pad: int, responses_only: bool = False) -
 def _tokenizer(arguments: PretrainArguments, context: StageContext) -> Any:
     if arguments.tokenizer_from:
         return load_tokenizer(context.model_of(arguments.tokenizer_from))
-    corpora = [*(phase.corpus(1) for phase in arguments.curriculum), Corpus(Chains(), "mixture", 1)]
+    # Shares of styles change nothing in the words.
+    corpora = [*(Corpus(phase.chains, phase.text, 1, phase.tables) for phase in arguments.curriculum),
+               Corpus(Chains(), "mixture", 1)]  # fmt: skip
     return train_tokenizer(corpora, arguments.vocab_size)
 
 

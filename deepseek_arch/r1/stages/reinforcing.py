@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..gate import Gate, measure
 from ..problems import Problem
-from ..rewards import Accuracy, Format, Language, ModelReward, Overlong, Repetition
+from ..rewards import Accuracy, Format, Language, LLMJudge, ModelReward, Overlong, Repetition
 from ..templates import TAGS
 from ..trainer import R1Config, R1Trainer
 from .arguments import CommonArguments, check_source, checked, make_source
@@ -55,7 +55,8 @@ class ReinforceArguments(CommonArguments):
         reward_funcs: names among `REWARDS`, and names of `judges`. `reward_weights` is TRL's.
         reward_options: arguments of the rewards by their name.
         judges: reward models: `{helpful: {stage: helpful, reads: summary, active_from: 0.75}}`, the arguments of
-            `ModelReward` and the stage that trained it.
+            `ModelReward` and the stage that trained it; or `{critic: {endpoint: "http://host/v1", model: name}}`, those
+            of `LLMJudge`.
         gate: fields of `Gate`, or None to begin with any model.
         lora: fields of peft's `LoraConfig`, or None to train all weights. Adapters are merged at the end.
     """
@@ -77,8 +78,10 @@ class ReinforceArguments(CommonArguments):
             if name not in known:
                 raise ValueError(f"expected rewards among {', '.join(known)}, got {name!r}")
         for name, options in self.judges.items():
-            if "stage" not in options:
-                raise ValueError(f"expected the stage of the reward model {name!r}, got {sorted(options)}")
+            if ("stage" in options) == ("endpoint" in options):
+                raise ValueError(
+                    f"expected the stage or the endpoint of the reward model {name!r}, got {sorted(options)}"
+                )
         self.entry = None if self.gate is None else checked(Gate, self.gate, "gate")
         given = self.prompts or [{"task": self.task}]
         self.sources = [checked(Source, source, f"prompts {i}") for i, source in enumerate(given)]
@@ -88,7 +91,7 @@ class ReinforceArguments(CommonArguments):
     @property
     def inputs(self) -> list[str]:
         """Stages that this one reads."""
-        return [self.start_from, *(options["stage"] for options in self.judges.values())]
+        return [self.start_from, *(options["stage"] for options in self.judges.values() if "stage" in options)]
 
 
 def rollout_steps(args: R1Config) -> int:
@@ -123,14 +126,16 @@ def reinforce(arguments: ReinforceArguments, trainer_arguments: Mapping[str, Any
         limit = int(args.max_completion_length or arguments.settings.max_new_tokens)
         found["gate"] = measure(policy, arguments.problems(), arguments.form, arguments.entry, limit).to_dict()
     set_seed(context.seed)
+    functions = rewards(arguments, context)
+    preferences = [one for one in functions if isinstance(one, ModelReward) and not one.bounded]
     trainer = R1Trainer(
         model,
-        rewards(arguments, context),
+        functions,
         args,
         tags=TAGS[:2] if arguments.form.style == "boxed" else TAGS,
         train_dataset=datasets.Dataset.from_list(training_rows(arguments, args, context.seed)),
         processing_class=tokenizer,
-        callbacks=[Curve(arguments.evaluate_every, lambda: curve_values(policy, arguments))],
+        callbacks=[Curve(arguments.evaluate_every, lambda: curve_values(policy, arguments, *preferences[:1]))],
         peft_config=lora_config(arguments.lora),
     )
     log = train(trainer)
@@ -141,13 +146,18 @@ def rewards(arguments: ReinforceArguments, context: StageContext) -> list[Any]:
     """Returns the reward functions in the order of their names.
 
     Raises:
-        ValueError: an option that a reward does not have.
+        ValueError: an option that a reward does not have, or a judge's server that refuses requests.
+        ConnectionError: a judge's server that does not answer.
     """
     out: list[Any] = []
     for name in arguments.reward_funcs:
         options = dict(arguments.reward_options.get(name, {}))
         try:
-            if name in arguments.judges:
+            if "endpoint" in arguments.judges.get(name, {}):
+                asked = LLMJudge(arguments.form, name=name, **(arguments.judges[name] | options))
+                asked.check()
+                out.append(asked)
+            elif name in arguments.judges:
                 given = {key: value for key, value in arguments.judges[name].items() if key != "stage"}
                 folder = context.model_of(arguments.judges[name]["stage"])
                 judge = load_model(folder, factory=AutoModelForSequenceClassification).eval()

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation import evaluate, evaluate_general, expert_violation, mtp_acceptance
+from ..rewards import ModelReward
 from ..rollouts import Sampling
 from ..tasks import Chat
 from .arguments import CommonArguments
@@ -132,8 +133,13 @@ def measure_policy(
     return values, texts
 
 
-def curve_values(policy: Policy, arguments: CommonArguments) -> dict[str, float]:
-    """Returns what curves show, by name."""
+def curve_values(policy: Policy, arguments: CommonArguments, judge: ModelReward | None = None) -> dict[str, float]:
+    """Returns what curves show, by name.
+
+    Args:
+        judge: a reward model, whose mean score of the everyday responses is shown beside their quality: where the score
+            rises and the quality does not, it is being hacked.
+    """
     found = evaluate(policy, arguments.problems(), arguments.form, arguments.settings, 0)
     return {
         "pass@1": found.pass_at_1.mean,
@@ -142,7 +148,19 @@ def curve_values(policy: Policy, arguments: CommonArguments) -> dict[str, float]
         "tokens": found.tokens,
         "reflections": found.reflections,
         **({} if found.consistency is None else {"consistency": found.consistency}),
+        **(_general_values(policy, arguments, judge) if arguments.evaluate_general else {}),
     }
+
+
+def _general_values(policy: Policy, arguments: CommonArguments, judge: ModelReward | None) -> dict[str, float]:
+    form, settings = arguments.form, arguments.settings
+    found = evaluate_general(policy, Chat(), form, settings, settings.problems)
+    if judge is None:
+        return {"quality": found.quality.mean}
+    shown = found.transcripts
+    prompts, kinds = [form.prompt(one.question) for one in shown], [judge.kinds[0]] * len(shown)
+    scores = judge([one.response for one in shown], prompts, kind=kinds)
+    return {"quality": found.quality.mean, "score": sum(score or 0.0 for score in scores) / len(scores)}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .general import Chat
 __all__ = ["TEXTS", "Corpus"]
 
 TEXTS = ("steps", "mixture")
+_LISTS = ("steps", "check")  # styles that take every step in a line of its own
 
 
 @dataclass
@@ -29,12 +30,15 @@ class Corpus:
         seed: of everything.
         tables: share of documents of "steps" that hold a table four times instead: from the second one on every second
             number can be copied, so that they teach copying with fewer tokens than lists do.
+        lists: share of the responses of "mixture" that list every step, None for that of `STYLES`. The fewer, the more
+            is left to reinforcement.
     """
 
     chains: Chains
     text: str = "mixture"
     seed: int = 0
     tables: float = 0.0
+    lists: float | None = None
     chat: Chat = field(default_factory=Chat)
 
     def __post_init__(self) -> None:
@@ -42,6 +46,9 @@ class Corpus:
             raise ValueError(f"expected text among {', '.join(TEXTS)}, got {self.text!r}")
         if not 0 <= self.tables <= 1 or (self.tables and self.text != "steps"):
             raise ValueError(f"expected tables in [0, 1], and 0 without text 'steps', got {self.tables}")
+        if self.lists is not None and (not 0 <= self.lists < 1 or self.text != "mixture"):
+            raise ValueError(f"expected lists in [0, 1), and None without text 'mixture', got {self.lists}")
+        self.styles = _styles(self.lists)
 
     def document(self, number: int) -> tuple[str, str]:
         """Returns the prompt and the rest of a document, marks included."""
@@ -72,8 +79,19 @@ class Corpus:
         problem = self.chains.one(rng)
         language = problem.language or "en"
         writer = Writer(rng, language, rng.choice((1.0, 0.9, 0.7, 0.5)), 0.06 if language == "en" else 0.04)
-        style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+        style = rng.choices(list(self.styles), list(self.styles.values()))[0]
         return _prompt(problem.question), writer.response(problem, style)
+
+
+def _styles(lists: float | None) -> dict[str, float]:
+    """Returns the shares of `STYLES`, those that list every step scaled to `lists` in all."""
+    if lists is None:
+        return STYLES
+    whole = sum(STYLES[style] for style in _LISTS)
+    rest = sum(STYLES.values()) - whole
+    return {
+        style: share * (lists / whole if style in _LISTS else (1 - lists) / rest) for style, share in STYLES.items()
+    }
 
 
 def _prompt(question: str) -> str:

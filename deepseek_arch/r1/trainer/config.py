@@ -12,7 +12,7 @@ from ...moe.moe import MoE
 from ...quant.fp8_experts import FP8Experts
 from ...quant.fp8_linear import FP8Linear
 
-__all__ = ["R1Config", "base_model", "check_extras", "check_policy"]
+__all__ = ["R1Config", "base_model", "check_extras", "check_policy", "wait_for_drafts"]
 
 ENGINES = ("native", "hf", "vllm")
 
@@ -84,6 +84,7 @@ class R1Config(GRPOConfig):
         for name in ("balance_rate", "balance_loss", "mtp_loss_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        wait_for_drafts(self)
         if self.rollout_mtp_depth < 0 or (self.rollout_mtp_depth and self.rollout_engine != "native"):
             raise ValueError(
                 "expected rollout_mtp_depth >= 0, and 0 without rollout_engine='native', got "
@@ -91,6 +92,22 @@ class R1Config(GRPOConfig):
             )
         if self.rollout_engine == "native" and (self.min_p or self.repetition_penalty != 1.0):
             raise ValueError("expected neither min_p nor repetition_penalty with rollout_engine='native', got one")
+
+
+def wait_for_drafts(args: Any) -> None:
+    """Has DistributedDataParallel wait for the gradients of prediction layers that are trained.
+
+    They run behind its own forward pass. Searching that pass for parameters without a gradient, which transformers asks
+    for, takes them for unused, and reduces their gradients of the step before.
+
+    Raises:
+        ValueError: the search is asked for.
+    """
+    if not args.mtp_loss_weight:
+        return
+    if args.ddp_find_unused_parameters:
+        raise ValueError("expected ddp_find_unused_parameters=False with mtp_loss_weight, got True")
+    args.ddp_find_unused_parameters = False
 
 
 def base_model(model: Any) -> Any:
@@ -106,9 +123,6 @@ def check_extras(model: Any, args: Any) -> None:
     for name in ("keep_routing", "balance_rate", "balance_loss"):
         if getattr(args, name, 0) and not routed:
             raise ValueError(f"expected a model with experts for {name}, got {type(base).__name__} without any")
-    if args.mtp_loss_weight and args.world_size > 1:
-        # DistributedDataParallel reduces what its own forward pass used, and the layers run behind it.
-        raise ValueError(f"expected mtp_loss_weight 0 on {args.world_size} processes, got {args.mtp_loss_weight}")
     for name in ("mtp_loss_weight", "rollout_mtp_depth"):
         if getattr(args, name, 0) and not (ours and len(base.mtp)):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from ...hf import LoadBalancingCallback
-from .config import base_model, check_extras
+from .config import base_model, check_extras, wait_for_drafts
 from .losses import losses_of, watching_trunk
 
 __all__ = ["R1SFTConfig", "R1SFTTrainer"]
@@ -41,6 +41,7 @@ class R1SFTConfig(SFTConfig):
         for name in ("balance_rate", "balance_loss", "mtp_loss_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        wait_for_drafts(self)
 
 
 class R1SFTTrainer(SFTTrainer):
