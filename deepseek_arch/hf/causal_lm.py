@@ -68,6 +68,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
         self.mtp = nn.ModuleList(DeepseekMTPLayer(core, k) for k in range(core.num_nextn_predict_layers))
         self._balance_router = _scoring_router(core)
         self.post_init()
+        if len(self.mtp):
+            self._plan_mtp_modules()
+
+    def _plan_mtp_modules(self) -> None:
+        """Lets transformers' parallel plans cut and wrap MTP modules as they do decoder layers."""
+        layers = "model.layers.*"
+        for plan in (self._tp_plan, self._ep_plan, getattr(self, "_fsdp_plan", None)):
+            of_layers = [rule for rule in plan or () if rule == layers or rule.startswith(f"{layers}.")]
+            for rule in of_layers:
+                plan[f"mtp.*{rule.removeprefix(layers)}"] = plan[rule]  # type: ignore[index]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -6,6 +6,8 @@ row. Ours runs on the modules of the model itself, with any number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..generation.entry import generate
+from ..generation.shared_steps import many_ranks
 from ..models.causal_lm import DeepseekLM
 
 __all__ = ["core_of", "generate_with_drafts"]
@@ -44,6 +47,30 @@ def core_of(model: Any) -> DeepseekLM:
     core.model.embed_tokens, core.model.layers, core.model.norm = main.embed_tokens, main.layers, main.norm
     core.model.rope, core.lm_head, core.mtp = main.rotary_emb, model.lm_head, model.mtp
     return core
+
+
+@contextmanager
+def _core_in_hooks(model: Any) -> Iterator[DeepseekLM]:
+    """Yields `core_of` a model, whose passes run within the hooks of FSDP2 where it has wrapped the model.
+
+    Those gather what belongs to the root: the head, the last norm, and perhaps the embedding.
+    """
+    core = core_of(model)
+    if not many_ranks():
+        yield core
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if not isinstance(model, FSDPModule):
+        yield core
+        return
+    model._core_pass = core.forward
+    register_fsdp_forward_method(model, "_core_pass")
+    core.forward = model._core_pass  # type: ignore[method-assign]
+    try:
+        yield core
+    finally:
+        del model._core_pass
 
 
 def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:
@@ -82,9 +109,9 @@ def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor | Gene
         mask = (input_ids != pad).long()
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    with torch.no_grad():
+    with torch.no_grad(), _core_in_hooks(model) as core:
         tokens = generate(
-            core_of(model),
+            core,
             input_ids,
             mask,
             new,

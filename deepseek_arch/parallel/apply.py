@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..attention.mla import MultiHeadLatentAttention
@@ -15,7 +16,7 @@ from ..config.argument_types import check_types
 from ..layers.linear import MLP
 from ..layout.parallel_layout import LayoutError, ParallelLayout
 from ..models.causal_lm import DeepseekLM
-from ..moe.moe import Experts, MoE
+from ..moe.moe import Experts, MoE, Router
 from ..quant.fp8_convert import fp8_layers
 from .local import become
 from .tensor_parallel import ExpertParallel, HeadParallel, ReadsWhole, TokenParallelMoE, WidthParallelMLP
@@ -66,7 +67,7 @@ class Meshes:
 
 
 @check_types
-def parallelize(model: DeepseekLM, layout: ParallelLayout) -> DeepseekLM:
+def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dtype | None = None) -> DeepseekLM:
     """Cuts a model over the ranks of the default process group, in place; every rank calls this with the same model.
 
     - tp: attention by heads, MLPs and shared experts by columns, embedding and head by vocabulary. Its ranks are given
@@ -82,6 +83,8 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout) -> DeepseekLM:
     Args:
         model: a plain `DeepseekLM` with memory, or on the meta device, where only shapes are cut. FP8 layers are kept.
         layout: open sizes are filled in from the number of ranks.
+        param_dtype: what FSDP casts parameters to for computing; their own dtype is that of the shards, the optimizer
+            and the sums of gradients. Routers stay as they are: rounded, they would choose other experts (TRAPS S20).
 
     Returns:
         `model`, with `model.meshes`; `LoadBalancer` and `global_loss` sum over `model.meshes.data`.
@@ -101,8 +104,8 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout) -> DeepseekLM:
     _cut_experts(model, meshes)
     if layout.tp > 1:
         _cut_heads_and_columns(model, meshes)
-    if layout.dp > 1 or layout.edp > 1:
-        _shard(model, meshes)
+    if layout.dp > 1 or layout.edp > 1 or param_dtype is not None:
+        _shard(model, meshes, param_dtype)
     model.meshes = meshes
     return model
 
@@ -133,6 +136,12 @@ def _check(model: DeepseekLM, layout: ParallelLayout) -> None:
             if path.rpartition(".")[2] in _ROWS + _COLUMNS
             and "weight" not in module._parameters
             and not isinstance(module, Experts)
+        ][:1]
+    if max(layout.ep, layout.dp, layout.edp) > 1:
+        problems += [
+            f"expected ep = dp = 1 with {path}, experts inside of another module (an adapter?)"
+            for path, module in model.named_modules()
+            if isinstance(module, Experts) and not path.endswith("mlp.experts")
         ][:1]
     if problems:
         raise LayoutError("; ".join(problems))
@@ -188,16 +197,22 @@ def _cut_heads_and_columns(model: DeepseekLM, meshes: Meshes) -> None:
             become(module, mesh, WidthParallelMLP, group=group)
 
 
-def _shard(model: DeepseekLM, meshes: Meshes) -> None:
+def _shard(model: DeepseekLM, meshes: Meshes, param_dtype: torch.dtype | None) -> None:
     """Applies FSDP2: routed experts first, on the mesh of those that hold the same (TRAPS S12)."""
     layout = meshes.layout
     local = (model.config.n_routed_experts or 0) // layout.ep
     # Stacked experts fewer than shards would be padded to one for each: cut inside of them instead (TRAPS S11).
     inside: dict[str, Any] = {"shard_placement_fn": lambda parameter: Shard(1)} if layout.edp > local else {}
-    for module in model.modules():
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32)
+    # Experts are given hidden states as they come, and float32 weights of the choices, which must not be cast.
+    as_given = dataclasses.replace(policy, cast_forward_inputs=False)
+    for module in list(model.modules()):
         if isinstance(module, Experts):
-            fully_shard(module, mesh=meshes.sharding(routed=True), **inside)
-    if layout.dp > 1:
+            fully_shard(module, mesh=meshes.sharding(routed=True), mp_policy=as_given, **inside)
+        elif isinstance(module, Router) and param_dtype is not None:
+            kept = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(module, mesh=meshes.sharding(routed=False), mp_policy=kept)
+    if layout.dp > 1 or param_dtype is not None:
         for layer in (*model.model.layers, *model.mtp):
-            fully_shard(layer, mesh=meshes.sharding(routed=False))
-        fully_shard(model, mesh=meshes.sharding(routed=False))
+            fully_shard(layer, mesh=meshes.sharding(routed=False), mp_policy=policy)
+        fully_shard(model, mesh=meshes.sharding(routed=False), mp_policy=as_given)

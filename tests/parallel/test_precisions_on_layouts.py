@@ -1,0 +1,199 @@
+"""Mixed precision, FP8 weights, FP8 training and adapters on layouts, against one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import deepseek_arch as da
+from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
+from support import small_models
+from support.ranks import run_ranks
+from support.small_models import error
+
+# Whole FP8 blocks of 16 for two ranks: heads of 16 + 16 and 16, widths that are multiples of 32.
+CONFIG = small_models.config(
+    "v3",
+    num_attention_heads=4,
+    vocab_size=64,
+    num_nextn_predict_layers=1,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+)
+IDS = small_models.tokens(CONFIG, 4, 9)
+
+
+def model_of():
+    return small_models.model(CONFIG).train()
+
+
+def rows_of(model):
+    if model.meshes is None:
+        return IDS
+    return IDS.chunk(dist.get_world_size(model.meshes.data))[dist.get_rank(model.meshes.data)]
+
+
+def step(model):
+    ids = rows_of(model)
+    out = model(ids, labels=ids, return_logits=False)
+    (out.loss + 0.3 * out.mtp_loss).backward()
+    return float(out.loss.detach())
+
+
+def gradients(model):
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+# ---------------------------------------------------------------- mixed precision
+
+
+def mixed(rank, axes):
+    model = da.parallelize(model_of(), ParallelLayout(**axes), torch.bfloat16)
+    seen = {}
+
+    def note(kind, tensors):
+        seen.setdefault(kind, set()).update(str(t.dtype) for t in tensors if t.is_floating_point())
+
+    for module in model.modules():
+        if isinstance(module, da.Router):
+            module.register_forward_pre_hook(lambda m, args: note("router", [m.weight]))
+        if isinstance(module, da.Experts):
+            module.register_forward_pre_hook(lambda m, args: note("routing weights", [args[2]]))
+            module.register_forward_pre_hook(lambda m, args: note("experts", [args[0]]))
+    step(model)
+    parameters = {str(p.dtype) for p in model.parameters()}
+    return seen, parameters, gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("axes", "world"), [({"dp_shard": 2, "ep": 2}, 2), ({"tp": 2}, 2), ({"dp_shard": 2, "tp": 2, "ep": 2}, 4)], ids=str
+)
+def test_parameters_are_cast_for_computing(axes, world):
+    """Gradients stray from those of float32 no further than one process's in bfloat16: routers choose otherwise."""
+    exact, half = model_of(), model_of().bfloat16()
+    for module in half.modules():
+        if isinstance(module, da.Router):
+            module.weight.data = module.weight.data.float()
+    rounded = dict(half.named_parameters())
+    for name, parameter in exact.named_parameters():
+        parameter.data = rounded[name].data.float()
+    for model in (exact, half):
+        step(model)
+    expected, noisy = gradients(exact), gradients(half)
+    for seen, parameters, grads in run_ranks(mixed, world, axes):
+        assert seen == {
+            "router": {"torch.float32"},
+            "routing weights": {"torch.float32"},
+            "experts": {"torch.bfloat16"},
+        }
+        assert parameters == {"torch.float32"} and {g.dtype for g in grads.values()} == {torch.float32}
+        assert grads.keys() == expected.keys()
+        for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.experts.down_proj"):
+            assert error(grads[name], expected[name]) < 1.5 * error(noisy[name].float(), expected[name]), name
+
+
+# ---------------------------------------------------------------- FP8
+
+
+def kept():
+    return da.keep_fp8(model_of(), (16, 16))
+
+
+def recipe():
+    model = model_of()
+    da.fp8_training(model)
+    return model
+
+
+def with_adapters():
+    """LoRA on attention and dense MLPs over weights in FP8."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    targets = ["q_a_proj", "q_b_proj", "o_proj", "kv_b_proj"]
+    model = inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), kept())
+    return model.train()
+
+
+def trained(rank, build, axes):
+    model = da.parallelize(build(), ParallelLayout(**axes))
+    loss = step(model)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    return loss, gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "axes", "bound"),
+    [
+        (kept, {"tp": 2}, 1e-5),
+        (kept, {"tp": 2, "ep": 2}, 1e-5),
+        (recipe, {"dp_shard": 2, "ep": 2}, 2e-5),
+        (recipe, {"dp_shard": 2}, 2e-5),
+        (with_adapters, {"dp_shard": 2}, 1e-5),
+        (with_adapters, {"dp_shard": 2, "ep": 2}, 1e-5),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_gradients_are_those_of_one_process(build, axes, bound):
+    if build is with_adapters:
+        pytest.importorskip("peft")
+    model = build()
+    # FP8's activations are rounded in groups of a row's features, whichever rows are beside it.
+    losses = []
+    for ids in IDS.chunk(2) if "dp_shard" in axes else [IDS]:
+        out = model(ids, labels=ids, return_logits=False)
+        ((out.loss + 0.3 * out.mtp_loss) * len(ids) / len(IDS)).backward()
+        losses.append(float(out.loss.detach()))
+    expected, unrounded = gradients(model), model_of()
+    step(unrounded)
+    exact = gradients(unrounded)
+    for rank, (loss, grads) in enumerate(run_ranks(trained, 2, build, axes)):
+        assert loss == pytest.approx(losses[rank % len(losses)], rel=1e-5)
+        assert grads.keys() == expected.keys()
+        same = [name for name in expected if not (build is recipe and "ep" in axes and ".experts." in name)]
+        worst = max(same, key=lambda name: error(grads[name], expected[name]))
+        assert error(grads[worst], expected[worst]) < bound, worst
+        for name in expected.keys() - set(same):  # their tokens meet in other groups of rows, which are rounded alike
+            assert error(grads[name], exact[name]) < 1.5 * error(expected[name], exact[name]) + 0.01, name
+
+
+# ---------------------------------------------------------------- adapters around experts
+
+
+class Around(torch.nn.Module):
+    """A module around another, as PEFT makes them for `target_parameters`."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, *args):
+        return self.base_layer(*args)
+
+
+def around_experts(rank, axes):
+    model = model_of()
+    mlp = model.model.layers[1].mlp
+    mlp.experts = Around(mlp.experts)
+    before = copy.copy(mlp.experts.base_layer._parameters)
+    with pytest.raises(LayoutError) as caught:
+        da.parallelize(model, ParallelLayout(**axes))
+    assert mlp.experts.base_layer._parameters == before and type(mlp.experts.base_layer) is da.Experts
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2, "ep": 2}, {"dp_shard": 2}], ids=str)
+def test_adapters_around_experts_are_refused(axes):
+    """Their weights are of all experts, and what they add is not cut."""
+    for message in run_ranks(around_experts, 2, axes):
+        assert "expected ep = dp = 1 with model.layers.1.mlp.experts.base_layer, experts inside of another" in message
