@@ -13,6 +13,8 @@ Three things differ from the native classes, all of them in memory only:
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config.deepseek_config import ConfigError, DeepseekConfig, UnsupportedModelError
+from ..config.locations import explain_missing_config
 from .fp8_config import FP8_METHOD, PUBLISHED_METHOD
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
 ]
 
 # Arguments of `from_pretrained` that locate the files, needed for the config and for the weights ...
+_CONFIGS = ("config.json", "adapter_config.json")  # the second names the folder of the first
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # ... and those that a config has fields for, although they are about the load.
 _FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
@@ -253,9 +257,15 @@ def load_config(source: Any, **kwargs: Any) -> tuple[ArchConfig, dict[str, Any]]
     Args:
         source: a folder or name, as for `PreTrainedConfig.from_pretrained`.
         kwargs: its keyword arguments (`revision`, `token`, ...), or changes of config fields.
+
+    Raises:
+        ConfigError: a folder without one; transformers would go on with an empty config.
     """
     where = {name: kwargs.pop(name) for name in WHERE if name in kwargs}
     for_model = {name: kwargs.pop(name) for name in _FOR_MODEL if name in kwargs}
+    folder = Path(source, where.get("subfolder") or "") if isinstance(source, str | os.PathLike) else None
+    if folder is not None and folder.is_dir() and not any((folder / name).exists() for name in _CONFIGS):
+        raise ConfigError(explain_missing_config(folder))
     data, _ = PreTrainedConfig.get_config_dict(source, **where)
     own = config_class(data.get("model_type"))
     config, unused = own.from_pretrained(source, return_unused_kwargs=True, **where, **kwargs)

@@ -268,3 +268,16 @@ def test_a_folder_that_is_saved_to_meanwhile_is_refused(tmp_path, monkeypatch, w
         dhf.DeepseekForCausalLM.from_pretrained(tmp_path / "model")
     monkeypatch.undo()
     assert dhf.DeepseekForCausalLM.from_pretrained(tmp_path / "model") is not None
+
+
+def test_a_folder_without_config_says_where_the_files_are(tmp_path):
+    """It was called a model of another type; a killed save leaves such a folder."""
+    da.save(small_models.model(small_models.config("v3")), tmp_path / "model")
+    aside = tmp_path / "model" / ".saving" / "replaced"
+    aside.mkdir(parents=True)
+    (tmp_path / "model" / "config.json").rename(aside / "config.json")
+    with pytest.raises(ConfigError, match=r"without one: a process is replacing its files.*\.saving/replaced"):
+        dhf.DeepseekForCausalLM.from_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"expected a checkpoint folder with a config\.json, got .*empty' without"):
+        dhf.DeepseekForCausalLM.from_pretrained(str(tmp_path / "empty"))

@@ -426,3 +426,16 @@ def test_dropped_choices_contribute_nothing_and_only_in_training():
     assert torch.equal(lm(ids).logits, whole)
     with pytest.raises(ValueError, match="factor > 0"):
         TokenDropping(factor=0)
+
+
+@pytest.mark.parametrize("part", ["sequence", "expert", "device", "communication"])
+def test_a_row_of_padding_is_no_sequence(part):
+    """A batch is filled up with such rows; a mean over rows would shrink with their number."""
+    loss = BalanceLoss(**{part: 1.0}, devices=4)
+    router = _router("group_limited_greedy")
+    logits, ids, _ = _routed(router, (2, 5))
+    expected = loss(router, logits, ids, (2, 5))
+    filled = torch.cat((logits, torch.randn(10, 8))), torch.cat((ids, ids))
+    valid = torch.arange(4)[:, None].expand(4, 5) < 2
+    assert expected > 0.5
+    torch.testing.assert_close(loss(router, *filled, (4, 5), valid), expected)
