@@ -41,7 +41,7 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "triton", "cpu")
 _VARIABLE = "DEEPSEEK_KERNELS_BACKEND"
-_CPU_RUNS = "its C++ runs on this CPU, for few rows without gradients; the reference does the rest"
+_CPU_RUNS = "its C++ runs on this CPU; what it is not made for, the reference does"
 _logger = logging.getLogger("deepseek_kernels")
 
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_dense", "causal_mask", "check_visibility", "is_spans", "kernel_arguments", "visible_keys"]
+__all__ = [
+    "as_dense",
+    "by_query",
+    "causal_mask",
+    "check_visibility",
+    "is_spans",
+    "kernel_arguments",
+    "visible_keys",
+]
 
 
 def is_spans(mask: Tensor | None) -> bool:
@@ -30,6 +38,13 @@ def as_dense(mask: Tensor | None, keys: int) -> Tensor | None:
     assert mask is not None
     index = torch.arange(keys, device=mask.device)
     return ((index >= mask[..., :1]) & (index < mask[..., 1:]))[:, None]
+
+
+def by_query(mask: Tensor | None, batch: int, queries: int, keys: int) -> Tensor | None:
+    """Views a dense mask as [B, T, S], as the C++ operators take it; returns the other kinds unchanged."""
+    if mask is None or is_spans(mask):
+        return mask
+    return (mask if mask.ndim == 2 else mask[:, 0]).expand(batch, queries, keys)
 
 
 def causal_mask(queries: int, keys: int, device=None) -> Tensor:

@@ -15,14 +15,14 @@ from torch import Tensor
 from ... import dispatch
 from ...common.masks import check_visibility
 from ..packed_index_keys import index_keys_aligned, packed_index_bytes
-from . import reference
+from . import cpu, reference
 from .configs import MOST_HEADS, MOST_WIDTH
 
 __all__ = ["indexer_scores"]
 
-dispatch.register("indexer_scores", "triton")
+dispatch.register("indexer_scores", "triton", "cpu")
 # The same kernel on FP8 operands. 8.9: the first with products of e4m3.
-dispatch.register("indexer_scores_fp8", "triton", capability=(8, 9))
+dispatch.register("indexer_scores_fp8", "triton", "cpu", capability=(8, 9))
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
@@ -52,7 +52,10 @@ def indexer_scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None
     check_visibility(mask, q.shape[0], q.shape[1], keys.shape[1])
     packed = keys.dtype == torch.uint8
     op = "indexer_scores_fp8" if packed else "indexer_scores"
-    if dispatch.pick(op, q.device, _unsupported(q, keys, weights)) != "triton":
+    chosen = dispatch.pick(op, q.device, _unsupported(q, keys, weights))
+    if chosen == "cpu" and cpu.takes(q, keys, weights):
+        return cpu.scores(q, keys, weights, mask)
+    if chosen != "triton":
         return reference.scores(q, keys, weights, mask)
     from . import launch
 

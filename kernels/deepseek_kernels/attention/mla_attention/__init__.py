@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ... import dispatch
 from ...common.masks import is_spans
+from . import cpu
 from .configs import obstacle
 from .reference import attend
 
 __all__ = ["mla_attention"]
 
-dispatch.register("mla_attention", "triton")
+dispatch.register("mla_attention", "triton", "cpu")
 
 
 def mla_attention(
@@ -31,8 +32,8 @@ def mla_attention(
         dropout: probability that a weight is dropped; the others are scaled up. Runs on the reference only.
 
     Returns:
-        [B, T, N, V] in `q.dtype`. Differentiable in q, kv and key; on Triton without atomics, so in every run the same.
-        There, too, keys that no query of a row sees, before the first and behind the last seen one, may hold anything.
+        [B, T, N, V] in `q.dtype`. Differentiable in q, kv and key; in Triton and C++ the same in every run. There,
+        too, keys that no query of a row sees, before the first and behind the last seen one, may hold anything.
 
     Raises:
         ValueError: the shapes or the dtypes do not fit, or `dropout` is no probability.
@@ -42,7 +43,10 @@ def mla_attention(
     if not q.dtype == kv.dtype == key.dtype:
         raise ValueError(f"expected q, kv and key of one dtype, got {q.dtype}, {kv.dtype} and {key.dtype}")
     unsupported = obstacle(q, kv, key, scale, mask, dropout)
-    if dispatch.pick("mla_attention", q.device, unsupported) == "reference":
+    chosen = dispatch.pick("mla_attention", q.device, unsupported)
+    if chosen == "cpu" and cpu.takes(q, kv, key, scale, mask, dropout):
+        return cpu.attend(q, kv, key, scale, mask)
+    if chosen != "triton":
         return attend(q, kv, key, scale, mask, dropout)
     from . import launch
 

@@ -55,7 +55,7 @@ def mla_decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask:
         _check_mask(mask, q, states.shape[1])
     q, states = _autocast(q, states)
     chosen = _pick(q, states, kv_lora_rank, mask)
-    if chosen == "cpu" and cpu.takes(q, states, mask):
+    if chosen == "cpu" and cpu.takes(q, states, mask, scale):
         return cpu.decode(q, states, kv_lora_rank, scale, mask)
     if chosen != "triton":
         return reference.decode(q, states, kv_lora_rank, scale, mask)
@@ -93,7 +93,7 @@ def mla_decode_paged(
             raise ValueError(f"expected {name} int32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     q, pages = _autocast(q, pages)
     chosen = _pick(q, pages, kv_lora_rank, None, pages.shape[1])
-    if chosen == "cpu" and cpu.takes(q, pages, None):
+    if chosen == "cpu" and cpu.takes(q, pages, None, scale, paged=True):
         return cpu.decode_paged(q, pages, block_table, lengths, kv_lora_rank, scale)
     if chosen != "triton":
         return reference.decode_paged(q, pages, block_table, lengths, kv_lora_rank, scale)

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from ...common.cpu import needs_gradient
-from ...common.masks import is_spans
+from ...common.masks import by_query, is_spans
 
 __all__ = ["decode", "decode_paged", "takes"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_QUERIES = 16  # more are a prompt, whose products PyTorch's attention runs by heads
+_FEW_QUERIES = 16  # whose threads share out keys; those of more queries share out the queries
 
 
-def takes(q: Tensor, states: Tensor, mask: Tensor | None) -> bool:
+def takes(q: Tensor, states: Tensor, mask: Tensor | None, scale: float, paged: bool = False) -> bool:
     """Returns True if the C++ operator is made for these operands; all others are the reference's."""
     return (
         q.dtype in _DTYPES
-        and q.shape[1] <= _MOST_QUERIES
+        and (q.shape[1] <= _FEW_QUERIES or (scale > 0 and not paged))
         and q.numel() > 0
         and states.numel() > 0
         and states.stride(2) == 1
@@ -29,9 +29,10 @@ def takes(q: Tensor, states: Tensor, mask: Tensor | None) -> bool:
 
 def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
     """See `mla_decode`."""
-    if mask is not None and not is_spans(mask):
-        mask = (mask if mask.ndim == 2 else mask[:, 0]).expand(*q.shape[:2], states.shape[1])  # [B, T, S]
-    return torch.ops.deepseek_kernels_cpu.mla_decode(q, states, kv_lora_rank, scale, mask)
+    mask = by_query(mask, *q.shape[:2], states.shape[1])
+    library = torch.ops.deepseek_kernels_cpu
+    run = library.mla_decode if q.shape[1] <= _FEW_QUERIES else library.mla_prefill
+    return run(q, states, kv_lora_rank, scale, mask)
 
 
 def decode_paged(

@@ -14,13 +14,13 @@ from torch import Tensor
 from ... import dispatch
 from ..mla_decode.configs import MOST_LATENT, MOST_ROTATED
 from ..packed_latents import aligned, packed_bytes
-from . import reference
+from . import cpu, reference
 
 __all__ = ["sparse_mla"]
 
-dispatch.register("sparse_mla", "triton")
+dispatch.register("sparse_mla", "triton", "cpu")
 # The same kernel on FP8 tokens. 8.9: the first with conversions from e4m3.
-dispatch.register("sparse_mla_fp8", "triton", capability=(8, 9))
+dispatch.register("sparse_mla_fp8", "triton", "cpu", capability=(8, 9))
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,7 +54,10 @@ def sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale:
         if q.dtype != states.dtype:
             raise ValueError(f"expected q and states of one dtype, got {q.dtype} and {states.dtype}")
     op = "sparse_mla_fp8" if packed else "sparse_mla"
-    if dispatch.pick(op, q.device, _unsupported(q, states, kv_lora_rank)) != "triton":
+    chosen = dispatch.pick(op, q.device, _unsupported(q, states, kv_lora_rank))
+    if chosen == "cpu" and cpu.takes(q, states, ids):
+        return cpu.attend(q, states, ids, kv_lora_rank, scale)
+    if chosen != "triton":
         return reference.attend(q, states, ids, kv_lora_rank, scale)
     from . import launch
 

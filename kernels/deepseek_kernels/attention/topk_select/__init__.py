@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ... import dispatch
 from ...common.masks import check_visibility
-from . import reference
+from . import cpu, reference
 from .configs import MOST, MOST_CHOSEN
 
 __all__ = ["topk_select"]
 
-dispatch.register("topk_select", "triton")
+dispatch.register("topk_select", "triton", "cpu")
 
 
 def topk_select(scores: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
@@ -41,7 +41,10 @@ def topk_select(scores: Tensor, top_k: int, mask: Tensor | None = None) -> Tenso
     if top_k < 1:
         raise ValueError(f"expected top_k >= 1, got {top_k}")
     check_visibility(mask, *scores.shape)
-    if dispatch.pick("topk_select", scores.device, _unsupported(scores, top_k)) != "triton":
+    chosen = dispatch.pick("topk_select", scores.device, _unsupported(scores, top_k))
+    if chosen == "cpu" and cpu.takes(scores):
+        return cpu.select(scores.detach(), top_k, mask)
+    if chosen != "triton":
         return reference.select(scores.detach(), top_k, mask)
     from . import launch
 

@@ -1,6 +1,8 @@
-"""Shapes and dtypes of the C++ operators' results, for torch.compile and meta tensors."""
+"""Shapes and dtypes of the C++ operators' results, for torch.compile and meta tensors, and their derivatives."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ __all__ = ["register"]
 
 def register() -> None:
     """Tells torch about them, once the library is loaded."""
-    for fake in (_dense, _fp8_weight, _experts, _rms_norm, _topk_gate, _latent_write, _mla_decode, _mla_decode_paged):
+    for fake in _FAKES:
         torch.library.register_fake(f"deepseek_kernels_cpu::{fake.__name__[1:]}", fake)
+    attention = "deepseek_kernels_cpu::mla_attention"
+    torch.library.register_autograd(attention, _attention_gradients, setup_context=_save_attention)
 
 
 def _dense(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,3 +68,69 @@ def _mla_decode_paged(
     q: Tensor, pages: Tensor, block_table: Tensor, lengths: Tensor, kv_lora_rank: int, scale: float
 ) -> Tensor:
     return q.new_empty(*q.shape[:3], kv_lora_rank)
+
+
+def _mla_prefill(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
+    return q.new_empty(*q.shape[:3], kv_lora_rank)
+
+
+def _sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale: float) -> Tensor:
+    return q.new_empty(*q.shape[:3], kv_lora_rank)
+
+
+def _indexer_scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    return weights.new_empty(*q.shape[:2], keys.shape[1])
+
+
+def _topk_select(scores: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
+    return scores.new_empty(*scores.shape[:2], min(top_k, scores.shape[2]), dtype=torch.int32)
+
+
+def _mla_attention(q: Tensor, kv: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, width = q.shape
+    out = q.new_empty(batch, queries, heads, kv.shape[3] - width + key.shape[2])
+    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+def _mla_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), key.new_empty(key.shape)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, kv, key, mask, ctx.scale = inputs
+    ctx.save_for_backward(q, kv, key, mask, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    backward = torch.ops.deepseek_kernels_cpu.mla_attention_backward
+    return *backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_FAKES = (
+    _dense,
+    _fp8_weight,
+    _experts,
+    _rms_norm,
+    _topk_gate,
+    _latent_write,
+    _mla_decode,
+    _mla_decode_paged,
+    _mla_prefill,
+    _sparse_mla,
+    _indexer_scores,
+    _topk_select,
+    _mla_attention,
+    _mla_attention_backward,
+)

@@ -35,4 +35,12 @@ TORCH_LIBRARY(deepseek_kernels_cpu, library) {
   library.def(
       "mla_decode_paged(Tensor q, Tensor pages, Tensor block_table, Tensor lengths, int kv_lora_rank, float scale) "
       "-> Tensor");
+  library.def("mla_attention(Tensor q, Tensor kv, Tensor key, Tensor? mask, float scale) -> (Tensor, Tensor)");
+  library.def(
+      "mla_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor key, Tensor? mask, Tensor out, Tensor log_sum, "
+      "float scale) -> (Tensor, Tensor, Tensor)");
+  library.def("mla_prefill(Tensor q, Tensor states, int kv_lora_rank, float scale, Tensor? mask) -> Tensor");
+  library.def("indexer_scores(Tensor q, Tensor keys, Tensor weights, Tensor? mask) -> Tensor");
+  library.def("topk_select(Tensor scores, int top_k, Tensor? mask) -> Tensor");
+  library.def("sparse_mla(Tensor q, Tensor states, Tensor ids, int kv_lora_rank, float scale) -> Tensor");
 }
