@@ -99,8 +99,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 'set attn_implementation="eager"',
                 stacklevel=2,
             )
-        if self.training:
-            check_not_offloaded(self, (input_ids if inputs_embeds is None else inputs_embeds).device)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if self.training and given is not None:
+            check_not_offloaded(self, given.device)
         self._check_recorded(kwargs)
         paged = kwargs.get("cache")  # of continuous batching, whose mask is causal although it says is_causal=False
         if paged is None and not getattr(self.config, "is_causal", True):

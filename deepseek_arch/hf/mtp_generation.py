@@ -64,13 +64,14 @@ def _core_in_hooks(model: Any) -> Iterator[DeepseekLM]:
     if not isinstance(model, FSDPModule):
         yield core
         return
-    model._core_pass = core.forward
-    register_fsdp_forward_method(model, "_core_pass")
-    core.forward = model._core_pass  # type: ignore[method-assign]
+    wrapped: Any = model
+    wrapped._core_pass = core.forward
+    register_fsdp_forward_method(wrapped, "_core_pass")
+    core.forward = wrapped._core_pass  # type: ignore[method-assign]
     try:
         yield core
     finally:
-        del model._core_pass
+        del wrapped._core_pass
 
 
 def generate_with_drafts(model: Any, *args: Any, **kwargs: Any) -> Tensor | GenerateDecoderOnlyOutput:

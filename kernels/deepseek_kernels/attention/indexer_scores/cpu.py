@@ -20,4 +20,6 @@ def takes(q: Tensor, keys: Tensor, weights: Tensor) -> bool:
 
 def scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     """See `indexer_scores`."""
-    return torch.ops.deepseek_kernels_cpu.indexer_scores(q, keys, weights, by_query(mask, *q.shape[:2], keys.shape[1]))
+    return torch.ops.deepseek_kernels_cpu.indexer_scores(
+        q, keys, weights, by_query(mask, q.shape[0], q.shape[1], keys.shape[1])
+    )

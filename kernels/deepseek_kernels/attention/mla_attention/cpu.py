@@ -27,6 +27,6 @@ def takes(q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | None,
 
 def attend(q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """See `mla_attention`."""
-    mask = by_query(mask, *q.shape[:2], kv.shape[1])
+    mask = by_query(mask, q.shape[0], q.shape[1], kv.shape[1])
     out, _ = torch.ops.deepseek_kernels_cpu.mla_attention(q, kv, key, mask, scale)
     return out

@@ -29,7 +29,7 @@ def takes(q: Tensor, states: Tensor, mask: Tensor | None, scale: float, paged: b
 
 def decode(q: Tensor, states: Tensor, kv_lora_rank: int, scale: float, mask: Tensor | None) -> Tensor:
     """See `mla_decode`."""
-    mask = by_query(mask, *q.shape[:2], states.shape[1])
+    mask = by_query(mask, q.shape[0], q.shape[1], states.shape[1])
     library = torch.ops.deepseek_kernels_cpu
     run = library.mla_decode if q.shape[1] <= _FEW_QUERIES else library.mla_prefill
     return run(q, states, kv_lora_rank, scale, mask)
