@@ -16,6 +16,8 @@ Experts do the same per expert, on rows sorted by expert: row block e belongs to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,13 +36,14 @@ from deepseek_kernels import (
     quantize_rows,
     swiglu_quantize,
 )
+from deepseek_kernels.common.autograd import join_gradients
 from deepseek_kernels.gemm.fp8_gemm import transposed
 from deepseek_kernels.quant.fp8_quantize import GROUP
 
 from .operands import Operand, Quantized, as_quantized, flat, input_codes, operand, quantize
 from .policy import FP8Precision
 
-__all__ = ["product", "swiglu_product"]
+__all__ = ["gradients_apart", "product", "swiglu_product"]
 
 # The quantizers make no scale of an amax below 1e-4, which is right for activations. Gradients of a mean over tokens
 # are smaller, and those of a gate that hardly opens far smaller again. So gradients are quantized times a power of two,
@@ -92,7 +95,13 @@ def product(
     p = plan.precision
     rows, columns = input_codes(x, ends, p.input_scale, rows=p.fprop == "fp8", columns=plan.keeps_codes)
     x_rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    out = _Product.apply(x_rows, weight, *flat(_pair(quantized)), *flat(rows), *flat(columns), ends, plan)
+    codes = *flat(_pair(quantized)), *flat(rows), *flat(columns)
+    if _apart and plan.needs_input and plan.needs_weight:
+        own, other = plan._replace(needs_weight=False), plan._replace(needs_input=False)
+        out = _Product.apply(x_rows, weight.detach(), *codes, ends, own)
+        out = join_gradients(out, _WeightGradient.apply(weight, x_rows.detach(), *flat(columns), ends, other))
+    else:
+        out = _Product.apply(x_rows, weight, *codes, ends, plan)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -108,8 +117,30 @@ def swiglu_product(
     Returns:
         [M, N].
     """
-    plan = _plan(gate_up, weight, precision, 1)
-    return _SwigluProduct.apply(gate_up, weight, *flat(_pair(quantized)), ends, plan)
+    plan, codes = _plan(gate_up, weight, precision, 1), flat(_pair(quantized))
+    if not (_apart and plan.needs_input and plan.needs_weight):
+        return _SwigluProduct.apply(gate_up, weight, *codes, ends, plan)
+    out = _SwigluProduct.apply(gate_up, weight.detach(), *codes, ends, plan._replace(needs_weight=False))
+    other = plan._replace(needs_input=False)
+    return join_gradients(out, _SwigluWeightGradient.apply(weight, gate_up.detach(), ends, other))
+
+
+@contextmanager
+def gradients_apart() -> Iterator[None]:
+    """Gives products the gradient of their input and that of their weight in a node each (TRAPS S23).
+
+    For zero-bubble pipeline schedules, which ask for one of them at a time: one node computes both each time. Together
+    they share what both read of the output's gradient.
+    """
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+_apart = False
 
 
 def _pair(quantized: tuple[Tensor, Tensor] | None) -> Quantized | None:
@@ -178,6 +209,36 @@ class _SwigluProduct(torch.autograd.Function):
         grad_gate = grad_hidden * up * (gate_sigmoid + silu * (1 - gate_sigmoid))
         grad_gate_up = torch.cat((grad_gate, grad_hidden * silu), dim=-1).to(dtype)
         return grad_gate_up, grad_weight, None, None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Stands for a product with a tensor of its shape that takes no memory; its gradient is the weight's."""
+
+    @staticmethod
+    def forward(ctx, weight, x, columns, columns_scale, ends, plan):
+        kept = operand(columns, columns_scale) if plan.keeps_codes else x
+        _save(ctx, kept, weight, None, ends, plan)
+        ctx.x_dtype = x.dtype
+        return x.new_zeros((), dtype=plan.dtype).expand(x.shape[0], weight.shape[-2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Product.backward(ctx, grad)[1], *(None,) * 5
+
+
+class _SwigluWeightGradient(torch.autograd.Function):
+    """As `_WeightGradient`, from the input of SwiGLU."""
+
+    @staticmethod
+    def forward(ctx, weight, gate_up, ends, plan):
+        kept = Quantized(*quantize_rows(gate_up)) if plan.precision.swiglu_cache == "fp8" else gate_up
+        _save(ctx, kept, weight, None, ends, plan)
+        ctx.x_dtype = gate_up.dtype
+        return gate_up.new_zeros((), dtype=plan.dtype).expand(gate_up.shape[0], weight.shape[-2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SwigluProduct.backward(ctx, grad)[1], None, None, None
 
 
 def _save(ctx, kept: Operand | None, weight: Tensor, w: Operand | None, ends: Tensor | None, plan: _Plan) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-__all__ = ["connect_product"]
+__all__ = ["connect_product", "join_gradients"]
 
 
 def connect_product(forward: CustomOpDef, backward: CustomOpDef) -> Callable[..., Tensor]:
@@ -49,9 +49,19 @@ def connect_product(forward: CustomOpDef, backward: CustomOpDef) -> Callable[...
         if not (torch.is_grad_enabled() and x.requires_grad and weight.requires_grad):
             return forward(x, weight, *others)
         value = forward(x, weight.detach(), *others)
-        return _Join.apply(value, _WeightGradient.apply(weight, x.detach(), backward, *others))
+        return join_gradients(value, _WeightGradient.apply(weight, x.detach(), backward, *others))
 
     return product
+
+
+def join_gradients(value: Tensor, stand_in: Tensor) -> Tensor:
+    """Returns a product, whose gradient goes to two nodes.
+
+    Args:
+        value: the product, connected to the activations alone.
+        stand_in: like it in shape and dtype, connected to the weight alone; its values are not read.
+    """
+    return _Join.apply(value, stand_in)
 
 
 class _WeightGradient(torch.autograd.Function):
