@@ -227,47 +227,78 @@ class DeepseekLM(nn.Module):
             labels = check_labels(labels, tokens, self.config.vocab_size)
         if isinstance(tokens, Tensor) and self.training:
             check_not_offloaded(self, tokens.device)
-        routing = self._routing(tokens, attention_mask, record_routing, replay_routing)
+        routing = self.routing_of(tokens, attention_mask, record_routing, replay_routing)
         main: TrunkOutput = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, routing, selection
         )
         hidden = connect(main.hidden_states, self.mtp) if self.training else main.hidden_states
-        kept = kept_states(hidden, logits_to_keep)
+        whole = hidden if main.part is None or not return_logits else main.part.gather(hidden)
+        kept = kept_states(whole, logits_to_keep)
         out = CausalLMOutput(logits=self.lm_head(kept) if return_logits else None, hidden_states=hidden)
         if labels is not None:
-            padding = None if attention_mask is None else ~nonzero(attention_mask[:, -labels.shape[1] :])
-            labels = ignore(labels, padding)
-            targets = ignore(shift_labels(labels, 1, main.documents), padding)
-            if out.logits is not None and not gathers_logits(self.lm_head):
-                out.loss = cross_entropy(out.logits, targets)
-            else:
-                out.loss = head_losses(self.lm_head, [hidden], [targets])[0][0]
-            if len(self.mtp) and input_ids is not None and cache is None:
-                out.mtp_losses, out.mtp_accuracy = mtp_chain_losses(
-                    self.mtp,
-                    self.config,
-                    self.model.embed,
-                    self.lm_head,
-                    main,
-                    as_int64("input_ids", input_ids),
-                    labels,
-                    padding=padding,
-                    routing=routing,
-                    detached=self.mtp_detached,
-                    recompute=self.model.gradient_checkpointing and self.training,
-                    selection=selection,
-                )
-                out.mtp_loss = out.mtp_losses.mean()
-            if self.training:
-                depths = 0 if out.mtp_losses is None else len(self.mtp)
-                out.counts = count_targets(labels, padding, main.documents, depths)
+            ids = input_ids if cache is None else None
+            self.add_losses(out, main, ids, labels, attention_mask, routing, selection)
         out.indexer_loss = None if selection is None else selection.total_loss()
+        self.add_routing(out, routing)
+        out.trunk = main if return_trunk else None
+        return out
+
+    def add_losses(
+        self,
+        out: CausalLMOutput,
+        main: TrunkOutput,
+        input_ids: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        routing: Routing | None,
+        selection: KeySelection | None,
+    ) -> None:
+        """Adds the cross-entropies to the output of a pass, and in training mode what they are means over.
+
+        Args:
+            out: with logits, or with the hidden states that the head reads.
+            main: the main model's output.
+            input_ids: [B, T] for the MTP modules; None runs none.
+            labels: int64 [B, T].
+            attention_mask: as given; its last T columns count.
+            routing, selection: the pass's.
+        """
+        padding = None if attention_mask is None else ~nonzero(attention_mask[:, -labels.shape[1] :])
+        labels = ignore(labels, padding)
+        targets = ignore(shift_labels(labels, 1, main.documents), padding)
+        if main.part is not None:
+            targets = main.part.cut(targets)
+        if out.logits is not None and main.part is None and not gathers_logits(self.lm_head):
+            out.loss = cross_entropy(out.logits, targets)
+        else:
+            assert out.hidden_states is not None
+            out.loss = head_losses(self.lm_head, [out.hidden_states], [targets], part=main.part)[0][0]
+        if len(self.mtp) and input_ids is not None:
+            out.mtp_losses, out.mtp_accuracy = mtp_chain_losses(
+                self.mtp,
+                self.config,
+                self.model.embed,
+                self.lm_head,
+                main,
+                as_int64("input_ids", input_ids),
+                labels,
+                padding=padding,
+                routing=routing,
+                detached=self.mtp_detached,
+                recompute=self.model.gradient_checkpointing and self.training,
+                selection=selection,
+            )
+            out.mtp_loss = out.mtp_losses.mean()
+        if self.training:
+            depths = 0 if out.mtp_losses is None else len(self.mtp)
+            out.counts = count_targets(labels, padding, main.documents, depths)
+
+    def add_routing(self, out: CausalLMOutput, routing: Routing | None) -> None:
+        """Counts what the routers of a pass have chosen, and adds their balance losses to its output."""
         if routing is not None:
             routing.commit()
             out.routing = routing.record
             self._add_balance_losses(out, routing)
-        out.trunk = main if return_trunk else None
-        return out
 
     def _mtp_output(self, step: MTPStep, logits_to_keep: int | Tensor, return_logits: bool) -> CausalLMOutput:
         hidden, normed = self.mtp_states(
@@ -292,8 +323,12 @@ class DeepseekLM(nn.Module):
             out.mtp_aux_losses = torch.stack([zero if loss is None else loss.to(zero.device) for loss in each])
             out.mtp_loss = out.mtp_loss + out.mtp_aux_losses.mean()
 
-    def _routing(
-        self, tokens: Tensor | None, mask: Tensor | None, record: bool, replay: RoutingRecord | None
+    def routing_of(
+        self,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        record: bool = False,
+        replay: RoutingRecord | None = None,
     ) -> Routing | None:
         """Returns the routers' settings for this pass, None if they have none."""
         if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not (self.training or record or replay is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,19 @@ from torch import Tensor
 from ..config.argument_types import check_types
 from .outputs import CausalLMOutput
 
-__all__ = ["global_loss"]
+__all__ = ["LossShares", "global_loss", "weighted_loss"]
+
+
+class LossShares(NamedTuple):
+    """Parts that the losses of one call have in those of all calls and ranks.
+
+    Attributes:
+        targets: [1 + D], of the cross-entropy of the next token, then of each MTP module.
+        sequences: [1 + D], of the balance losses, likewise.
+    """
+
+    targets: Tensor
+    sequences: Tensor
 
 
 @check_types
@@ -42,7 +54,13 @@ def global_loss(out: CausalLMOutput, mtp_weight: float = 0.0, group: Any | None 
         total = counts.clone()
         torch.distributed.all_reduce(total, group=group)
         shares = (counts * torch.distributed.get_world_size(group) / total.clamp(min=1)).float()
-    targets, sequences = shares.to(out.loss.device)
+    return weighted_loss(out, LossShares(*shares), mtp_weight)
+
+
+def weighted_loss(out: CausalLMOutput, shares: LossShares, mtp_weight: float) -> Tensor:
+    """Returns `out.loss + mtp_weight * out.mtp_loss`, float32, each of their parts times its share."""
+    assert out.loss is not None
+    targets, sequences = torch.stack(tuple(shares)).to(out.loss.device)
     loss = out.loss if out.aux_loss is None else out.loss - out.aux_loss
     loss = targets[0] * loss
     if out.aux_loss is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_losses(
-    head: nn.Module, states: Sequence[Tensor], targets: Sequence[Tensor], *, detached: bool = False
+    head: nn.Module,
+    states: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    detached: bool = False,
+    part: Any | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the mean cross-entropy and the share of right guesses for each of S inputs of the head.
 
@@ -45,10 +51,14 @@ def head_losses(
         states: S tensors [..., H].
         targets: S int64 tensors [...], -100 where ignored.
         detached: treats the head's parameters as constants.
+        part: of sequences cut over ranks, the tokens of these states and targets (`TrunkOutput.part`); the means are
+            then those of whole sequences.
 
     Returns:
         losses float32 [S] and accuracies float32 [S]; 0 where every target is ignored.
     """
+    if part is not None:
+        return part.means(*head_losses(head, states, targets, detached=detached), targets)
     if gathers_logits(head):
         return head.losses(states, targets, detached=detached)  # type: ignore[operator]
     weight = plain_weight(head)

@@ -5,6 +5,7 @@ Notation: B batch, T tokens of this call, S keys, H hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from ..layers.norm import RMSNorm, add_and_normalize, normalize
 from ..layers.rope import RotaryEmbedding, Rotation
 from ..moe.moe import MoE
 from ..moe.routing import Routing
-from .outputs import TrunkOutput
+from .outputs import Places, TrunkOutput
 from .side_results import recomputed
 from .tensor_checks import as_int64, check_dense, check_multiplicative, check_token_ids, is_readable, nonzero
 
-__all__ = ["DecoderLayer", "DeepseekModel"]
+__all__ = ["DecoderLayer", "DeepseekModel", "check_mask", "check_positions"]
 
 
 @check_types
@@ -119,35 +120,49 @@ class DeepseekModel(nn.Module):
         """Runs the layers; see `DeepseekLM.forward` for the arguments."""
         x = self.embed(input_ids, inputs_embeds)
         batch, tokens = x.shape[:2]
-        valid = _check_mask(attention_mask, x, cache)
-        selection = self._selection(selection, valid)
+        valid = check_mask(attention_mask, x, cache)
+        selection = self.new_selection(selection, valid)
         if position_ids is not None:
-            position_ids = _check_positions(position_ids, x)
-        documents = None
-        if position_ids is not None and (cache is None or not torch.compiler.is_compiling()):
-            documents = document_numbers(position_ids, valid)
+            position_ids = check_positions(position_ids, x)
         if cache is None:
-            if position_ids is None:
-                position_ids = positions_from_mask(valid, batch, tokens, x.device)
-            mask, rope = attention_mask_for_documents(documents, valid, batch), self.rope(position_ids)
-            return self._run(x, rope, mask, None, routing, documents, selection)
+            places = self.places(valid, position_ids, batch, tokens, x.device)
+            x = self.run_layers(self.layers, x, places.rope, places.mask, None, routing, selection)
+            return TrunkOutput(self.norm(x), x, *places)
         self._check_cache(cache, batch, x.dtype)
-        if documents is not None:
+        looks = position_ids is not None and not torch.compiler.is_compiling()
+        if looks and document_numbers(position_ids, valid) is not None:
             raise ValueError("expected one document a row with a cache, got position_ids that start again within a row")
         with cache.append(tokens, valid) as slots:
             rope = self.rope(slots if position_ids is None else position_ids)
-            return self._run(x, rope, cache.spans(slots, valid), cache, routing, None, selection)
+            mask = cache.spans(slots, valid)
+            x = self.run_layers(self.layers, x, rope, mask, cache, routing, selection)
+            return TrunkOutput(self.norm(x), x, rope, mask, None)
 
-    def _run(
+    def places(
+        self, valid: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int, device: torch.device
+    ) -> Places:
+        """Returns the places of [B, T] tokens, of a pass without a cache.
+
+        Args:
+            valid: bool [B, T], or None where nothing is padding.
+            position_ids: int [B or 1, T], or None to count each row's real tokens.
+        """
+        documents = None if position_ids is None else document_numbers(position_ids, valid)
+        if position_ids is None:
+            position_ids = positions_from_mask(valid, batch, tokens, device)
+        return Places(self.rope(position_ids), attention_mask_for_documents(documents, valid, batch), documents)
+
+    def run_layers(
         self,
+        layers: Iterable[nn.Module],
         x: Tensor,
         rope: Rotation,
         mask: Tensor | None,
         cache: LatentCache | None,
         routing: Routing | None,
-        documents: Tensor | None,
         selection: KeySelection | None,
-    ) -> TrunkOutput:
+    ) -> Tensor:
+        """Runs some of the layers in order, [B, T, H] to the same shape; recomputes them where that is switched on."""
         recomputes = self.gradient_checkpointing and self.training and cache is None
         if selection is not None and selection.stage is not None:
             if recomputes:
@@ -157,14 +172,14 @@ class DeepseekModel(nn.Module):
             if cache is not None:  # it carries no gradient to the indexers' keys
                 raise ValueError("expected no cache with the loss of the indexers, got one")
         chosen = () if selection is None else (selection,)
-        for layer in self.layers:
+        for layer in layers:
             if recomputes:
                 x = recomputed(layer, x, rope, mask, None, routing=routing, selection=selection)
             else:
                 x = layer(x, rope, mask, cache, routing, *chosen)
-        return TrunkOutput(self.norm(x), x, rope, mask, documents)
+        return x
 
-    def _selection(self, given: KeySelection | None, valid: Tensor | None) -> KeySelection | None:
+    def new_selection(self, given: KeySelection | None, valid: Tensor | None) -> KeySelection | None:
         """Returns the selections of this pass, None for a model with dense attention."""
         if not self.is_sparse:
             if given is not None:
@@ -212,7 +227,7 @@ class DeepseekModel(nn.Module):
         return self.embed_tokens(check_token_ids(input_ids, self.config.vocab_size, weight))
 
 
-def _check_mask(mask: Tensor | None, x: Tensor, cache: LatentCache | None) -> Tensor | None:
+def check_mask(mask: Tensor | None, x: Tensor, cache: LatentCache | None) -> Tensor | None:
     """Returns the attention mask of this call's tokens, bool [B, T], or None where nothing is padding."""
     if mask is None:
         return None
@@ -226,7 +241,8 @@ def _check_mask(mask: Tensor | None, x: Tensor, cache: LatentCache | None) -> Te
     return nonzero(mask[:, -tokens:])
 
 
-def _check_positions(position_ids: Tensor, x: Tensor) -> Tensor:
+def check_positions(position_ids: Tensor, x: Tensor) -> Tensor:
+    """Returns positions [B or 1, T] as int64, of the tokens of x [B, T, ...]; raises ValueError for anything else."""
     batch, tokens = x.shape[:2]
     check_dense("position_ids", position_ids, x)
     if tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):

@@ -125,4 +125,5 @@ def mtp_chain_losses(
         documents=main.documents,
         routing=routing,
         detached=detached,
+        part=main.part,
     )

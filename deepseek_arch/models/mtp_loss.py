@@ -7,6 +7,7 @@ h'_i = eh_proj([enorm(Emb(t_{i+k})); hnorm(h_i)])        (equation 21, but with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def mtp_losses(
     documents: Tensor | None = None,
     routing: Routing | None = None,
     detached: bool = False,
+    part: Any | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes, by depth, the cross-entropy `depth + 2` tokens ahead (equation 24) and the share of right guesses.
 
@@ -46,21 +48,24 @@ def mtp_losses(
         padding: bool [B, T], or None where there is no padding.
         documents: [B, T] document numbers, or None where every row is one document.
         detached: treats the main model and the head as constants.
+        part: of sequences cut over ranks, the tokens of `hidden` (`TrunkOutput.part`), which `run` is given; the other
+            arguments are of whole sequences.
 
     Returns:
         losses and accuracies, float32 [D] each.
     """
     hidden, states, targets = hidden.detach() if detached else hidden, [], []
     real = torch.ones_like(input_ids) if padding is None else (~padding).long()
+    own = (lambda x: x) if part is None else part.cut
     for depth in range(depths):
-        next_ids = shift_left(input_ids, depth + 1)
+        next_ids = own(shift_left(input_ids, depth + 1))
         # The last positions have no token of their own to embed: their routing does not count (TRAPS D3).
         counted = shift_labels(real, depth + 1, documents, ignore=0) != 0
-        part = None if routing is None else routing.restricted_to(counted)
-        hidden, normed = run(hidden, next_ids, depth, part)
+        restricted = None if routing is None else routing.restricted_to(own(counted))
+        hidden, normed = run(hidden, next_ids, depth, restricted)
         states.append(normed)
-        targets.append(ignore(shift_labels(labels, depth + 2, documents), padding))
-    return head_losses(head, states, targets, detached=detached)
+        targets.append(own(ignore(shift_labels(labels, depth + 2, documents), padding)))
+    return head_losses(head, states, targets, detached=detached, part=part)
 
 
 def count_targets(

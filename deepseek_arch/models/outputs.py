@@ -10,7 +10,15 @@ from torch import Tensor
 from ..layers.rope import Rotation
 from ..moe.routing_record import RoutingRecord
 
-__all__ = ["CausalLMOutput", "LossCounts", "MTPStep", "TrunkOutput"]
+__all__ = ["CausalLMOutput", "LossCounts", "MTPStep", "Places", "TrunkOutput"]
+
+
+class Places(NamedTuple):
+    """Places of a pass's tokens, as layers need them; attributes as of `TrunkOutput`."""
+
+    rope: Rotation
+    mask: Tensor | None
+    documents: Tensor | None
 
 
 @dataclass
@@ -22,6 +30,8 @@ class TrunkOutput:
         pre_norm: [B, T, H] before it.
         rope, mask: the cosines and sines and the attention mask that the layers used, for modules that run on top.
         documents: [B, T] document numbers, or None where every row is one document.
+        part: of a model whose sequences are cut over ranks, the tokens [B, T / n] that all of this but `documents` is
+            of (`parallel.context_parallel.SequencePart`); else None.
     """
 
     hidden_states: Tensor
@@ -29,6 +39,7 @@ class TrunkOutput:
     rope: Rotation
     mask: Tensor | None
     documents: Tensor | None
+    part: Any | None = None
 
 
 @dataclass(frozen=True)

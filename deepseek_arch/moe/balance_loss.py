@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,13 @@ from ..config.deepseek_config import DeepseekConfig
 from .moe import Router
 
 __all__ = ["BalanceLoss"]
+
+
+_Over = Callable[[Tensor], Tensor]
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
 
 
 @check_types
@@ -69,7 +77,13 @@ class BalanceLoss:
         return bool(self.sequence or self.expert or self.device or self.communication)
 
     def __call__(
-        self, router: Router, logits: Tensor, ids: Tensor, shape: tuple[int, int], valid: Tensor | None = None
+        self,
+        router: Router,
+        logits: Tensor,
+        ids: Tensor,
+        shape: tuple[int, int],
+        valid: Tensor | None = None,
+        over: _Over = _alone,
     ) -> Tensor:
         """Computes the loss of one layer, a float32 scalar.
 
@@ -78,6 +92,7 @@ class BalanceLoss:
             ids: int64 [B T, K].
             shape: (B, T).
             valid: bool [B, T], or None where nothing is padding.
+            over: sums values of sequences [B, X] over the ranks that have other tokens of the same ones.
         """
         scores = router.scores(logits).unflatten(0, shape)  # [B, T, E]
         ids = ids.unflatten(0, shape)  # [B, T, K]
@@ -86,46 +101,46 @@ class BalanceLoss:
         if self.sequence:
             normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)
             counted = scores.detach().topk(ids.shape[-1], dim=-1).indices if self.counts == "unbiased" else ids
-            f, p = _load(counted, scores.shape[-1], mask), _mean(normalized, mask)
-            total = total + self.sequence * _mean_over_sequences((f * p).sum(-1), mask)
+            f, p = _load(counted, scores.shape[-1], mask, over), _mean(normalized, mask, over)
+            total = total + self.sequence * _mean_over_sequences((f * p).sum(-1), mask, over)
         if self.expert or self.device or self.communication:
-            f, p = _load(ids, scores.shape[-1], mask), _mean(scores, mask)
-            total = total + self.expert * _mean_over_sequences((f * p).sum(-1), mask)
+            f, p = _load(ids, scores.shape[-1], mask, over), _mean(scores, mask, over)
+            total = total + self.expert * _mean_over_sequences((f * p).sum(-1), mask, over)
         if self.device or self.communication:
             if scores.shape[-1] % self.devices:
                 raise ValueError(f"expected devices that divide {scores.shape[-1]} experts, got {self.devices}")
             on_device = p.unflatten(-1, (self.devices, -1)).sum(-1)  # P' = P'' [B, D]
             mean_load = f.unflatten(-1, (self.devices, -1)).mean(-1)
-            total = total + self.device * _mean_over_sequences((mean_load * on_device).sum(-1), mask)
-            sent = _sent(ids, scores.shape[-1], self.devices, router.topk_group, mask)
-            total = total + self.communication * _mean_over_sequences((sent * on_device).sum(-1), mask)
+            total = total + self.device * _mean_over_sequences((mean_load * on_device).sum(-1), mask, over)
+            sent = _sent(ids, scores.shape[-1], self.devices, router.topk_group, mask, over)
+            total = total + self.communication * _mean_over_sequences((sent * on_device).sum(-1), mask, over)
         return total
 
 
-def _tokens(mask: Tensor) -> Tensor:
-    return mask.sum(-1, keepdim=True).clamp(min=1).float()  # [B, 1]
+def _tokens(mask: Tensor, over: _Over) -> Tensor:
+    return over(mask.sum(-1, keepdim=True).float()).clamp(min=1)  # [B, 1]
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
+def _mean(values: Tensor, mask: Tensor, over: _Over) -> Tensor:
     """Averages [B, T, X] over the real tokens -> [B, X]."""
-    return (values * mask[..., None]).sum(1) / _tokens(mask)
+    return over((values * mask[..., None]).sum(1)) / _tokens(mask, over)
 
 
 @torch.no_grad()
-def _load(ids: Tensor, experts: int, mask: Tensor) -> Tensor:
+def _load(ids: Tensor, experts: int, mask: Tensor, over: _Over) -> Tensor:
     """Computes f [B, E]: the share of a sequence's tokens that chose each expert, times E / K."""
     chosen = torch.zeros(*ids.shape[:2], experts, device=ids.device).scatter_(-1, ids.clamp(max=experts - 1), 1.0)
-    return _mean(chosen, mask) * experts / ids.shape[-1]
+    return _mean(chosen, mask, over) * experts / ids.shape[-1]
 
 
 @torch.no_grad()
-def _sent(ids: Tensor, experts: int, devices: int, most: int, mask: Tensor) -> Tensor:
+def _sent(ids: Tensor, experts: int, devices: int, most: int, mask: Tensor, over: _Over) -> Tensor:
     """Computes f'' [B, D]: the share of a sequence's tokens that were sent to each device, times D / M."""
     to = torch.zeros(*ids.shape[:2], devices, device=ids.device).scatter_(-1, ids // (experts // devices), 1.0)
-    return _mean(to, mask) * devices / most
+    return _mean(to, mask, over) * devices / most
 
 
-def _mean_over_sequences(values: Tensor, mask: Tensor) -> Tensor:
+def _mean_over_sequences(values: Tensor, mask: Tensor, over: _Over) -> Tensor:
     """Averages [B] over the sequences that have a real token."""
-    real = mask.any(-1)
+    real = over(mask.any(-1).float()) > 0
     return (values * real).sum() / real.sum().clamp(min=1)
