@@ -71,6 +71,10 @@ from .layout.parallel_layout import LayoutError as LayoutError
 from .layout.parallel_layout import ParallelLayout as ParallelLayout
 from .parallel.apply import parallelize as parallelize
 from .parallel.init_weights import init_weights as init_weights
+from .parallel.pipeline import pipeline as pipeline
+from .parallel.pipeline import Pipeline as Pipeline
+from .parallel.dispatch_choice import register_dispatch as register_dispatch
+from .parallel.dispatch_choice import use_dispatch as use_dispatch
 from .parallel.norms import clip_grad_norm as clip_grad_norm
 from .checkpoint.sharded_state import load_sharded as load_sharded
 from .checkpoint.sharded_state import save_sharded as save_sharded

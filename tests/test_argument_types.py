@@ -271,6 +271,16 @@ class World:
             "clip_grad_norm": (da.clip_grad_norm, {"model": self.trained(), "max_norm": 1.0}),
             "parallelize": (da.parallelize, {"model": self.fresh(), "layout": self.layout}),
             "init_weights": (da.init_weights, {"model": self.fresh(), "seed": 1, "device": "cpu"}),
+            "pipeline": (
+                da.pipeline,
+                {"model": self.fresh(), "layout": self.layout, "schedule": "1F1B", "microbatches": 2}
+                | {"stage_layers": None},
+            ),
+            "register_dispatch": (
+                lambda **given: da.register_dispatch(**({"factory": print} | given)),
+                {"name": "odd"},
+            ),
+            "use_dispatch": (da.use_dispatch, {"model": self.fresh(), "name": "rows"}),
             "save_sharded": (
                 lambda **given: da.save_sharded(**({"path": self.new()} | given)),
                 {"model": self.fresh(), "optimizer": None},
@@ -378,8 +388,8 @@ def text(value: Any) -> str:
 def test_the_calls_work_as_they_are(world):
     calls = world.calls()
     for name, (function, given) in calls.items():
-        # The one needs a cache of its own kind, and compiles; the other a process group.
-        if name not in ("CompiledDecodeStep", "parallelize"):
+        # The one needs a cache of its own kind, and compiles; the others a process group.
+        if name not in ("CompiledDecodeStep", "parallelize", "pipeline", "use_dispatch"):
             function(**given)
 
 
@@ -388,6 +398,7 @@ def test_every_public_function_is_called():
     results = {"CausalLMOutput", "MTPProbe", "ParameterCount", "SpeculationReport", "ExpertPlacement", "InferencePlan"}
     results |= {
         "SparseLatentAttention",
+        "Pipeline",
         "TrainingPlan",
         "Linear",
         "MoE",

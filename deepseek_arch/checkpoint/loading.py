@@ -8,7 +8,7 @@ tensor.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ def load(
     experts: int | None = None,
     mtp: bool = True,
     layout: ParallelLayout | None = None,
+    schedule: str | None = None,
+    stage_layers: Sequence[int] | None = None,
 ) -> DeepseekLM:
     """Reads a checkpoint folder in the published layout, or with the experts of a layer stacked (`convert`).
 
@@ -57,6 +59,7 @@ def load(
         layers, experts, mtp: load part of the model, see `layout.subset.select_subset`. Only the bytes needed are read.
         layout: cuts the model over the ranks of the default process group, as `parallelize` does. Every rank calls
             this, and reads its own part alone; an error of one is raised on all.
+        schedule, stage_layers: with pp > 1, of the pipeline that will run the model, as for `pipeline`.
 
     Returns:
         The model in eval mode, with a `LoadReport` as `model.load_report`, and the content of generation_config.json
@@ -75,7 +78,9 @@ def load(
         UserWarning: tensors have values that are not finite; MTP modules or other files of the folder are not read.
     """
     if layout is not None:
-        return load_part(path, device, dtype, fp8, (layers, experts, mtp), layout)
+        return load_part(path, device, dtype, fp8, (layers, experts, mtp), layout, schedule, stage_layers)
+    if schedule is not None or stage_layers is not None:
+        raise ValueError("expected a layout with pp > 1 for schedule and stage_layers, got none")
     started = time.perf_counter()
     device = check_arguments(device, fp8)
     plan, model, fp8_parameters, generation_config = planned(path, dtype, fp8, (layers, experts, mtp))

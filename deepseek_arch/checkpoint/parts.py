@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..layout.parameter_map import TensorSlot, scale_name
-from ..parallel.boxes import Box, copies, local_box, local_tensor
+from ..parallel.boxes import Box, copies, half_rows, local_box, local_tensor
 
 __all__ = [
     "Entry",
@@ -79,25 +79,41 @@ def scale_part(slot: TensorSlot, state: dict[str, Tensor], block_rows: int) -> L
 
 def local_rows(entry: Entry, state: dict[str, Tensor]) -> LocalPart | None:
     """Returns what this rank has of an entry, or None."""
+    if entry.parameter not in state:  # of another stage of a pipeline
+        return None
     tensor = state[entry.parameter]
-    local, box = local_tensor(tensor), local_box(tensor)
-    found = _rows_within(box, entry)
+    local, box, half = local_tensor(tensor), local_box(tensor), half_rows(tensor)
+    found = _rows_within(box, entry, half)
     if found is None or not local.numel():
         return None
     rows, columns = found
     if entry.expert is not None:
         local, box = local[entry.expert - box[0][0]], box[1:]
+    if half:
+        local, box = local.chunk(2)[entry.first // half], _of_half(box, entry, half)
     first = rows[0] + entry.first - box[0][0]
     return LocalPart(local[first : first + rows[1] - rows[0]], rows, columns)
 
 
-def _rows_within(box: Box, entry: Entry) -> tuple[tuple[int, int], tuple[int, int] | None] | None:
-    """Returns the rows and columns of an entry's tensor that lie in a box of its parameter, or None."""
+def _of_half(box: Box, entry: Entry, half: int) -> Box:
+    """Returns the rows that a rank has of gate or of up, the half of a stacked matrix that an entry is of."""
+    offset = entry.first // half * half
+    return (offset + box[0][0] // 2, offset + box[0][1] // 2), *box[1:]
+
+
+def _rows_within(box: Box, entry: Entry, half: int) -> tuple[tuple[int, int], tuple[int, int] | None] | None:
+    """Returns the rows and columns of an entry's tensor that lie in a box of its parameter, or None.
+
+    Args:
+        half: `half_rows` of the parameter.
+    """
     if entry.expert is not None:
         first, end = box[0]
         if not first <= entry.expert < end:
             return None
         box = box[1:]
+    if half:
+        box = _of_half(box, entry, half)
     first, end = max(entry.first, box[0][0]), min(entry.end, box[0][1])
     columns = box[1] if len(box) > 1 else None
     if first >= end or (columns is not None and columns[0] >= columns[1]):
@@ -109,14 +125,14 @@ class RankBoxes:
     """Parts of one parameter on all ranks, by the copies of it that there are."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._copies = list(copies(tensor))
+        self._copies, self._half = list(copies(tensor)), half_rows(tensor)
         self._by_expert: list[dict[int, list[tuple[int, Box]]]] | None = None
 
     def pieces(self, entry: Entry) -> list[list[Piece]]:
         """Returns the pieces of an entry of this parameter, in the order of its rows, for each copy of it."""
         out = []
         for boxes in self._of_expert(entry.expert):
-            found = [(rank, _rows_within(box, entry)) for rank, box in boxes]
+            found = [(rank, _rows_within(box, entry, self._half)) for rank, box in boxes]
             out.append(sorted((Piece(rank, *within) for rank, within in found if within), key=lambda p: p[1:]))
         return out
 

@@ -167,6 +167,9 @@ def _check_model(model: nn.Module, cut: bool) -> tuple[dict[str, Tensor], Deepse
     config = getattr(model, "config", None)
     if not isinstance(config, DeepseekConfig):
         raise ValueError(f"expected a DeepseekLM, got {type(model).__name__}")
+    meshes: Any = getattr(model, "meshes", None)
+    if meshes is not None and meshes.stages is not None:
+        raise ValueError("expected a whole model, got one of the stages of a pipeline, which save_sharded writes")
     with biases_in_adapters(model, False):  # adapters that were merged since had their own names for them
         state = model.state_dict()
     slots, fp8_weights = list(layout(config)), _fp8_weights_of(model)

@@ -7,13 +7,13 @@ that are cut by columns whole rows. Beside its part it needs memory for a few do
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..layout.parallel_layout import ParallelLayout
+from ..layout.parallel_layout import LayoutError, ParallelLayout
 from ..layout.parameter_map import TensorSlot
 from ..models.causal_lm import DeepseekLM
 from ..parallel.agreement import on_ranks, raise_alike
@@ -37,9 +37,12 @@ def load_part(
     fp8: str,
     part: tuple[Iterable[int] | None, int | None, bool],
     layout: ParallelLayout,
+    schedule: str | None = None,
+    stage_layers: Sequence[int] | None = None,
 ) -> DeepseekLM:
     """Reads this rank's part; errors are raised alike on all ranks, before memory is allocated or after the reading."""
     from ..parallel.apply import parallelize  # with torch.distributed, which loading on one device does without
+    from ..parallel.pipeline import parallelize_stages
 
     if not on_ranks():
         raise ValueError("expected a running process group (torch.distributed.init_process_group) for layout, got none")
@@ -52,7 +55,12 @@ def load_part(
     raise_alike(error)
     assert found is not None and isinstance(device, torch.device)
     plan, model, fp8_parameters, generation_config = found
-    model = parallelize(model, layout)
+    if layout.pp > 1:
+        model = parallelize_stages(model, layout, schedule, stage_layers)
+    elif schedule is not None or stage_layers is not None:
+        raise LayoutError("expected pp > 1 for schedule and stage_layers, got pp = 1")
+    else:
+        model = parallelize(model, layout)
     report, not_finite = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings), NonFinite()
     with TensorReader() as reader:
         try:

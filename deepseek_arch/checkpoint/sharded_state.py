@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..config.argument_types import check_types
 from ..parallel.agreement import agreed_any, on_ranks, raise_alike
@@ -76,6 +79,7 @@ def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
         raise ValueError(f"expected a folder that save_sharded wrote, got {str(path)!r}")
     state = _state(model, optimizer)
     dcp.load(state, checkpoint_id=str(folder), no_dist=not on_ranks())
+    state = _mapped(state, _cut_again)
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))
 
@@ -105,4 +109,65 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
     if not model.state_dict():
         raise ValueError(f"expected a model with parameters, got {type(model).__name__} without any")
     of_model, of_optimizer = get_state_dict(model, [] if optimizer is None else [optimizer])
-    return {"model": of_model} if optimizer is None else {"model": of_model, "optimizer": of_optimizer}
+    of_model, of_optimizer = _mapped(of_model, _with_rows_in_order), _mapped(of_optimizer, _with_rows_in_order)
+    if optimizer is None:
+        return {"model": of_model}
+    meshes: Any = getattr(model, "meshes", None)
+    if meshes is not None and meshes.layout.pp > 1:
+        of_optimizer["param_groups"] = _groups_of_all_stages(of_optimizer["param_groups"], meshes.pp)
+    return {"model": of_model, "optimizer": of_optimizer}
+
+
+def _mapped(value: Any, change: Callable[[DTensor], DTensor]) -> Any:
+    """Returns a state dict with its DTensors changed."""
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    return change(value) if isinstance(value, DTensor) else value
+
+
+def _etp_axis(tensor: DTensor) -> int | None:
+    """Returns the axis of the mesh along which etp cuts experts, or None."""
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return names.index("etp") if "etp" in names else None
+
+
+def _with_rows_in_order(tensor: DTensor) -> DTensor:
+    """Returns gate and up, whose rows etp cuts each, whole along that axis: a file's part of a tensor is one box."""
+    axis = _etp_axis(tensor)
+    if axis is None or not isinstance(tensor.placements[axis], _StridedShard):
+        return tensor
+    local = tensor.to_local().unflatten(1, (2, -1)).contiguous()
+    parts = [torch.empty_like(local) for _ in range(tensor.device_mesh.size(axis))]
+    torch.distributed.all_gather(parts, local, group=tensor.device_mesh.get_group(axis))
+    placements = list(tensor.placements)
+    placements[axis] = Replicate()
+    return _placed_like(tensor, torch.cat(parts, 2).flatten(1, 2), placements)
+
+
+def _cut_again(tensor: DTensor) -> DTensor:
+    """Undoes `_with_rows_in_order`."""
+    axis = _etp_axis(tensor)
+    if axis is None or not tensor.placements[axis].is_replicate():
+        return tensor
+    mesh, placements = tensor.device_mesh, list(tensor.placements)
+    placements[axis] = _StridedShard(1, split_factor=2)
+    local = tensor.to_local().unflatten(1, (2, -1)).chunk(mesh.size(axis), 2)[mesh.get_local_rank(axis)]
+    return _placed_like(tensor, local.flatten(1, 2), placements)
+
+
+def _placed_like(tensor: DTensor, local: Tensor, placements: list[Any]) -> DTensor:
+    whole: dict[str, Any] = {"run_check": False, "shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(local, tensor.device_mesh, placements, **whole)
+
+
+def _groups_of_all_stages(own: Any, group: Any) -> list[dict[str, Any]]:
+    """Returns an optimizer's parameter groups with the names of all stages' parameters, the same on all ranks."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(gathered, own, group=group)
+    whole: list[dict[str, Any]] = []
+    for groups in gathered:
+        for index, each in enumerate(groups):
+            if index == len(whole):
+                whole.append({**each, "params": []})
+            whole[index]["params"] += [name for name in each["params"] if name not in whole[index]["params"]]
+    return whole

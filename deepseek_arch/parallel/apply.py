@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..attention.mla import MultiHeadLatentAttention
 from ..config.argument_types import check_types
@@ -18,52 +20,19 @@ from ..layout.parallel_layout import LayoutError, ParallelLayout
 from ..models.causal_lm import DeepseekLM
 from ..moe.moe import Experts, MoE, Router
 from ..quant.fp8_convert import fp8_layers
-from .local import become
-from .tensor_parallel import ExpertParallel, HeadParallel, ReadsWhole, TokenParallelMoE, WidthParallelMLP
+from .context_parallel import ContextParallelAttention, ContextParallelLM, ContextParallelModel
+from .local import become, behave
+from .meshes import Meshes, mesh_device
+from .tensor_parallel import ExpertParallel, HeadParallel, HoldsBias, ReadsWhole, TokenParallelMoE, WidthParallelMLP
 from .vocabulary import VocabularyEmbedding, VocabularyHead
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from .stages import Stage
 
-__all__ = ["Meshes", "parallelize"]
+__all__ = ["check_layout", "cut", "parallelize", "shard_stages"]
 
 _ROWS = ("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens")
 _COLUMNS = ("o_proj", "down_proj")
-
-
-class Meshes:
-    """Meshes of a layout over the ranks that run: one of everything but routed experts, and one of those.
-
-    Args:
-        layout: fits the number of ranks.
-        device_type: of the parameters.
-
-    Attributes:
-        dense: axes dp_replicate, dp_shard and tp; experts: axes dp_replicate, edp and ep.
-    """
-
-    def __init__(self, layout: ParallelLayout, device_type: str) -> None:
-        self.layout = layout
-        dense, experts = layout.dense_mesh, layout.expert_mesh
-        sizes = tuple(dense[axis] for axis in ("dp_replicate", "dp_shard", "tp"))
-        self.dense = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-        sizes = tuple(experts[axis] for axis in ("dp_replicate", "edp", "ep"))
-        self.experts = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "edp", "ep"))
-        # Ranks that see different tokens, of which each tensor-parallel rank has a group.
-        self.data: ProcessGroup = self.dense["dp_replicate", "dp_shard"]._flatten("data").get_group()
-
-    @property
-    def tp(self) -> ProcessGroup:
-        return self.dense.get_group("tp")
-
-    @property
-    def ep(self) -> ProcessGroup:
-        return self.experts.get_group("ep")
-
-    def sharding(self, routed: bool) -> DeviceMesh:
-        """Returns the mesh over which FSDP shards: with two axes where the whole is replicated, too."""
-        mesh, axis = (self.experts, "edp") if routed else (self.dense, "dp_shard")
-        return mesh["dp_replicate", axis] if self.layout.dp_replicate > 1 else mesh[axis]
 
 
 @check_types
@@ -74,6 +43,10 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
       the same tokens. The loss is computed from parts of the logits; `forward` gathers them for its output unless
       `return_logits=False`.
     - ep: routed experts, each whole on one rank. A token travels once to each rank that holds experts of its choice.
+    - cp: each rank computes a part of every sequence; all ranks of a group are given the same whole sequences, of a
+      multiple of 2 x cp tokens. Losses are those of whole sequences, the same on all of them; FSDP shards over cp, too.
+      Hidden states that are returned are of this rank's tokens, logits (unless `return_logits=False`) of all.
+    - etp: columns of each routed expert; a token's row goes to all ranks that have a part of an expert of its choice.
     - dp_shard, dp_replicate: FSDP2, each decoder layer and MTP module a unit, the routed experts of each a unit on a
       mesh of their own. Their ranks are given different tokens, and gradients are means over them, so that a loss which
       is a mean over a rank's rows (`global_loss` for uneven ones) trains as in one process.
@@ -90,8 +63,8 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
         `model`, with `model.meshes`; `LoadBalancer` and `global_loss` sum over `model.meshes.data`.
 
     Raises:
-        LayoutError: the layout does not fit the ranks or the model, or has an axis that is not cut here (pp, cp, etp);
-            nothing has been changed or allocated then, on any rank.
+        LayoutError: the layout does not fit the ranks or the model, or pp > 1, which is for `pipeline`; nothing
+            has been changed or allocated then, on any rank.
         ValueError: no process group runs, or the model is of another kind, or cut already.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -99,36 +72,24 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
     if not isinstance(model, DeepseekLM) or model.meshes is not None:
         raise ValueError(f"expected a DeepseekLM that is not cut yet, got {type(model).__name__}")
     layout = layout.for_devices(torch.distributed.get_world_size())
-    _check(model, layout)
-    meshes = Meshes(layout, next(model.parameters()).device.type.replace("meta", _accelerator()))
-    _cut_experts(model, meshes)
-    if layout.tp > 1:
-        _cut_heads_and_columns(model, meshes)
-    if layout.dp > 1 or layout.edp > 1 or param_dtype is not None:
+    if layout.pp > 1:
+        raise LayoutError(f"expected pp = 1 (pipeline cuts into stages), got {layout.pp}")
+    check_layout(model, layout)
+    meshes = Meshes(layout, mesh_device(model))
+    cut(model, meshes)
+    if meshes.shards_anything or param_dtype is not None:
         _shard(model, meshes, param_dtype)
     model.meshes = meshes
     return model
 
 
-def _accelerator() -> str:
-    found = torch.accelerator.current_accelerator()
-    return "cpu" if found is None else found.type
-
-
-def _check(model: DeepseekLM, layout: ParallelLayout) -> None:
+def check_layout(model: DeepseekLM, layout: ParallelLayout) -> None:
     """Raises LayoutError from what is the same on all ranks, so that all of them raise."""
     config, problems = model.config, []
-    problems += [
-        f"expected {axis} = 1, which is not cut by parallelize, got {size}"
-        for axis, size in (("pp", layout.pp), ("cp", layout.cp), ("etp", layout.etp))
-        if size > 1
-    ]
-    if layout.tp > 1 and config.attention_bias:
-        problems.append(
-            "expected tp = 1 for a model with attention_bias, whose output bias would be added by each rank"
-        )
-    if layout.tp > 1 and config.is_sparse_attention:
-        problems.append("expected tp = 1 for sparse attention, whose indexer is not cut")
+    if layout.cp > 1 and config.is_sparse_attention:
+        problems.append("expected cp = 1 for sparse attention, whose indexer's keys are not gathered")
+    if layout.cp > 1 and model.capacity is not None:
+        problems.append("expected cp = 1 with token dropping, whose capacity is of whole sequences")
     if layout.tp > 1:
         problems += [
             f"expected tp = 1 with {path}, a {type(module).__name__} without a weight of its own (an adapter?)"
@@ -148,6 +109,19 @@ def _check(model: DeepseekLM, layout: ParallelLayout) -> None:
     layout.validate(config, fp8_blocks=bool(fp8_layers(model)))
 
 
+def cut(model: DeepseekLM, meshes: Meshes) -> None:
+    """Cuts experts by ep, and by tp what it cuts; without FSDP."""
+    _cut_experts(model, meshes)
+    if meshes.layout.tp > 1:
+        _cut_heads_and_columns(model, meshes)
+    if meshes.layout.cp > 1:
+        behave(model, ContextParallelLM)
+        behave(model.model, ContextParallelModel, cp_group=meshes.cp)
+        for module in model.modules():
+            if isinstance(module, MultiHeadLatentAttention):
+                behave(module, ContextParallelAttention, cp_group=meshes.cp)
+
+
 def _replace(module: nn.Module, name: str, mesh: DeviceMesh, dim: int | None) -> None:
     """Makes a parameter a DTensor on a mesh of one axis: this rank's part along `dim`, or a copy on each."""
     parameter = module._parameters[name]
@@ -161,15 +135,41 @@ def _replace(module: nn.Module, name: str, mesh: DeviceMesh, dim: int | None) ->
 
 
 def _cut_experts(model: DeepseekLM, meshes: Meshes) -> None:
-    layout, mesh = meshes.layout, meshes.experts["ep"]
-    group = meshes.ep if layout.ep > 1 else None
-    divisor = layout.dp / (layout.dp_replicate * layout.edp)
+    """Gives each rank its experts (ep), or a part of each of them (etp)."""
+    layout, cuts = meshes.layout, meshes.layout.ep * meshes.layout.etp > 1
+    mesh = meshes.experts["ep"] if layout.etp == 1 else meshes.experts["ep", "etp"]
+    divisor = layout.dp * layout.cp / (layout.dp_replicate * layout.edp)
     for module in model.modules():
-        if isinstance(module, Experts) and (layout.ep > 1 or divisor != 1):
-            for name in list(module._parameters) if layout.ep > 1 else ():
-                _replace(module, name, mesh, 0)
-            rest = {"ep_group": group, "total_experts": module.num_experts, "divisor": divisor}
+        if isinstance(module, Experts) and (cuts or divisor != 1):
+            for name in list(module._parameters) if cuts else ():
+                if layout.etp == 1:
+                    _replace(module, name, mesh, 0)
+                else:
+                    _cut_inside(module, name, mesh)
+            group = meshes.ep_and_etp if cuts else None
+            rest = {"ep_group": group, "total_experts": module.num_experts, "divisor": divisor, "parts": layout.etp}
             become(module, mesh, ExpertParallel, **rest)
+
+
+def _cut_inside(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """Makes stacked weights, or scales, a DTensor on a mesh of ep and etp.
+
+    Rows of gate and of up are cut each, never across (TRAPS S2), and columns of down.
+    """
+    parameter = module._parameters[name]
+    assert parameter is not None
+    ep, etp = mesh.get_coordinate() or (0, 0)
+    local = parameter.detach().chunk(mesh.size(0), 0)[ep]
+    if name.startswith("gate_up"):
+        local = local.unflatten(1, (2, -1)).chunk(mesh.size(1), 2)[etp].flatten(1, 2)
+        inner: Placement = _StridedShard(1, split_factor=2)
+    else:
+        local, inner = local.chunk(mesh.size(1), 2)[etp], Shard(2)
+    local = local.clone(memory_format=torch.contiguous_format)
+    whole: dict[str, Any] = {"run_check": False, "shape": parameter.shape, "stride": parameter.stride()}
+    module._parameters[name] = nn.Parameter(
+        DTensor.from_local(local, mesh, [Shard(0), inner], **whole), parameter.requires_grad
+    )
 
 
 def _cut_heads_and_columns(model: DeepseekLM, meshes: Meshes) -> None:
@@ -184,9 +184,11 @@ def _cut_heads_and_columns(model: DeepseekLM, meshes: Meshes) -> None:
             if parameter is not None and not (tied and module is model.lm_head):
                 _replace(module, name, mesh, dim if parameter.ndim > 1 else None)
         behaviour: type | None = ReadsWhole if leaf in ("q_proj", "q_b_proj") else None
+        if leaf == "o_proj" and module._parameters.get("bias") is not None:
+            behaviour = HoldsBias
         behaviour = {"embed_tokens": VocabularyEmbedding, "lm_head": VocabularyHead}.get(leaf, behaviour)
         become(module, mesh, behaviour, **({} if behaviour is None else {"group": group}))
-    if tied:
+    if tied and model.lm_head is not None:  # a stage of a pipeline may have none
         model.lm_head._parameters["weight"] = model.model.embed_tokens._parameters["weight"]
     for path, module in model.named_modules():
         if isinstance(module, MultiHeadLatentAttention):
@@ -199,20 +201,58 @@ def _cut_heads_and_columns(model: DeepseekLM, meshes: Meshes) -> None:
 
 def _shard(model: DeepseekLM, meshes: Meshes, param_dtype: torch.dtype | None) -> None:
     """Applies FSDP2: routed experts first, on the mesh of those that hold the same (TRAPS S12)."""
-    layout = meshes.layout
-    local = (model.config.n_routed_experts or 0) // layout.ep
-    # Stacked experts fewer than shards would be padded to one for each: cut inside of them instead (TRAPS S11).
-    inside: dict[str, Any] = {"shard_placement_fn": lambda parameter: Shard(1)} if layout.edp > local else {}
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32)
     # Experts are given hidden states as they come, and float32 weights of the choices, which must not be cast.
     as_given = dataclasses.replace(policy, cast_forward_inputs=False)
-    for module in list(model.modules()):
-        if isinstance(module, Experts):
-            fully_shard(module, mesh=meshes.sharding(routed=True), mp_policy=as_given, **inside)
-        elif isinstance(module, Router) and param_dtype is not None:
+    _shard_experts(model, meshes, mp_policy=as_given)
+    for module in list(model.modules()) if param_dtype is not None else ():
+        if isinstance(module, Router):
             kept = MixedPrecisionPolicy(cast_forward_inputs=False)
             fully_shard(module, mesh=meshes.sharding(routed=False), mp_policy=kept)
-    if layout.dp > 1 or param_dtype is not None:
+    if meshes.layout.dp * meshes.layout.cp > 1 or param_dtype is not None:
         for layer in (*model.model.layers, *model.mtp):
             fully_shard(layer, mesh=meshes.sharding(routed=False), mp_policy=policy)
         fully_shard(model, mesh=meshes.sharding(routed=False), mp_policy=as_given)
+
+
+def _shard_experts(model: DeepseekLM, meshes: Meshes, **options: Any) -> None:
+    layout = meshes.layout
+    local = (model.config.n_routed_experts or 0) // layout.ep
+    # Stacked experts fewer than shards would be padded to one for each: cut inside of them instead (TRAPS S11).
+    if layout.edp > local:
+        options["shard_placement_fn"] = _inside
+    for module in list(model.modules()):
+        if isinstance(module, Experts):
+            fully_shard(module, mesh=meshes.sharding(routed=True), **options)
+
+
+def _inside(parameter: nn.Parameter) -> Shard:
+    """Returns the cut of stacked experts by FSDP inside of them: not where etp has cut gate and up."""
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    return Shard(2 if any(isinstance(placement, _StridedShard) for placement in placements) else 1)
+
+
+def shard_stages(model: DeepseekLM, stages: Sequence[Stage], meshes: Meshes) -> None:
+    """Applies FSDP2 to pipeline stages, each a root that torch's schedules gather and reduce themselves.
+
+    Weights stay gathered while a schedule needs their stage: it asks a stage for its parameters in split backward
+    passes, and would find shards that no pass has reached. An embedding that two stages of this rank share would have
+    two roots: every rank keeps it whole.
+    """
+    options: dict[str, Any] = {"mesh": meshes.sharding(routed=False), "reshard_after_forward": False}
+    _shard_experts(model, meshes, reshard_after_forward=False)
+    for layer in (*model.model.layers, *model.mtp):
+        fully_shard(layer, **options)
+    shared = [stage for stage in stages if hasattr(stage, "embed_tokens")]
+    ignored: set[Any] = set()
+    if len(shared) > 1:
+        embedding = model.model.embed_tokens
+        if meshes.layout.tp == 1:  # a DTensor as all others are
+            _replace(embedding, "weight", meshes.different, None)
+            become(embedding, meshes.different)
+            if model.config.tie_word_embeddings:
+                model.lm_head._parameters["weight"] = embedding._parameters["weight"]
+                become(model.lm_head, meshes.different)
+        ignored = {embedding._parameters["weight"]}
+    for stage in stages:
+        fully_shard(stage, ignored_params=ignored, **options)

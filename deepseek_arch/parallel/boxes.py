@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Box", "allocate_parts", "copies", "is_cut", "local_box", "local_tensor", "whole_box"]
+__all__ = ["Box", "allocate_parts", "copies", "half_rows", "is_cut", "local_box", "local_tensor", "whole_box"]
 
 Box = tuple[tuple[int, int], ...]
 """(first, end) along each dimension."""
@@ -32,6 +32,17 @@ def local_tensor(tensor: Any) -> Tensor:
 def whole_box(tensor: Tensor) -> Box:
     """Returns the box of all elements."""
     return tuple((0, size) for size in tensor.shape)
+
+
+def half_rows(tensor: Any) -> int:
+    """Returns the rows of gate, and of up, in stacked experts of which etp has cut the rows of each; else 0.
+
+    The box of such a tensor stands for a rank's rows of both, each as long as half of the box's.
+    """
+    names = tensor.device_mesh.mesh_dim_names or () if is_cut(tensor) else ()
+    if "etp" not in names or tensor.placements[names.index("etp")].is_replicate():
+        return 0
+    return tensor.shape[1] // 2 if tensor.placements[names.index("etp")].dim == 1 else 0
 
 
 def local_box(tensor: Any) -> Box:

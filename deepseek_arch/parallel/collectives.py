@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_to_all", "copy_in", "gather_last", "reduce_over", "sent_bytes", "sum_out"]
+__all__ = ["all_to_all", "copy_in", "gather_last", "gather_sequence", "reduce_over", "sent_bytes", "sum_out"]
 
 sent_bytes: Counter[str] = Counter()
 """Bytes that this rank has sent to other ranks since it was last cleared, by purpose; an all-reduce as a ring."""
@@ -31,7 +31,7 @@ def exchange(x: Tensor, received: list[int], sent: list[int], group: Any, purpos
     out = x.new_empty(sum(received), *x.shape[1:])
     row = x.element_size() * x.shape[1:].numel()
     sent_bytes[purpose] += row * (sum(sent) - sent[dist.get_rank(group)])
-    x = x.contiguous()
+    x = x.contiguous() if x.numel() else torch.empty_like(out[:0])  # without rows, any strides pass for contiguous
     if x.dtype in _AS_BYTES:
         dist.all_to_all_single(out.view(torch.uint8), x.view(torch.uint8), received, sent, group=group)
     else:
@@ -105,3 +105,33 @@ class _GatherLast(torch.autograd.Function):
 def gather_last(x: Tensor, group: Any, purpose: str) -> Tensor:
     """Joins the ranks' parts of the last dimension; the result, and its gradient, are the same on all ranks."""
     return _GatherLast.apply(x, group, purpose)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, group: Any, purpose: str) -> Tensor:
+        ctx.order, ctx.group, ctx.purpose, ranks = order, group, f"{purpose} backward", dist.get_world_size(group)
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(ranks)]
+        sent_bytes[purpose] += (ranks - 1) * x.numel() * x.element_size()
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, 1)[:, order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, back = dist.get_world_size(ctx.group), torch.empty_like(grads[0])
+        back[:, ctx.order] = grads[0]
+        parts = [part.contiguous() for part in back.chunk(ranks, 1)]
+        mine = torch.empty_like(parts[0])
+        sent_bytes[ctx.purpose] += (ranks - 1) * mine.numel() * mine.element_size()
+        dist.reduce_scatter(mine, parts, group=ctx.group)
+        return mine, None, None, None
+
+
+def gather_sequence(x: Tensor, order: Tensor, group: Any, purpose: str) -> Tensor:
+    """Joins the ranks' tokens [B, T / n, C] to whole sequences [B, T, C]; their gradients are summed at the owners.
+
+    Args:
+        order: int64 [T], for each position its place among the tokens of all ranks, rank after rank.
+    """
+    return _GatherSequence.apply(x, order, group, purpose)

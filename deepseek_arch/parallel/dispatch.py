@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .collectives import all_to_all, exchange
 
-__all__ = ["Dispatch", "combine_rows", "plan_dispatch"]
+__all__ = ["Dispatch", "combine_rows", "dispatched", "plan_dispatch"]
 
 DISPATCH, COMBINE, COUNTS = "expert dispatch", "expert combine", "expert counts"
 
@@ -39,28 +39,34 @@ class Dispatch(NamedTuple):
     weights: Tensor
 
 
-def plan_dispatch(ids: Tensor, weights: Tensor, num_experts: int, group: Any) -> Dispatch:
+def plan_dispatch(
+    ids: Tensor, weights: Tensor, num_experts: int, group: Any, way: str = "", parts: int = 1
+) -> Dispatch:
     """Exchanges counts and ids, and returns the ways of the rows.
 
     Args:
         ids: int64 [T, K]; the value E marks a dropped choice, which no rank serves.
         weights: [T, K].
         group: its ranks hold L consecutive experts each.
+        way: added to the purpose of the bytes.
+        parts: neighbouring ranks of the group that hold a part each of the same experts: a row goes to each of them.
     """
     ranks = dist.get_world_size(group)
-    local = num_experts // ranks
-    owner = torch.where(ids < num_experts, ids // local, ranks)  # [T, K]
-    serves = torch.zeros(len(ids), ranks + 1, dtype=torch.bool, device=ids.device).scatter_(1, owner, True)[:, :ranks]
+    owners = ranks // parts
+    local = num_experts // owners
+    owner = torch.where(ids < num_experts, ids // local, owners)  # [T, K]
+    serves = torch.zeros(len(ids), owners + 1, dtype=torch.bool, device=ids.device).scatter_(1, owner, True)
+    serves = serves[:, :owners].repeat_interleave(parts, 1)  # [T, R]
     rank, token = serves.T.nonzero(as_tuple=True)
-    mine = owner[token] == rank[:, None]  # [rows, K]
+    mine = owner[token] == (rank // parts)[:, None]  # [rows, K]
     sent = torch.bincount(rank, minlength=ranks)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     came, went = received.tolist(), sent.tolist()
-    there = torch.where(mine, ids[token] - rank[:, None] * local, local)
+    there = torch.where(mine, ids[token] - (rank // parts)[:, None] * local, local)
     narrow = torch.int16 if local < 2**15 else torch.int32
-    arrived = exchange(there.to(narrow), came, went, group, DISPATCH).long()
-    places = token.new_full((len(ids), min(ids.shape[1], ranks) + 1), len(token))
+    arrived = exchange(there.to(narrow), came, went, group, DISPATCH + way).long()
+    places = token.new_full((len(ids), min(ids.shape[1], owners) * parts + 1), len(token))
     slot = (serves.long().cumsum(1) - 1)[token, rank]  # number of ranks before this one that serve the token
     places[token, slot] = torch.arange(len(token), device=ids.device)
     return Dispatch(token, places[:, :-1], went, came, arrived, torch.where(mine, weights[token], 0.0))
@@ -79,14 +85,17 @@ def combine_rows(rows: Tensor, places: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-def dispatched(experts: Any, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: Any) -> Tensor:
+def dispatched(
+    experts: Any, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: Any, way: str = "", parts: int = 1
+) -> Tensor:
     """Computes the weighted sum of each token's experts, wherever they are, [T, H].
 
     Args:
         experts: function of rows [N, H], local ids [N, K] and weights [N, K]: this rank's experts.
+        way, parts: as for `plan_dispatch`.
     """
-    plan = plan_dispatch(ids, weights, num_experts, group)
-    rows = all_to_all(x[plan.tokens], plan.received, plan.sent, group, DISPATCH)
-    row_weights = all_to_all(plan.weights, plan.received, plan.sent, group, DISPATCH)
+    plan = plan_dispatch(ids, weights, num_experts, group, way, parts)
+    rows = all_to_all(x[plan.tokens], plan.received, plan.sent, group, DISPATCH + way)
+    row_weights = all_to_all(plan.weights, plan.received, plan.sent, group, DISPATCH + way)
     out = experts(rows, plan.ids, row_weights)
-    return combine_rows(all_to_all(out, plan.sent, plan.received, group, COMBINE), plan.places)
+    return combine_rows(all_to_all(out, plan.sent, plan.received, group, COMBINE + way), plan.places)

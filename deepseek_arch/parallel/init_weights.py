@@ -11,7 +11,7 @@ from ..config.argument_types import check_types
 from ..models.allocate import check_device
 from ..models.causal_lm import DeepseekLM
 from ..quant.fp8_convert import fp8_layers
-from .boxes import Box, allocate_parts, local_box, local_tensor
+from .boxes import Box, allocate_parts, half_rows, local_box, local_tensor
 
 __all__ = ["init_weights"]
 
@@ -42,11 +42,14 @@ def init_weights(model: DeepseekLM, seed: int = 0, device: torch.device | str | 
     default = "cpu" if model.meshes is None else model.meshes.dense.device_type
     allocate_parts(model, check_device(default if device is None else device))
     base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
-    drawn = 0  # bands so far, those of other ranks included: each has a seed of its own
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            _draw(parameter, base + drawn, model.config.initializer_range)
-            drawn += parameter.shape[:-2].numel() * -(-parameter.shape[-2] // _ROWS)
+    staged = model.meshes is not None and model.meshes.stages is not None
+    whole = DeepseekLM(model.config, device="meta") if staged else model  # a stage does not know all parameters
+    own, drawn = dict(model.named_parameters()), 0  # bands so far, of other ranks too: each has a seed of its own
+    for name, each in whole.named_parameters():
+        if each.ndim > 1:
+            if name in own:
+                _draw(own[name], base + drawn, model.config.initializer_range)
+            drawn += each.shape[:-2].numel() * -(-each.shape[-2] // _ROWS)
     for module in model.modules():
         for name, vector in (*module._parameters.items(), *module._buffers.items()):
             if vector is not None and vector.ndim == 1:
@@ -60,8 +63,12 @@ def _draw(parameter: nn.Parameter, first_seed: int, std: float) -> None:
     if parameter.ndim == 2:
         local, box = local[None], ((0, 1), *box)
     bands = -(-parameter.shape[-2] // _ROWS)
+    shape, half = parameter.shape[-2:], half_rows(parameter)
     for expert, matrix in zip(range(*box[0]), local, strict=True):
-        _draw_matrix(matrix, box[1:], parameter.shape[-2:], first_seed + expert * bands, std)
+        seed, (rows, columns) = first_seed + expert * bands, box[1:]
+        for number, part in enumerate(matrix.chunk(2) if half else [matrix]):
+            first, end = (number * half + row // 2 for row in rows) if half else rows
+            _draw_matrix(part, ((first, end), columns), shape, seed, std)
 
 
 def _draw_matrix(matrix: Tensor, box: Box, shape: torch.Size, first_seed: int, std: float) -> None:

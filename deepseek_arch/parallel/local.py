@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["OnLocalParameters", "become"]
+__all__ = ["OnLocalParameters", "become", "behave"]
 
 
 class OnLocalParameters:
@@ -44,6 +44,19 @@ def _on_local(kind: Any, behaviour: type | None) -> type[nn.Module]:
 
 def _stated(kind: type[nn.Module]) -> dict[str, Any]:
     return {name: vars(kind)[name] for name in ("dense_weight", "norm_consumers") if name in vars(kind)}
+
+
+@functools.cache
+def _behaving(kind: Any, behaviour: type) -> type[nn.Module]:
+    stated = {} if "forward" in vars(behaviour) else _stated(kind)
+    return type(f"{behaviour.__name__}{kind.__name__}", (behaviour, kind), stated)
+
+
+def behave(module: nn.Module, behaviour: type, **attributes: Any) -> None:
+    """Puts the methods of `behaviour` before a module's own, whatever its parameters are."""
+    kind: Any = type(module)
+    module.__class__ = _behaving(kind, behaviour)
+    module.__dict__.update(attributes)
 
 
 def become(module: nn.Module, mesh: DeviceMesh, behaviour: type | None = None, **attributes: Any) -> None:

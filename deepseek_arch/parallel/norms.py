@@ -38,9 +38,14 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     if isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not max_norm > 0:  # Inf only measures
         raise ValueError(f"expected max_norm > 0, got {shown(max_norm)}")
     max_norm = float(min(max_norm, 1e300)) if max_norm != math.inf else math.inf
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    meshes: Any = getattr(model, "meshes", None)
+    copies = frozenset() if meshes is None else meshes.copies
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    grads = [grad for _, grad in named]
     squares: dict[tuple, Tensor] = {}  # by the axes that parameters are cut along, in the order of parameters
-    for grad in grads:
+    for name, grad in named:
+        if name in copies:  # another rank counts it (TRAPS S21)
+            continue
         local: Tensor = grad
         axes: tuple[Any, ...] = ()
         if isinstance(grad, DTensor):
@@ -56,6 +61,8 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
             for dim in dims:
                 dist.all_reduce(square, group=mesh.get_group(dim))
         total = total + square
+    if meshes is not None and meshes.layout.pp > 1:
+        dist.all_reduce(total, group=meshes.pp)
     norm = total.sqrt()
     if max_norm == math.inf:
         return norm

@@ -19,7 +19,7 @@ from .dispatch import dispatched
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ExpertParallel", "HeadParallel", "ReadsWhole", "TokenParallelMoE", "WidthParallelMLP"]
+__all__ = ["ExpertParallel", "HeadParallel", "HoldsBias", "ReadsWhole", "TokenParallelMoE", "WidthParallelMLP"]
 
 PURPOSE = "tensor parallel"
 
@@ -31,6 +31,17 @@ class ReadsWhole:
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(copy_in(x, self.group, PURPOSE))  # type: ignore[misc]
+
+
+class HoldsBias:
+    """A linear layer of this rank's columns, which leaves its bias to who adds up the ranks' parts."""
+
+    @property
+    def held_bias(self) -> Tensor:
+        return super().__getattr__("bias")  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        return None if name == "bias" else super().__getattr__(name)  # type: ignore[misc]
 
 
 class HeadParallel:
@@ -46,8 +57,15 @@ class HeadParallel:
         latents, keys = joined.split([state.shape[-1] for state in states], -1)
         return latents, keys
 
-    def forward(self, x: Tensor, rope: Rotation, mask: Tensor | None = None, cache: Any | None = None) -> Tensor:
-        return sum_out(super().forward(x, rope, mask, cache), self.group, PURPOSE)  # type: ignore[misc]
+    def forward(
+        self, x: Tensor, rope: Rotation, mask: Tensor | None = None, cache: Any | None = None, *selection: Any
+    ) -> Tensor:
+        """As the class's own; of sparse attention, each rank has the whole indexer and selects the same keys."""
+        if any(chosen is not None and chosen.stage is not None for chosen in selection):
+            raise ValueError("expected tp = 1 for training indexers, which learn from the heads of all ranks")
+        out = sum_out(super().forward(x, rope, mask, cache, *selection), self.group, PURPOSE)  # type: ignore[misc]
+        projection = self.o_proj  # type: ignore[attr-defined]
+        return out + projection.held_bias if isinstance(projection, HoldsBias) else out
 
 
 class WidthParallelMLP:
@@ -93,8 +111,10 @@ class ExpertParallel:
     """Routed experts of this rank, for the tokens of all ranks of `ep_group`.
 
     Attributes:
-        ep_group: None where each rank has all experts.
+        ep_group: ranks of ep and etp; None where each rank has all experts.
+        parts: ranks that hold a part each of the same experts (etp).
         total_experts: of all ranks.
+        dispatch: way of the tokens, None for `dispatch.dispatched` (`dispatch_choice.use_dispatch`).
         divisor: by which gradients of the experts are divided beyond what FSDP divides them by. Tokens of all
             data-parallel ranks meet in an expert, however few ranks hold it (TRAPS S7).
     """
@@ -102,11 +122,16 @@ class ExpertParallel:
     ep_group: ProcessGroup | None
     total_experts: int
     divisor: float
+    parts: int = 1
+    dispatch: Any = None
 
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         if self.ep_group is None:
             return self.own_experts(x, expert_ids, weights)
-        return dispatched(self.own_experts, x, expert_ids, weights, self.total_experts, self.ep_group)
+        if self.dispatch is not None:
+            return self.dispatch(self.own_experts, x, expert_ids, weights)
+        total, group = self.total_experts, self.ep_group
+        return dispatched(self.own_experts, x, expert_ids, weights, total, group, parts=self.parts)
 
     def own_experts(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Computes `Experts.forward` with this rank's experts; their gradients alone are divided."""

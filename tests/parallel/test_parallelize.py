@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import deepseek_arch as da
+from deepseek_arch.attention.key_selection import KeySelection
 from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
 from support import small_models
 from support.ranks import RankError, run_ranks
@@ -111,6 +112,49 @@ def test_recomputed_layers_repeat_their_collectives(axes, world, rows):
     check(axes, world, rows, model_of, recompute=True)
 
 
+def biased():
+    torch.manual_seed(0)
+    model = da.DeepseekLM(small_models.config("v3", **SIZES, attention_bias=True), dtype=torch.float32).train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            parameter.data.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[0], LAYOUTS[8]], ids=str)
+def test_biases_of_attention_are_added_once(axes, world, rows):
+    check(axes, world, rows, biased)
+
+
+@pytest.mark.parametrize("kind", ["v32", "glm-5"])
+@pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[0], LAYOUTS[8]], ids=str)
+def test_sparse_attention_by_heads(kind, axes, world, rows):
+    check(axes, world, rows, lambda: model_of(kind, torch.float64), torch.float64)
+
+
+def selected(rank):
+    model = da.parallelize(model_of("v32"), ParallelLayout(tp=2))
+    ids, selection = rows_of(model.config, 0, (2,)), KeySelection(record=True)
+    model(ids, labels=ids, selection=selection)
+    tokens = da.generate(model.eval(), ids, max_new_tokens=8, eos_token_id=[])
+    with pytest.raises(ValueError) as caught:
+        da.indexer_warm_up(model.train(), ids)
+    return selection.ids, tokens, str(caught.value)
+
+
+def test_ranks_select_the_same_keys():
+    model = model_of("v32")
+    ids, selection = rows_of(model.config, 0, (2,)), KeySelection(record=True)
+    model(ids, labels=ids, selection=selection)
+    tokens = da.generate(model.eval(), ids, max_new_tokens=8, eos_token_id=[])
+    for found, text, message in run_ranks(selected, 2):
+        assert found.keys() == selection.ids.keys()
+        assert all(torch.equal(found[layer].sort(-1).values, selection.ids[layer].sort(-1).values) for layer in found)
+        assert torch.equal(text, tokens)
+        assert "expected tp = 1 for training indexers" in message
+
+
 def crowded(experts, **changes):
     """A model all of whose tokens choose these experts."""
     model = model_of(**changes)
@@ -197,9 +241,7 @@ def refused(rank, axes, changes):
         ({"tp": 2}, {"num_attention_heads": 3}, "expected tp = 2 to divide num_attention_heads = 3"),
         ({"dp_shard": 2, "ep": 2}, {"n_routed_experts": 9, "n_group": 1, "topk_group": 1}, "n_routed_experts = 9"),
         ({"tp": 4}, {}, "4 to divide 2 devices"),
-        ({"cp": 2}, {}, "expected cp = 1, which is not cut by parallelize, got 2"),
-        ({"pp": 2}, {}, "expected pp = 1, which is not cut by parallelize, got 2"),
-        ({"tp": 2}, {"attention_bias": True}, "attention_bias"),
+        ({"pp": 2}, {}, "expected pp = 1 (pipeline cuts into stages), got 2"),
     ],
     ids=str,
 )

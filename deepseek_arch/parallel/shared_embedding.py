@@ -1,0 +1,50 @@
+"""The embedding that the first and the last stage of a pipeline share: one parameter, whose gradients are summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .collectives import sent_bytes
+
+__all__ = ["sum_embedding"]
+
+PURPOSE = "shared embedding"
+
+
+def sum_embedding(model: Any) -> None:
+    """Adds up the gradients of both copies of the embedding after a step's last backward pass (TRAPS S21).
+
+    Each of the two ranks sends its own to the other. Where FSDP leaves the embedding whole, since both stages are on
+    this rank, the mean over data-parallel ranks is taken here.
+    """
+    meshes = model.meshes
+    plan, embedding = meshes.stages, model.model.embed_tokens
+    if not plan.shares_embedding or embedding is None:
+        return
+    parameter = embedding._parameters["weight"]
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    grad: Tensor = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    if plan.last_rank != 0:
+        _exchange(grad, plan.last_rank, meshes.pp)
+    elif meshes.layout.dp * meshes.layout.cp > 1:
+        dist.all_reduce(grad, group=meshes.data)
+        grad.div_(dist.get_world_size(meshes.data))
+
+
+def _exchange(grad: Tensor, last: int, group: Any) -> None:
+    """Adds the other rank's tensor in place; both sums are equal bit for bit."""
+    other = dist.get_global_rank(group, last if dist.get_rank(group) == 0 else 0)
+    mine, theirs = grad.contiguous(), torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    sent_bytes[PURPOSE] += mine.numel() * mine.element_size()
+    sends = [dist.P2POp(dist.isend, mine, other, group), dist.P2POp(dist.irecv, theirs, other, group)]
+    for work in dist.batch_isend_irecv(sends):
+        work.wait()
+    grad.add_(theirs)
