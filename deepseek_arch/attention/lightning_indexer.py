@@ -129,8 +129,10 @@ class LightningIndexer(nn.Module):
     def select(self, x: Tensor, latents: Tensor, rope: Rotation, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the keys of each query, int32 [B, T, K] as of `topk_select`; arguments as for `scores`.
 
-        Scores exist for a block of queries at a time.
+        Scores exist for a block of queries at a time; in a program of torch.export for all of them, and K is `top_k`.
         """
+        if torch.compiler.is_exporting():
+            return topk_select(self.scores(x, latents, rope, keys, mask), self.top_k, mask)
         chosen = min(self.top_k, keys.shape[1])
         blocks = []
         for part in query_blocks(mask, x.shape[0], x.shape[1], keys.shape[1]):
@@ -174,6 +176,9 @@ def query_blocks(
     Args:
         mask: None (causal), spans or bool, of all T queries.
     """
+    if torch.compiler.is_exporting():  # sizes may be symbols, of which no blocks can be counted
+        yield QueryBlock(slice(0, queries), keys, mask)
+        return
     rows = max(1, pairs // max(1, batch * keys))
     for first in range(0, queries, rows):
         part = slice(first, min(first + rows, queries))

@@ -109,7 +109,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         states = self.append_to_cache(x, rope, cache)
         keys = (states[0] if isinstance(states, tuple) else states).shape[1]
         ids = None
-        if keys > self.top_k and stage != "dense":
+        # An exported program selects among any number of keys: up to `top_k`, all of them.
+        if (torch.compiler.is_exporting() or keys > self.top_k) and stage != "dense":
             ids = self._select(x, latents, rope, index_keys, mask, selection)
         elif selection is not None and selection.recording:
             everything = x.new_zeros(1, 1, 1, dtype=torch.float32).expand(*x.shape[:2], keys)
@@ -174,6 +175,8 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         """
         if self.training and self.dropout > 0:
             return False  # the absorbed form has no dropout
+        if torch.compiler.is_exporting():
+            return queries == 1  # costs of symbolic lengths cannot be compared
         form = (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
         seen = queries * keys - queries * (queries - 1) // 2
         gathered = queries * form + queries * self.top_k * 2 * (self.kv_lora_rank + self.qk_rope_head_dim)

@@ -123,3 +123,28 @@ def test_static_cache_decoding_exports():
         program = torch.export.export(Decoding(model, ids[:, :3]), step, strict=True).module()
         for i in (3, 4, 5):
             assert error(program(ids[:, i : i + 1], torch.tensor([[i]])), expected[:, i : i + 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "masked", "sample"),
+    [("v32", core, False, 9), ("v32", ours, False, 9), ("v32", ours, True, 4), ("glm-5", core, True, 4)],
+)
+def test_sparse_attention_exports_for_lengths_on_both_sides_of_its_selection(kind, make, masked, sample):
+    """One program where every key is read (up to `index_topk`) and where a part is left out."""
+    config = small_models.config(kind, **({"num_hidden_layers": 2} if kind == "v32" else {}))
+    module = Logits(make(config).eval()).eval()
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=1, max=4096)}
+
+    def arguments(batch, length):
+        ids = tokens(config, batch, length, seed=length)
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+        return (ids, mask) if masked else (ids,)
+
+    shapes = {"input_ids": sizes} | ({"attention_mask": sizes} if masked else {})
+    with torch.no_grad():
+        program = torch.export.export(module, arguments(2, sample), dynamic_shapes=shapes).module()
+        for batch, length in ((3, 5), (2, config.index_topk), (2, config.index_topk + 1), (1, 1), (1, 2), (2, 64)):
+            given = arguments(batch, length)
+            real = given[-1].bool() if masked else torch.ones_like(given[0], dtype=torch.bool)
+            assert error(program(*given)[real], module(*given)[real]) < TOLERANCE, (batch, length)

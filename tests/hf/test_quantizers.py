@@ -49,11 +49,12 @@ def test_a_method_converts_or_says_why_not(folder, method):
     assert len(plain) < len([module for module in ours(WIDE).modules() if isinstance(module, nn.Linear)])
 
 
-def test_quanto_converts_every_linear_layer_but_the_head(folder):
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quanto_converts_every_linear_layer_but_the_head(folder, weights):
     quanto = pytest.importorskip("optimum.quanto")
     with pytest.warns(UserWarning, match="quanto converts linear layers; the stacked experts, 393216 parameters, stay"):
         model = dhf.DeepseekForCausalLM.from_pretrained(
-            folder, quantization_config=QuantoConfig(weights="int8"), dtype=torch.float32
+            folder, quantization_config=QuantoConfig(weights=weights), dtype=torch.float32
         )
     converted = {name for name, module in model.named_modules() if isinstance(module, quanto.QLinear)}
     plain = ours(WIDE)

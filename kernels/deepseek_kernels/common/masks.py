@@ -87,7 +87,7 @@ def check_visibility(mask: Tensor | None, batch: int, queries: int, keys: int) -
         raise ValueError(f"expected a mask of int32 (spans) or bool, got {mask.dtype}")
     full = (batch, 1, queries, keys)
     fits = mask.ndim in (2, 4) and all(
-        size in (1, most) for size, most in zip(mask.shape, full[-mask.ndim :], strict=True)
+        size in (most, 1) for size, most in zip(mask.shape, full[-mask.ndim :], strict=True)
     )
     if not fits:
         raise ValueError(

@@ -33,6 +33,10 @@ def scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None) -> Ten
     keys = keys.to(dtype).mT  # [B, D, S]
     if 0 in (batch, queries, count):
         return weights.new_zeros(batch, queries, count)
+    if torch.compiler.is_exporting():  # sizes may be symbols, of which no tiles can be counted
+        block = _tile(q.to(dtype), keys, weights)
+        block = block if scale is None else block * scale[:, None]
+        return block.masked_fill(~visible_keys(mask, 0, queries, queries, count, q.device), -torch.inf)
     rows = max(1, min(queries, _ROWS // max(1, batch * heads)))
     columns = max(_LEAST, _TRIPLES // max(1, batch * rows * heads))
     kind, blocks = q.device.type, []

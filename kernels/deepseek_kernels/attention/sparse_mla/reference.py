@@ -19,6 +19,8 @@ def attend(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale: flo
     chosen = ids.shape[2]
     if 0 in q.shape or not chosen or not states.shape[1]:
         return q.new_zeros(*q.shape[:3], kv_lora_rank)
+    if torch.compiler.is_exporting():  # sizes may be symbols, of which no blocks can be counted
+        return _attend_block(q, states, ids, kv_lora_rank, scale)
     rows = max(1, _BYTES // max(1, batch * chosen * states.shape[2] * states.element_size()))
     differentiated = torch.is_grad_enabled() and (q.requires_grad or states.requires_grad)
     blocks = []

@@ -32,6 +32,7 @@ def topk_select(scores: Tensor, top_k: int, mask: Tensor | None = None) -> Tenso
 
     Returns:
         int32 [B, T, K], K = min(top_k, S): indices of keys in rising order, then -1 where a query sees less than K.
+        In a program of torch.export, which may run on any number of keys, K is `top_k`.
 
     Raises:
         ValueError: a wrong shape or dtype, or `top_k` is less than 1.
@@ -55,6 +56,6 @@ def _unsupported(scores: Tensor, top_k: int) -> str | None:
     """Returns the reason why the kernels cannot take these operands, or None."""
     if scores.dtype != torch.float32:
         return f"its scores are float32, got {scores.dtype}"
-    if scores.shape[2] > MOST and top_k > MOST_CHOSEN:
+    if top_k > MOST_CHOSEN and scores.shape[2] > MOST:
         return f"it selects at most {MOST_CHOSEN} of more than {MOST} keys, got {top_k} of {scores.shape[2]}"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...common.masks import visible_keys
 
@@ -19,6 +20,8 @@ _SCORES = 2**22  # of a block of queries, over all rows of the batch
 def select(scores: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
     """See `topk_select`."""
     batch, queries, keys = scores.shape
+    if torch.compiler.is_exporting():  # sizes may be symbols, with which no branch and no loop is decided
+        return _compacted(_chosen(scores, top_k, visible_keys(mask, 0, queries, queries, keys, scores.device)), top_k)
     top_k = min(top_k, keys)
     if 0 in (batch, queries, keys):
         return torch.empty(batch, queries, top_k, dtype=torch.int32, device=scores.device)
@@ -33,7 +36,9 @@ def select(scores: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
 def _chosen(scores: Tensor, top_k: int, seen: Tensor) -> Tensor:
     """Marks the selected keys, bool [B, t, S], of which at most `top_k` in a row."""
     scores = scores.masked_fill(scores.isnan(), torch.inf).masked_fill(~seen, -torch.inf)
-    least = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    # An exported program may have fewer than `top_k` keys: with keys that have no score it always has enough.
+    enough = F.pad(scores, (0, top_k), value=-torch.inf) if torch.compiler.is_exporting() else scores
+    least = enough.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     greater, equal = scores > least, (scores == least) & seen
     room = top_k - greater.sum(-1, keepdim=True, dtype=torch.int32)
     return greater | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))

@@ -21,9 +21,25 @@ __all__ = ["few_tokens", "fused_moe", "grouped_gemm_swiglu", "takes_few"]
 def fused_moe(
     x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor, activation: str = "silu"
 ) -> Tensor:
+    if type(x) is not Tensor and torch.onnx.is_in_onnx_export():
+        return _expert_by_expert(x, gate_up, down, expert_ids, weights, activation)
     order, inverse, ends = sort_by_expert(expert_ids, gate_up.shape[0])
     hidden = grouped_gemm_swiglu(permute(x, order, inverse), gate_up, ends, activation)  # [P, I]
     return unpermute(grouped_gemm(hidden, down, ends), weights, order, inverse)
+
+
+def _expert_by_expert(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    """Computes `fused_moe` in operators that ONNX has: no grouped product, but rows found by their values."""
+    chosen, choices = expert_ids.flatten(), expert_ids.shape[1]
+    out = x.new_zeros(chosen.shape[0], x.shape[1])
+    for expert in range(gate_up.shape[0]):
+        rows = (chosen == expert).nonzero()[:, 0]
+        gate, up = F.linear(x[rows // choices], gate_up[expert]).chunk(2, dim=-1)
+        out = out.index_put((rows,), F.linear(gated(activation, gate, up), down[expert]))
+    wide = out.to(torch.promote_types(out.dtype, torch.float32)).view(*expert_ids.shape, x.shape[1])
+    return (wide * weights[..., None]).sum(1).to(x.dtype)
 
 
 def grouped_gemm_swiglu(x: Tensor, gate_up: Tensor, ends: Tensor, activation: str = "silu") -> Tensor:

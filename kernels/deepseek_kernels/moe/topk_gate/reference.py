@@ -22,6 +22,8 @@ def choose(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_best
     """Returns the ids [T, K] of the best of [T, E], the smaller id first among equals."""
     if topk_group < n_group:
         choice = limit_to_groups(choice, group_scores(choice, n_group, group_best), topk_group)
+    if type(choice) is not Tensor and torch.onnx.is_in_onnx_export():
+        return choice.topk(top_k, dim=-1).indices  # ONNX has no stable sort, and its TopK orders equals as one
     return torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
@@ -32,7 +34,10 @@ def group_scores(choice: Tensor, n_group: int, group_best: int) -> Tensor:
 
 def limit_to_groups(choice: Tensor, scores: Tensor, topk_group: int) -> Tensor:
     """Returns [T, E] with -inf in all but the `topk_group` groups with the best scores [T, G]."""
-    kept = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :topk_group]
+    if type(scores) is not Tensor and torch.onnx.is_in_onnx_export():
+        kept = scores.topk(topk_group, dim=-1).indices
+    else:
+        kept = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :topk_group]
     keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
     # -inf, not 0: biased scores can be negative (TRAPS C4).
     groups = choice.reshape(*scores.shape, choice.shape[-1] // scores.shape[-1])
