@@ -168,7 +168,7 @@ def end_tokens(model: DeepseekLM, eos_token_id: int | Iterable[int] | None, devi
         message = f"expected eos_token_id of {source} between 0 and {model.config.vocab_size - 1}, got {outside[0]}"
         if source == "the argument":
             raise ValueError(message)
-        warnings.warn(f"{message}, which ends no text", stacklevel=4)  # past `generate` and its decorator
+        warnings.warn(f"{message}, which ends no text", stacklevel=5)  # past `generate` and its decorator
     return torch.tensor(ends, dtype=torch.int64, device=device)
 
 

@@ -62,8 +62,8 @@ def generate(
             distributed alike.
         temperature: 0 takes the most probable token.
         top_k, top_p: restrict sampling to the best tokens.
-        eos_token_id: tokens that end a row; an empty list for none. Default: those of `model.generation_config` (the
-            folder's generation_config.json), else the config's.
+        eos_token_id: tokens of the vocabulary that end a row; an empty list for none. Default: those of
+            `model.generation_config` (the folder's generation_config.json), else the config's.
         pad_token_id: fills finished rows. Default: as for `eos_token_id`, else the first end token, else 0.
         seed: makes sampling repeatable; the global random state is neither used nor changed then.
         callback: called with the new tokens [B] of each step, as they come.
@@ -88,8 +88,12 @@ def generate(
 
     Raises:
         ValueError: an argument has another type or is out of range, the model lacks what is asked for (MTP modules,
-            experts), or its logits are not finite; nothing has been emitted for that step then. Ranks that run a model
-            together raise alike, also what a `callback` of one raises.
+            experts), or its logits are not finite; nothing has been emitted for that step then. Or, before anything
+            runs, a router's bias or an indexer's parameter is not finite, which would show in no logits. Ranks that run
+            a model together raise alike, also what a `callback` of one raises.
+
+    Warns:
+        UserWarning: an end token of the folder's config is outside the vocabulary, and ends no text.
     """
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -174,7 +174,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
         1), for any number of rows, greedy or sampling; see `deepseek_arch.generate`.
 
         Raises:
-            ValueError: logits are not finite (the message names the first parameter that is not); or `use_mtp` without
+            ValueError: logits are not finite (the message names the first parameter that is not), or what only selects
+                is not (a router's bias, an indexer's parameter); prompts are no integers [B, T]; or `use_mtp` without
                 MTP modules, or with a setting that it does not go with.
         """
         args, kwargs = checked_prompts(args, kwargs)

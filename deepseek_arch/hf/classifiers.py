@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -11,6 +14,7 @@ from transformers.modeling_layers import (
 
 from ..config.deepseek_config import DeepseekConfig
 from .base import DeepseekPreTrainedModel
+from .input_checks import check_classes
 from .key_mapping import register_conversions
 from .lookup_tables import add_class_name
 from .main_model import DeepseekModel
@@ -18,7 +22,26 @@ from .main_model import DeepseekModel
 __all__ = ["DeepseekForSequenceClassification", "DeepseekForTokenClassification"]
 
 
-class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
+class _CheckedLabels(DeepseekPreTrainedModel):
+    """Names labels that are no class, for which PyTorch raises IndexError, or on a GPU stops the process."""
+
+    @property
+    def loss_function(self) -> Callable[..., Any]:
+        """The loss of transformers, with a look at its labels."""
+        loss = PreTrainedModel.loss_function.fget(self)  # type: ignore[attr-defined]
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check_classes(kwargs.get("labels", args[1] if len(args) > 1 else None), self.config)
+            return loss(*args, **kwargs)
+
+        return checked
+
+    @loss_function.setter
+    def loss_function(self, value: Callable[..., Any]) -> None:
+        PreTrainedModel.loss_function.fset(self, value)  # type: ignore[attr-defined]
+
+
+class DeepseekForSequenceClassification(GenericForSequenceClassification, _CheckedLabels):
     """The main model with a classifier on the last token of each row."""
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:
@@ -30,7 +53,7 @@ class DeepseekForSequenceClassification(GenericForSequenceClassification, Deepse
         self.post_init()
 
 
-class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
+class DeepseekForTokenClassification(GenericForTokenClassification, _CheckedLabels):
     """The main model with a classifier on every token."""
 
     def __init__(self, config: PreTrainedConfig | DeepseekConfig) -> None:

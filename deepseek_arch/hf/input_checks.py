@@ -17,7 +17,7 @@ from ..models.tensor_checks import (
     nonzero,
 )
 
-__all__ = ["checked_ids", "checked_mask", "checked_positions", "checked_prompts", "vocabulary"]
+__all__ = ["check_classes", "checked_ids", "checked_mask", "checked_positions", "checked_prompts", "vocabulary"]
 
 
 def vocabulary(model: Any) -> int:
@@ -109,3 +109,20 @@ def checked_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
 
     prompts = {name: checked(name, kwargs[name]) for name in ("inputs", "input_ids") if name in kwargs}
     return (checked("inputs", args[0]), *args[1:]) if args else args, kwargs | prompts
+
+
+def check_classes(labels: Any, config: Any) -> None:
+    """Raises ValueError for labels of a classifier that are neither -100 nor a class.
+
+    Labels in floating point are those of a regression, or of several classes at once.
+    """
+    if labels is None:
+        return
+    check_dense("labels", labels)
+    single = config.problem_type in (None, "single_label_classification") and config.num_labels > 1
+    if not single or labels.dtype.is_floating_point or not is_readable(labels):
+        return
+    wrong = as_int64("labels", labels)
+    wrong = wrong[(wrong != -100) & ((wrong < 0) | (wrong >= config.num_labels))]
+    if wrong.numel():
+        raise ValueError(f"expected labels of -100 or between 0 and {config.num_labels - 1}, got {int(wrong[0])}")

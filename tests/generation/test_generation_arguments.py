@@ -162,8 +162,9 @@ def test_end_tokens_outside_the_vocabulary(lm, drafts):
     with pytest.warns(UserWarning, match=r"eos_token_id of config\.json between 0 and 60, got 100, which ends no text"):
         assert torch.equal(da.generate(other, ids, max_new_tokens=3, mtp_depth=drafts), free)
     other.generation_config = {"eos_token_id": [163586]}
-    with pytest.warns(UserWarning, match=r"generation_config\.json between 0 and 60, got 163586"):
+    with pytest.warns(UserWarning, match=r"generation_config\.json between 0 and 60, got 163586") as caught:
         assert torch.equal(da.generate(other, ids, max_new_tokens=3, mtp_depth=drafts), free)
+    assert caught[0].filename == __file__  # of the caller
     for wrong in ("</s>", 1.5, [True], {"a": 1}):
         other.generation_config = {"eos_token_id": wrong}
         with pytest.raises(ValueError, match=r"eos_token_id of generation_config\.json to be an integer or a list"):

@@ -70,7 +70,10 @@ class ModelTester:
 
     def __init__(self, parent: unittest.TestCase, kind: str) -> None:
         self.parent, self.kind = parent, kind
-        self.core = small_models.config(kind, num_hidden_layers=2)
+        layers: dict[str, Any] = {"num_hidden_layers": 2}
+        if kind == "glm-5":
+            layers["indexer_types"] = ("full", "shared")
+        self.core = small_models.config(kind, **layers)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             setattr(self, name, getattr(self.core, name))
 

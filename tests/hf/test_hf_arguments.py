@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import deepseek_arch.hf as dhf
+from support import small_models
 from support.small_models import tokens
 
 INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -180,3 +181,21 @@ def test_a_mask_beside_a_cache_covers_the_tokens_in_it(lm, ids):
             lm(ids[:, 4:], attention_mask=torch.ones(2, width), past_key_values=cache)
     got = lm(ids[:, 4:], attention_mask=torch.ones(2, 6), past_key_values=cache).logits
     torch.testing.assert_close(got, lm(ids).logits[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "Token"])
+def test_labels_of_classifiers(kind, ids):
+    core = small_models.config("v3", pad_token_id=0)
+    lm = getattr(dhf, f"DeepseekFor{kind}Classification")(dhf.as_arch_config(core))
+    lm.config.num_labels, labels = 2, torch.tensor([0, 1]) if kind == "Sequence" else ids % 2
+    assert lm(ids, labels=labels).loss > 0
+    for wrong in (2, -1, 10**6):
+        changed = labels.clone()
+        changed.view(-1)[0] = wrong
+        with pytest.raises(ValueError, match=f"expected labels of -100 or between 0 and 1, got {wrong}"):
+            lm(ids, labels=changed)
+    with pytest.raises(ValueError, match="expected labels to be a tensor, got"):
+        lm(ids, labels=[0, 1])
+    if kind == "Sequence":  # several classes at once
+        lm.config.problem_type = None
+        assert lm(ids, labels=torch.rand(2, 2)).loss > 0

@@ -8,7 +8,9 @@ from torch import nn
 
 from deepseek_arch.layers.linear import Linear
 from deepseek_arch.models import losses
+from deepseek_arch.models.global_loss import global_loss
 from deepseek_arch.models.losses import head_losses, plain_weight
+from deepseek_arch.models.outputs import CausalLMOutput, LossCounts
 from deepseek_kernels.loss.linear_cross_entropy import reference
 from support.small_models import config, error, model, tokens
 
@@ -256,3 +258,22 @@ def test_means_and_shares_of_each_input():
     expected = nn.functional.cross_entropy(logits.double(), targets[0][0])
     assert error(found[0], expected) < TOLERANCE and found[1] == 0
     assert right.tolist() == [pytest.approx(float((logits.argmax(-1) == targets[0][0]).float().mean())), 0.0]
+
+
+def test_each_mean_is_weighed_by_what_it_is_over(monkeypatch):
+    """Two ranks: cross-entropies are means over targets, balance losses over sequences."""
+    own = LossCounts(torch.tensor([6, 4, 1]), torch.tensor([2, 3, 1]))
+    other = LossCounts(torch.tensor([2, 4, 3]), torch.tensor([6, 1, 4]))
+
+    def reduce(total, group=None):
+        total += torch.stack(other)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    out = CausalLMOutput(None, loss=torch.tensor(3.5), aux_loss=torch.tensor(0.5), counts=own)
+    out.mtp_losses, out.mtp_aux_losses = torch.tensor([4.0, 5.0]), torch.tensor([0.25, 0.75])
+    main = 3.0 * 6 * 2 / 8 + 0.5 * 2 * 2 / 8
+    ahead = (4.0 * 4 * 2 / 8 + 0.25 * 3 * 2 / 4 + 5.0 * 1 * 2 / 4 + 0.75 * 1 * 2 / 5) / 2
+    assert global_loss(out) == pytest.approx(main)
+    assert global_loss(out, mtp_weight=0.5) == pytest.approx(main + 0.5 * ahead)

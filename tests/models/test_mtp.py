@@ -241,3 +241,16 @@ def test_shifts():
     assert shift_labels(x, 1).tolist() == [[2, 3, 4, -100]]
     assert shift_labels(x, 1, documents).tolist() == [[2, 3, -100, -100]]
     assert shift_labels(x, 2, documents).tolist() == [[3, -100, -100, -100]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_routers_of_modules_count_real_tokens_with_a_real_next_one(side):
+    """The last padding before a prompt is followed by a real token, and is none."""
+    lm = model(config("v3", num_nextn_predict_layers=2)).train()
+    ids, mask = tokens(lm.config, 2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    lm(ids, mask, labels=ids)
+    for depth, layer in enumerate(lm.mtp):
+        counted = (5 - depth - 1) + (8 - depth - 1)
+        assert int(layer.mlp.gate.load.sum()) == counted * lm.config.num_experts_per_tok, depth
