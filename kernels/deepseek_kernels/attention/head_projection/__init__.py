@@ -58,6 +58,5 @@ def latents_to_values(latents: Tensor, up: Tensor, own: int) -> Tensor:
 
 def _check(x: Tensor, up: Tensor, own: int, fits: bool, what: str) -> None:
     if up.ndim != 3 or not 0 <= own <= up.shape[1] or not fits or x.shape[2] != up.shape[0]:
-        raise ValueError(
-            f"expected {what} and up [N, P + V, C] for {own} features of a key, got {list(x.shape)} and {list(up.shape)}"
-        )
+        shapes = f"{list(x.shape)} and {list(up.shape)}"
+        raise ValueError(f"expected {what} and up [N, P + V, C] for {own} features of a key, got {shapes}")
