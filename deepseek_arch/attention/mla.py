@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_kernels import dispatch, mla_attention, mla_decode, rope_
+from deepseek_kernels import mla_attention, mla_decode, rope_
 from deepseek_kernels import rope as rotate
+from deepseek_kernels.attention.head_projection import latents_to_values, queries_to_latents
 
 from ..cache.latent_cache import LatentCache
 from ..config.argument_types import Size, check_types
@@ -226,9 +227,7 @@ class MultiHeadLatentAttention(nn.Module):
         split = self.qk_nope_head_dim
         weight, bias = self.kv_b_map(q)
         up = weight.view(q.shape[2], split + self.v_head_dim, self.kv_lora_rank)  # [N, P + V, C]
-        q_latent = _per_head(q[..., :split], up[:, :split])
-        q = torch.cat((q_latent, q[..., split:]), dim=-1)  # [B, T, N, C + R]
-        out = _per_head(attend(q), up[:, split:].transpose(1, 2))
+        out = latents_to_values(attend(queries_to_latents(q, up, split)), up, split)
         # A bias of the keys adds the same to all scores of a query, which the softmax takes out again.
         return out if bias is None else out + bias.view(q.shape[2], -1)[:, split:]
 
@@ -272,17 +271,3 @@ def differentiated(*tensors: Tensor) -> bool:
             if tensor.requires_grad:
                 return True
     return False
-
-
-def _per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiplies x [B, T, N, K] by one matrix for each head, [N, K, M] -> [B, T, N, M].
-
-    In float32 where the CPU has no 16-bit products.
-    """
-    rows = x.flatten(0, 1).transpose(0, 1)  # [N, B T, K]
-    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    if half and not dispatch.native_half_matmul(x.dtype):
-        out = torch.bmm(rows.float(), weight.float()).to(x.dtype)
-    else:
-        out = torch.bmm(rows, weight)
-    return out.transpose(0, 1).view(*x.shape[:3], weight.shape[2])

@@ -78,6 +78,14 @@ def _sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale
     return q.new_empty(*q.shape[:3], kv_lora_rank)
 
 
+def _queries_to_latents(q: Tensor, up: Tensor, own: int) -> Tensor:
+    return q.new_empty(*q.shape[:3], up.shape[2] + q.shape[3] - own)
+
+
+def _latents_to_values(latents: Tensor, up: Tensor, own: int) -> Tensor:
+    return latents.new_empty(*latents.shape[:3], up.shape[1] - own)
+
+
 def _indexer_scores(q: Tensor, keys: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     return weights.new_empty(*q.shape[:2], keys.shape[1])
 
@@ -129,6 +137,8 @@ _FAKES = (
     _mla_decode_paged,
     _mla_prefill,
     _sparse_mla,
+    _queries_to_latents,
+    _latents_to_values,
     _indexer_scores,
     _topk_select,
     _mla_attention,

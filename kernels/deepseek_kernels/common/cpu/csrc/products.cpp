@@ -147,7 +147,10 @@ void wide_block(const float* x, int64_t x_stride, const W* w, int64_t columns, f
       std::memcpy(rest + n * STEP, w + n * columns + k, (columns - k) * sizeof(W));
     add(rest, STEP, k);
   }
+  // Unrolled early: a loop that is still one would be vectorized, with all sums in memory in every turn of that above.
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
       out[m * stride + n] = lane_sum(sums[n][m]);
 }

@@ -1,0 +1,101 @@
+"""Projections by one matrix for each head against float64, on the reference and in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from deepseek_kernels import use_backend
+from deepseek_kernels.attention.head_projection import cpu, latents_to_values, queries_to_latents
+from deepseek_kernels.testing.numeric import assert_bitwise
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(params=["reference", "native", "portable"], autouse=True)
+def backend(request) -> Iterator[str]:
+    if request.param == "reference":
+        with use_backend("reference"):
+            yield request.param
+        return
+    request.getfixturevalue("cpu_backend")
+    library = torch.ops.deepseek_kernels_cpu
+    before = library.native_bfloat16()
+    library.set_native_bfloat16(request.param == "native")
+    if request.param == "native" and not library.native_bfloat16():
+        pytest.skip("the CPU has no AVX512-BF16")
+    with use_backend("cpu"):
+        yield request.param
+    library.set_native_bfloat16(before)
+
+
+def assert_product(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """A sum in float32, in any order, rounded to the operands' dtype; those of both are exact in float64."""
+    want = torch.einsum("btnk,nkm->btnm", x.double(), weight.double())
+    terms = torch.einsum("btnk,nkm->btnm", x.double().abs(), weight.double().abs())
+    bound = x.shape[-1] * EPS * terms + torch.finfo(got.dtype).eps * want.abs() + 1e-30
+    assert got.dtype == x.dtype and ((got.double() - want).abs() <= bound).all()
+
+
+SHAPES = [  # batch, queries, heads, P, R, V, C
+    (1, 1, 16, 128, 64, 128, 512),
+    (2, 2, 3, 5, 3, 7, 33),
+    (8, 1, 2, 16, 8, 16, 100),
+    (1, 3, 1, 1, 0, 1, 1),
+    (1, 5, 2, 6, 4, 0, 40),
+    (3, 5, 2, 6, 4, 9, 40),  # more rows than the C++ is made for
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("batch", "queries", "heads", "own", "rotated", "values", "latent"), SHAPES)
+def test_products(backend, dtype, batch, queries, heads, own, rotated, values, latent):
+    q, up = torch.randn(batch, queries, heads, own + rotated).to(dtype), torch.randn(heads, own + values, latent)
+    up, latents = up.to(dtype), torch.randn(batch, queries, heads, latent).to(dtype)
+    assert cpu.takes(q, up) == (batch * queries <= 8)
+    got = queries_to_latents(q, up, own)
+    assert_bitwise(got[..., latent:], q[..., own:], strides=False)
+    assert_product(got[..., :latent], q[..., :own], up[:, :own])
+    assert_product(latents_to_values(latents, up, own), latents, up[:, own:].mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_and_threads_do_not_matter(backend, dtype):
+    if backend == "reference":
+        pytest.skip("the built-in product's sums depend on the number of rows")
+    q, up, latents = torch.randn(7, 1, 3, 20), torch.randn(3, 28, 70), torch.randn(7, 1, 3, 70)
+    q, up, latents = q.to(dtype), up.to(dtype), latents.to(dtype)
+    for run, x in ((queries_to_latents, q), (latents_to_values, latents)):
+        together = run(x, up, 16)
+        assert_bitwise(torch.cat([run(x[i : i + 1], up, 16) for i in range(7)]), together)
+        torch.set_num_threads(2)
+        try:
+            assert_bitwise(run(x, up, 16), together)
+        finally:
+            torch.set_num_threads(1)
+        assert_bitwise(run(x.transpose(0, 1).contiguous().transpose(0, 1), up, 16), together)
+
+
+def test_gradients():
+    q, up = torch.randn(1, 2, 3, 7, requires_grad=True), torch.randn(3, 9, 11, requires_grad=True)
+    assert not cpu.takes(q, up)
+    out = latents_to_values(queries_to_latents(q, up, 5)[..., :11], up, 5)
+    latent = torch.einsum("btnp,npc->btnc", q[..., :5], up[:, :5])
+    want = torch.einsum("btnc,nvc->btnv", latent, up[:, 5:])
+    grad = torch.randn_like(out)
+    for got, right in zip(
+        torch.autograd.grad(out, (q, up), grad), torch.autograd.grad(want, (q, up), grad), strict=True
+    ):
+        torch.testing.assert_close(got, right)
+
+
+def test_mistakes():
+    q, up = torch.zeros(1, 2, 3, 7), torch.zeros(3, 9, 11)
+    with pytest.raises(ValueError, match=r"expected q \[B, T, N, P \+ R\] and up .* for 8 features of a key, got \["):
+        queries_to_latents(q, up, 8)
+    with pytest.raises(ValueError, match=r"expected latents \[B, T, N, C\] and up \[N, P \+ V, C\]"):
+        latents_to_values(q, up, 5)
+    with pytest.raises(ValueError, match=r"got \[1, 2, 3, 7\] and \[4, 9, 11\]"):
+        queries_to_latents(q, torch.zeros(4, 9, 11), 5)
