@@ -177,6 +177,9 @@ class DeepseekModel(nn.Module):
                 x = recomputed(layer, x, rope, mask, None, routing=routing, selection=selection)
             else:
                 x = layer(x, rope, mask, cache, routing, *chosen)
+                if routing is not None and type(x) is tuple:  # of transformers' class, which keeps it apart
+                    x, side, *kept = x
+                    side.join(routing, selection, layer.layer_idx, kept)
         return x
 
     def new_selection(self, given: KeySelection | None, valid: Tensor | None) -> KeySelection | None:
