@@ -116,6 +116,63 @@ def test_programs(program, right):
     assert grade(program, TESTS, "code") == right
 
 
+READ = "print(sum(map(int, {}.split())))"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        READ.format("open(0).read()"),
+        "import sys\n" + READ.format("sys.stdin.buffer.readline()"),
+        "import sys\n" + READ.format("sys.stdin.read()"),
+        "import os\n" + READ.format("os.read(0, 99)"),
+        "import sys\nsys.stdout = open(1, 'w')\n" + ADD,
+        "try:\n    open('input.txt')\nexcept FileNotFoundError:\n    " + ADD.replace("\n", "\n    "),
+        "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 26)\n"
+        f"def main():\n    {ADD.replace(chr(10), chr(10) + '    ')}\n"
+        "thread = threading.Thread(target=main)\nthread.start()\nthread.join()",
+        "import asyncio, concurrent.futures, decimal, heapq, random, statistics, zoneinfo\n" + ADD,
+    ],
+)
+def test_programs_may_read_their_input_in_any_way(program):
+    assert grade(program, TESTS, "code") == 1
+
+
+REFUSED = {
+    "a process": "import _posixsubprocess, os\n_posixsubprocess.fork_exec([b'x'], [b'/bin/true'], True, (), None, "
+    "None, -1, -1, -1, -1, -1, -1, *os.pipe(), False, False, -1, None, None, None, -1, None)",
+    "a signal by descriptor": "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getpid()), 0)",
+    "cutting a file": "import os\nos.truncate({path!r}, 0)",
+    "its times": "import os\nos.utime({path!r}, (0, 0))",
+    "a pipe": "import os\nos.mkfifo({path!r} + '2')",
+    "a database": "import sqlite3\nsqlite3.connect({path!r} + '3').execute('create table t(a)')",
+    "another's file": "open({path!r}).read()",
+    "a relative path": "import os\nopen('../' * 9 + {path!r}[1:]).read()",
+    "another folder": "import os\nos.chdir('/')\nopen('proc/self/status').read()",
+    "bytes": "open(b'/proc/self/status').read()",
+    "two slashes": "open('//proc/self/status').read()",
+    "the hook's cells": "import gc\nfor f in gc.get_objects():\n    if getattr(f, '__name__', '') == 'hook':\n"
+    "        f.__globals__['refused'] = ('-',)\nimport os\nos.system('true')",
+    "the hook's names": "import __main__\n__main__.isinstance = lambda *a: False\n__main__.str = lambda a: ''\n"
+    "open({path!r} + '4', 'w')",
+    "a second module": "import sys\ndel sys.modules['posix']\nimport posix\nposix.pidfd_open(posix.getpid())",
+    "a second interpreter": "import sys\nsys.modules.pop('_xxsubinterpreters')\nimport _xxsubinterpreters",
+    "its limits": "import sys\nsys.modules.pop('resource')\nimport resource",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_program_may_not_do_ends_it(name, tmp_path):
+    """Also where it catches every exception and goes on with the right program."""
+    path = tmp_path / "other"
+    path.write_text("kept")
+    tried = "\n    ".join(REFUSED[name].format(path=str(path)).split("\n"))
+    before = path.stat()
+    assert grade(f"try:\n    {tried}\nexcept BaseException:\n    pass\n{ADD}", TESTS, "code") == 0
+    assert path.read_text() == "kept" and path.stat().st_mtime == before.st_mtime
+    assert [found.name for found in tmp_path.iterdir()] == ["other"]
+
+
 def test_calls_are_compared_outside_of_the_process():
     tests = json.dumps([{"call": "f(2)", "returns": 4}, {"call": "f([1])", "returns": [1, 1]}])
     assert grade("def f(x): return 2 * x", tests, "code") == 1

@@ -1,7 +1,8 @@
 """Programs judged by running them: a process each, with limits on time, memory and files, and without a network.
 
-The limits keep a trainer alive beside accidents and ordinary reward hacking. They are no wall against a determined
-attacker: run the trainer of a strong model in a container.
+A program reads its input, Python's own library and nothing else; it writes what it prints, starts no process and
+signals none. The limits keep a trainer alive beside accidents and ordinary reward hacking. They are no wall against a
+determined attacker: run the trainer of a strong model in a container.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = ["CodeLimits", "code_blocks", "grade_code", "run_program"]
@@ -29,7 +31,7 @@ class CodeLimits:
     """Resources that one run of a program may use.
 
     Attributes:
-        seconds: of processor time, and twice that of wall time.
+        seconds: of processor time; of wall time twice that and 5 more, for the start on a busy machine.
         memory: bytes of address space.
         output: bytes of output that are read; a program that writes more fails.
     """
@@ -39,60 +41,7 @@ class CodeLimits:
     output: int = 1 << 20
 
 
-# Runs first in the new process: no network (a network namespace of its own where the system grants one, and always a
-# hook that refuses sockets), no other programs, no writing outside of its empty folder.
-_PROLOGUE = r"""
-import sys
-def _limit(seconds, memory, output):
-    import ctypes, os, resource
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (output, output))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-    try:
-        ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET
-    except (AttributeError, OSError):
-        pass
-    refused = ("socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.fork", "os.kill",
-               "os.putenv", "ctypes.", "shutil.", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.chown",
-               "os.link", "os.symlink", "os.mkdir", "pty.", "signal.pthread_kill")
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    def hook(event, arguments):
-        if event.startswith(refused):
-            raise PermissionError(event)
-        if event == "open":
-            path, _, flags = arguments
-            if isinstance(flags, int) and flags & writing or str(path).startswith("/proc"):
-                raise PermissionError("open")
-    sys.addaudithook(hook)
-"""
-_RUN = r"""
-import json
-_job = json.loads(sys.stdin.readline())
-_limit(*_job["limits"])
-del _limit
-"""
-_STDIN = (
-    _PROLOGUE
-    + _RUN
-    + r"""
-import io
-sys.stdin = io.StringIO(_job["input"])
-exec(compile(_job["program"], "program.py", "exec"), {"__name__": "__main__"})
-"""
-)
-# The value goes back as JSON and is compared outside: the process knows no expected value.
-_CALL = (
-    _PROLOGUE
-    + _RUN
-    + r"""
-_space = {"__name__": "program"}
-exec(compile(_job["program"], "program.py", "exec"), _space)
-_value = eval(compile(_job["call"], "call", "eval"), _space)
-print("\n" + _job["mark"] + json.dumps(_value))
-"""
-)
+_PROCESS = Path(__file__).with_name("limited_process.py")
 
 
 def code_blocks(text: str) -> list[str]:
@@ -124,7 +73,7 @@ def run_program(
     }
     with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _STDIN if call is None else _CALL],
+            [sys.executable, "-I", "-S", str(_PROCESS)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.DEVNULL,
