@@ -85,7 +85,7 @@ def limit(seconds: int, memory: int, output: int) -> None:
     ):  # fmt: skip
         if hasattr(__import__(module), name):
             setattr(sys.modules[module], name, space["refuse"])
-    sys.modules.update(dict.fromkeys(_LOST))  # type: ignore[arg-type]  None is "not found"
+    sys.modules.update(dict.fromkeys(_LOST))  # type: ignore[arg-type]  # None: not found
     sys.addaudithook(space["hook"])
 
 
