@@ -225,7 +225,7 @@ class DeepseekLM(nn.Module):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")
         if labels is not None:
             labels = check_labels(labels, tokens, self.config.vocab_size)
-        if isinstance(tokens, Tensor) and self.training:
+        if self.training and isinstance(tokens, Tensor):
             check_not_offloaded(self, tokens.device)
         routing = self.routing_of(tokens, attention_mask, record_routing, replay_routing)
         main: TrunkOutput = self.model(
