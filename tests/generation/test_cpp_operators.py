@@ -91,8 +91,8 @@ def test_generated_tokens():
         assert torch.equal(generate(model, ids, max_new_tokens=6, mtp_depth=2), plain)
 
 
-def test_training_is_the_references(ran):
-    """With gradients nothing runs in C++, so that a step gives the same bits."""
+def test_training_runs_attention_alone(ran):
+    """With gradients nothing else runs in C++; sums of float32 in another order are all that differs."""
     model = _model().train()
     ids = torch.randint(0, model.config.vocab_size, (2, 4))
 
@@ -102,8 +102,9 @@ def test_training_is_the_references(ran):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected, found = _both(step)
-    assert all(torch.equal(got, right) for got, right in zip(found, expected, strict=True))
-    assert not ran
+    for got, right in zip(found, expected, strict=True):
+        assert (got - right).abs().max() <= 1e-5 * right.abs().max()
+    assert not ran  # attention of many queries is not among the names
 
 
 @torch.no_grad()
