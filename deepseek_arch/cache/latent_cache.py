@@ -165,7 +165,9 @@ class LatentCache:
         if valid is not None and bool(valid.all()):
             valid = None
         if valid is None:
-            slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
+            slots = lengths[:, None]
+            if num_tokens > 1:
+                slots = slots + torch.arange(num_tokens, device=self.device)
             after = tuple(length + num_tokens for length in start)
         else:
             if valid.shape != (self.batch_size, num_tokens):

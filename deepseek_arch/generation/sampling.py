@@ -25,7 +25,7 @@ def sampling_probabilities(
     Returns:
         float32 [..., vocab_size], summing to 1; NaN throughout a row whose logits have NaN or +Inf, or only -Inf.
     """
-    scores = _tempered(logits, temperature)
+    scores = logits.float() if temperature == 1 else _tempered(logits, temperature)
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     if top_p is not None and top_p < 1:

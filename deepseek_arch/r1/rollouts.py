@@ -86,26 +86,28 @@ def sample_natively(
         raise ValueError("expected at least one prompt and none without tokens, got an empty one")
     check_lengths(longest, sampling.max_new_tokens, core.config.max_position_embeddings)
     ids, mask = _left_padded(prompts, sampling.pad_token, core.lm_head.weight.device)
-    tokens, report = generate(
-        core,
-        ids,
-        mask,
-        sampling.max_new_tokens,
-        sampling.mtp_depth,
-        sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        eos_token_id=sampling.end_tokens,
-        pad_token_id=sampling.pad_token,
-        seed=sampling.seed,
-        adaptive=False,  # else the tokens that are drawn would depend on measured times
-        drop_finished=True,
-        return_logprobs=True,
-        record_routing=record_routing,
-    )
+    # What is made here is read, and copied below: it needs neither versions nor views that autograd could follow.
+    with torch.inference_mode():
+        tokens, report = generate(
+            core,
+            ids,
+            mask,
+            sampling.max_new_tokens,
+            sampling.mtp_depth,
+            sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            eos_token_id=sampling.end_tokens,
+            pad_token_id=sampling.pad_token,
+            seed=sampling.seed,
+            adaptive=False,  # else the tokens that are drawn would depend on measured times
+            drop_finished=True,
+            return_logprobs=True,
+            record_routing=record_routing,
+        )
     completions, ended = _cut(tokens[:, longest:].tolist(), sampling.end_tokens)
     assert report.logprobs is not None
-    given = report.logprobs.cpu()
+    given = report.logprobs.cpu().clone()
     logprobs = [given[i, : len(completion)] for i, completion in enumerate(completions)]
     rollout = Rollout(
         [list(prompt) for prompt in prompts], completions, ended, logprobs, report.drafted, report.accepted
@@ -115,7 +117,7 @@ def sample_natively(
         rollout.layers = tuple(sorted(report.routing.ids))
         stacked = torch.stack([report.routing.ids[layer] for layer in rollout.layers], 2)  # [N, P + C, L, K]
         rollout.routing = [
-            stacked[i, longest - len(prompt) : longest + len(completion)].cpu()
+            stacked[i, longest - len(prompt) : longest + len(completion)].cpu().clone()
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
     return rollout

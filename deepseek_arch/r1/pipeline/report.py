@@ -196,12 +196,16 @@ def _draw(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> bo
     except ImportError:
         return False
     shown = [name for name in CURVES if any(name in point for points in curves.values() for point in points)]
-    figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
-    for axes, column in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for name, points in curves.items():
+    columns = min(4, len(shown))
+    figure = Figure(figsize=(4 * columns, 3.2 * -(-len(shown) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False).flatten()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    for axes, column in zip(grid, shown, strict=False):
+        for i, (name, points) in enumerate(curves.items()):
             pairs = [(point["step"], point[column]) for point in points if column in point]
-            if pairs:
-                axes.plot(*zip(*pairs, strict=True), marker=".", label=name)
+            if pairs:  # not every stage has every measure, and a stage's colour is the same in all
+                axes.plot(*zip(*pairs, strict=True), marker=".", label=name, color=f"C{i}")
         axes.set(xlabel="step", title=column)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
