@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
+from ..attention.lightning_indexer import LightningIndexer
 from ..checkpoint.files.staging import replacing_files
 from ..config.deepseek_config import DeepseekConfig
 from ..moe.adapter_state import biases_in_adapters
@@ -144,15 +145,18 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
         """As `nn.Module.train`.
 
         Raises:
-            ValueError: the model is split by a tensor-parallel plan that splits attention (GLM's and V2's of
-                transformers): the gradients of what every rank holds whole would be one rank's part.
+            ValueError: the model is split by a tensor-parallel plan that splits attention without a rule for the
+                rotated key, which all heads share: its gradient would be one rank's part (TRAPS S1). Or it has sparse
+                attention, whose indexers were never trained so.
         """
-        if mode and (self.tp_size or 1) > 1 and any(".self_attn." in name for name in self._tp_plan or ()):
-            raise ValueError(
-                f"expected no training with attention split over {self.tp_size} ranks, got train(): the backward pass "
-                "through transformers' tensor-parallel plan for this family does not sum the gradients of the "
-                "projections that every rank holds whole"
-            )
+        rules = self._tp_plan or {}
+        if mode and (self.tp_size or 1) > 1 and any(rule.endswith(".kv_b_proj") for rule in rules):
+            style = next((style for rule, style in rules.items() if rule.endswith(".kv_a_proj_with_mqa")), None)
+            if style != "mla_kv_a_proj" or any(isinstance(module, LightningIndexer) for module in self.modules()):
+                raise ValueError(
+                    "expected attention that is not sparse, and a plan that gives kv_a_proj_with_mqa the style "
+                    f"mla_kv_a_proj, to train with attention split over {self.tp_size} ranks, got {style!r}"
+                )
         return super().train(mode)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:

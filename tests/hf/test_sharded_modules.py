@@ -9,7 +9,6 @@ import torch
 from twins import ours
 
 import deepseek_arch as da
-import deepseek_arch.hf as dhf
 from deepseek_arch.moe.load_balancer import routers
 from support import small_models
 from support.ranks import run_ranks
@@ -83,32 +82,6 @@ def test_a_model_under_fsdp_trains_counts_and_decodes_as_whole(kind):
             assert torch.equal(torch.from_numpy(got), bias)
         for got, text in zip(result["texts"], texts, strict=True):
             assert torch.equal(torch.from_numpy(got), text)
-
-
-def refused_under_tensor_parallelism(rank: int, folder: str) -> str:
-    from transformers.distributed import DistributedConfig
-
-    model = dhf.DeepseekForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
-    with torch.no_grad():
-        logits = model.eval()(IDS).logits
-    try:
-        model.train()
-    except ValueError as error_:
-        return f"{float(error(logits, torch.load(f'{folder}/logits.pt'))):.1e} {error_}"
-    return "no error"
-
-
-def test_training_under_a_plan_that_splits_attention_is_refused_on_two_ranks(tmp_path):
-    """Inference under the plan is right there, and gradients would not be."""
-    pytest.importorskip("transformers.distributed")
-    config = small_models.config("glm", num_attention_heads=2, vocab_size=62)
-    model = ours(config)
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.save(model(IDS).logits, tmp_path / "logits.pt")
-    for answer in run_ranks(refused_under_tensor_parallelism, 2, str(tmp_path)):
-        off, _, message = answer.partition(" ")
-        assert float(off) < 1e-4 and "attention split over 2 ranks" in message
 
 
 @pytest.mark.parametrize("where", ["memory", "disk", "some layers on disk"])

@@ -128,11 +128,19 @@ def test_ordinary_files_under_an_fp8_config_are_an_ordinary_model(folder_of, edi
     assert da.load(tmp_path / "saved").config.quantization_config is None
 
 
-@pytest.mark.parametrize(("kind", "refused"), [("glm", True), ("v2", True), ("v3", False)])
-def test_training_under_plans_with_a_wrong_backward_is_refused(kind, refused):
-    """A plan that splits attention leaves the gradients of whole projections one rank's part; inference is right."""
+@pytest.mark.parametrize(
+    ("kind", "style", "refused"),
+    [("glm", None, False), ("v2", None, False), ("v3", None, False), ("v2", "colwise", True), ("v32", None, True)],
+)
+def test_training_under_plans_with_a_wrong_backward_is_refused(kind, style, refused):
+    """Without its style, the gradient of the rotated key is one rank's part; inference is right (TRAPS S1)."""
     model = ours(small_models.config(kind))
     model._tp_size = 2  # what transformers sets on a model that it has split
+    if kind == "v32":
+        model._tp_plan["model.layers.*.self_attn.kv_b_proj"] = "colwise"
+    for rule in model._tp_plan:
+        if style and rule.endswith("kv_a_proj_with_mqa"):
+            model._tp_plan[rule] = style
     assert model.eval() is model
     if not refused:
         assert model.train() is model
