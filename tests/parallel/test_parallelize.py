@@ -114,7 +114,7 @@ def test_recomputed_layers_repeat_their_collectives(axes, world, rows):
 
 def biased():
     torch.manual_seed(0)
-    model = da.DeepseekLM(small_models.config("v3", **SIZES, attention_bias=True), dtype=torch.float32).train()
+    model = da.DeepseekLM(small_models.config("v3", **SIZES, attention_bias=True), dtype=torch.float64).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.bias"):
@@ -124,7 +124,7 @@ def biased():
 
 @pytest.mark.parametrize(("axes", "world", "rows"), [LAYOUTS[0], LAYOUTS[8]], ids=str)
 def test_biases_of_attention_are_added_once(axes, world, rows):
-    check(axes, world, rows, biased)
+    check(axes, world, rows, biased, torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["v32", "glm-5"])
