@@ -32,6 +32,8 @@ _WORDS = {
     name: re.compile(rf"[{letters}][{letters}\u0300-\u036f]+(?:['\u2019][{letters}]+)*")
     for name, letters in _ALPHABETS.items()
 } | {name: re.compile(f"[{letters}]") for name, letters in _CHARACTERS.items()}
+# Letters of all other scripts, so that nothing that is written counts for nothing.
+_WORDS["other"] = re.compile(rf"[^\W\d_{''.join((*_ALPHABETS.values(), *_CHARACTERS.values()))}]{{2,}}")
 
 SCRIPTS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi", "id"), ("latin",)),
@@ -47,18 +49,20 @@ SCRIPTS_OF: dict[str, tuple[str, ...]] = {
 }
 """Scripts by language code. Languages that share a script cannot be told apart."""
 
-# Tags, LaTeX commands and fenced code are in no natural language.
+# Tags, LaTeX commands and ASCII in fenced code are in no natural language; what else a fence holds is read.
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_ASCII = re.compile(r"[\x00-\x7f]+")
 
 
 def word_counts(text: str) -> dict[str, int]:
     """Returns the words of each script in `text`, scripts without any left out.
 
-    Tags, LaTeX commands, fenced code, digits, signs and single letters of alphabets are not counted.
+    Tags, LaTeX commands, ASCII in fenced code, digits, signs and single letters of alphabets are not counted. Scripts
+    that no language of `SCRIPTS_OF` has are "other".
     """
-    text = _COMMANDS.sub(" ", _TAGS.sub(" ", _CODE.sub(" ", text)))
+    text = _COMMANDS.sub(" ", _TAGS.sub(" ", _CODE.sub(lambda code: _ASCII.sub(" ", code[0]), text)))
     scripts = ("latin",) if text.isascii() else tuple(_WORDS)
     counts = {script: len(_WORDS[script].findall(text)) for script in scripts}
     return {script: count for script, count in counts.items() if count}

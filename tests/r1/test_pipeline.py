@@ -213,10 +213,27 @@ def test_a_later_start_needs_what_is_before(smoke, tmp_path):
         ("zero.output_dir=elsewhere", "known fields in stage 'zero', got 'output_dir'"),
         ("collect.x=1", "stage among base, .*, got 'collect'"),
         ("zero.max_steps", "stage.field=value, got 'zero.max_steps'"),
+        ("zero.num_generations=1", "stage 'zero' that can be run: .*(at least 2|greater than 1)"),
+        ("zero.num_generations=7", "stage 'zero' that can be run: .*divisible"),
+        ("zero.max_steps=0", "stage 'zero' that can be run: expected max_steps >= 1"),
+        ("zero.learning_rate=much", "expected a number for learning_rate, got 'much'"),
+        ("zero.rollout_engine=hf", "stage 'zero' that can be run: expected rollout_engine='native'"),
+        ("zero.reward_options={format: {size: 1}}", "stage 'zero' that can be run: .*'size'"),
+        ("zero.reward_funcs=[]", "at least one reward"),
+        ("zero.reward_weights=[1.0]", "a weight for each of 2 rewards, got 1"),
+        ("zero.lora={ranks: 1}", "stage 'zero' that can be run: .*'ranks'"),
+        ("zero.task={name: chat}", "a task with answers, got 'chat'"),
+        ("zero.task={name: jsonl, path: /nowhere/x.jsonl}", "nowhere"),
+        ("align.judges.helpful.size=1", "options of the reward 'helpful', got 'size'"),
+        ("base.model.hiden_size=1", "stage 'base' that can be run: .*'hiden_size'"),
+        ("base.phases=[{trainer: {learning_rates: 1}}]", "stage 'base' that can be run: .*learning_rates"),
+        ("student.model.hiden_size=1", "fields of Qwen2Config, got 'hiden_size'"),
+        ("distill.num_train_epochs=some", "a number for num_train_epochs, got 'some'"),
+        ("zero.seed=some", "seed that is an integer in stage 'zero', got 'some'"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told_before_anything_is_trained(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         run(load_recipe("smoke", [change]), tmp_path / "out")
     assert not (tmp_path / "out" / "base").exists()
 

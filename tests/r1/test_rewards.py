@@ -88,6 +88,17 @@ HOSTILE = [
     (BOXED, "<think>so</think>\\boxed{4} or \\boxed{5}", 0, 0),
     (BOXED, "<think>so</think>\\boxed{\\boxed{4}}", 1, 1),
     (BOXED, "<think>so</think>\\boxed{4", 0, 0),
+    (BOXED, "<think>so</think>\\boxed{5 \\boxed{4}}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{\\boxed{5}\\boxed{4}}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{\\fbox{5} 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3 \\to 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3 \\Rightarrow 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3 \\sim 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3 \\equiv 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3 & 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3\\\\ \\hline 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{3 \u2013 4}", 0, 1),
+    (BOXED, "<think>so</think>\\boxed{x \\in \\{3\\} \\iff 4}", 0, 1),
     (BOXED, "<think>so</think>{\\boxed{4}", 1, 1),
     (BOXED, "<think>so</think>\\boxed {4}", 1, 1),
     (BOXED, "<think>so</think>\\boxed 4", 0, 0),
@@ -120,6 +131,30 @@ def columns(count: int = 1, **changes) -> dict[str, list]:
 
 def pay(reward, completion, **changes):
     return reward(completions=[completion], prompts=["?"], completion_ids=[[1, 2]], **columns(**changes))[0]
+
+
+PROGRAM, WRONG = "```python\nprint(4)\n```", "```python\nprint(5)\n```"
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "accuracy"),
+    [
+        (TAGS, f"<think>so</think><answer>{PROGRAM}</answer>", 1),
+        (TAGS, f"<think>so</think>{PROGRAM}", 1),
+        (TAGS, f"<think>so</think><answer>{PROGRAM}</answer><answer>{WRONG}</answer>", 0),
+        (TAGS, f"<think>so</think><answer>{WRONG}</answer><answer>{PROGRAM}</answer>", 0),
+        (TAGS, f"<think>so</think>{PROGRAM}<answer>{WRONG}</answer>", 0),
+        (TAGS, f"<think>so</think>{PROGRAM}<answer>see above</answer>", 0),
+        (TAGS, f"<think>so <answer>{PROGRAM}</answer></think><answer>{WRONG}</answer>", 0),
+        (BOXED, f"<think>so</think>{PROGRAM}", 1),
+        (BOXED, f"<think>{PROGRAM}</think>{WRONG}", 0),
+        (BOXED, f"<think>so</think>{PROGRAM}\n{WRONG}", 0),
+        (PREFILLED, PROGRAM, 0),
+    ],
+)
+def test_the_only_final_program_counts(template, completion, accuracy):
+    tests = '[{"input": "", "output": "4"}]'
+    assert pay(Accuracy(template), completion, grader="code", answer=tests) == accuracy
 
 
 def name_of(value) -> str | None:
@@ -196,6 +231,10 @@ def test_rewards_that_do_not_apply_are_none():
         ("<think>2 + 2 = 4</think><answer>4</answer>", "en", 0.0),  # no words, no reward
         ("<think>так и есть</think><answer>4</answer>", "en", 0.0),
         ("<think>so it is</think><answer>四</answer>", "en", 0.75),
+        ("<think>the ```中文中文``` end</think><answer>4</answer>", "en", 2 / 6),
+        ("<think>the end ```\n中文", "en", 0.5),
+        ("<think>```python\nfor x in range(4):  # 循环\n```</think><answer>4</answer>", "zh", 1.0),
+        ("<think>so தமிழ</think><answer>4</answer>", "en", 0.5),
         ("<think>十分</think><answer>4</answer> many English words after the end", "zh", 1.0),
     ],
 )

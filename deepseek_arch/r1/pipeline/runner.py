@@ -61,6 +61,7 @@ def run(
         OSError: `out` cannot be written, or there is no room.
     """
     from ..stages import STAGES  # noqa: F401  says which extra is missing before a folder is made
+    from ..stages.checking import check_stage
     from .report import write_report
 
     out = Path(out)
@@ -73,6 +74,9 @@ def run(
         for name in list(recipe.stages)[: list(recipe.stages).index(names[0])]:
             if not (out / name / MANIFEST).is_file():
                 raise ValueError(f"expected stage {name!r} to be done before {first!r}, got no results in {out}")
+        for name in names:
+            if not (out / name / MANIFEST).is_file():
+                check_stage(name, {k: v for k, v in recipe.stages[name].items() if k != "seed"}, manifests[name].seed)
         done = []
         for i, name in enumerate(names):
             skipped = (out / name / MANIFEST).is_file()
@@ -174,7 +178,9 @@ def _manifests(recipe: Recipe, inputs: Mapping[str, list[str]], out: Path) -> di
     made: dict[str, Manifest] = {}
     for name, fields in recipe.stages.items():
         digests = {given: made[given].digest if given in made else str(_path(given, recipe)) for given in inputs[name]}
-        seed = int(fields.get("seed", recipe.seed))
+        seed = fields.get("seed", recipe.seed)
+        if not isinstance(seed, int):
+            raise ValueError(f"expected a seed that is an integer in stage {name!r}, got {seed!r}")
         made[name] = Manifest(name, seed, {k: v for k, v in fields.items() if k != "seed"}, digests, __version__)
     return made
 

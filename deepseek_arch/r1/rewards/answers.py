@@ -32,8 +32,12 @@ _NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d{1,300})?(\.\d{1,300})?(?
 _RATIO = re.compile(r"([+-]?)\s*(\d{1,300})\s*/\s*(\d{1,300})", re.ASCII)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boldsymbol)\s*\{([^{}]*)\}")
 _LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[\])]?\s*[.:]?", re.ASCII)
-# "3 or 4", "1, 2, 3" and "x = 3 = 4" must not pass for one of their parts.
-_SEVERAL = re.compile(r"\b(?:or|and)\b|\\(?:text|mathrm)\s*\{\s*(?:or|and)\s*\}|\\(?:lor|vee|pm|mp)\b|[,;|]|或|和|=.*=")
+# "3 or 4", "1, 2, 3", "x = 3 = 4" and "3 \\to 4" must not pass for one of their parts.
+_SEVERAL = re.compile(
+    r"\b(?:or|and)\b|\\(?:text|mathrm)\s*\{\s*(?:or|and)\s*\}|[,;|&~、]|或|和|=.*=|\\\\|"
+    r"\\(?:lor|vee|land|wedge|pm|mp|to|mapsto|sim|equiv|implies|iff|boxed|fbox|(?:long)?(?:left)?rightarrow)(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 def _plain(text: str) -> str:
@@ -89,7 +93,7 @@ def grade_math(answer: str, reference: str, data: Mapping[str, Any]) -> float:
         return float(value == expected)
     if not _plain(answer) or (_says_several(answer) and not _says_several(reference)):
         return 0.0
-    return float(equal_expressions(answer, reference))
+    return float(equal_expressions(answer.translate(_MINUS), reference.translate(_MINUS)))
 
 
 def _says_several(text: str) -> bool:

@@ -146,9 +146,10 @@ class LLMJudge(Reward):
     def ask(self, question: str, answer: str, reference: str | None = None) -> float | None:
         """Returns the score of one answer, or None where the reply holds none within its limits."""
         fields = {
-            "question": _TAGS.sub("", question),
-            "answer": _TAGS.sub("", answer),
-            "reference": "" if reference is None else _REFERENCE.format(text=_TAGS.sub("", reference)),
+            # A space in their place: what stood around a tag must not become one.
+            "question": _TAGS.sub(" ", question),
+            "answer": _TAGS.sub(" ", answer),
+            "reference": "" if reference is None else _REFERENCE.format(text=_TAGS.sub(" ", reference)),
             "lowest": f"{self.lowest:g}",
             "highest": f"{self.highest:g}",
         }

@@ -44,7 +44,8 @@ class Accuracy(Reward):
             return None
         parsed = self.template.parse(text)
         answer = parsed.answer
-        if row["grader"] == "code" and (answer is None or "```" not in answer):
+        tagged = self.template.style == "tags" and "<answer>" in up_to_end(text)
+        if row["grader"] == "code" and (answer is None or "```" not in answer) and not tagged:
             answer = parsed.summary if parsed.thought is not None or self.template.style == "boxed" else answer
         if answer is None:
             return 0.0

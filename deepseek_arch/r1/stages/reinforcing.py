@@ -116,8 +116,7 @@ def reinforce(arguments: ReinforceArguments, trainer_arguments: Mapping[str, Any
     tokenizer = load_tokenizer(source, arguments.pad_token)
     model = load_model(source, arguments.dtype)
     args = R1Config(**trainer_values({"shuffle_dataset": False, **trainer_arguments}, context))
-    if args.max_steps < 1:
-        raise ValueError(f"expected max_steps >= 1, got {args.max_steps}")
+    training_shape(args)
     every = rollout_steps(args)
     args.save_steps = int(-(-args.save_steps // every) * every)
     policy = Policy(model, tokenizer, arguments.batch_size)
@@ -162,29 +161,53 @@ def rewards(arguments: ReinforceArguments, context: StageContext) -> list[Any]:
                 folder = context.model_of(arguments.judges[name]["stage"])
                 judge = load_model(folder, factory=AutoModelForSequenceClassification).eval()
                 out.append(ModelReward(judge, load_tokenizer(folder), arguments.form, name=name, **(given | options)))
-            elif name == "overlong":
-                out.append(Overlong(**options))
-            elif name == "accuracy":
-                # reasoning-gym's problems are graded by its own code, all others by the rule that they name.
-                own = arguments.problems() if arguments.task["name"] == "gym" else None
-                out.append(Accuracy(arguments.form, own, **options))
             else:
-                kinds: dict[str, Any] = {"format": Format, "language": Language, "repetition": Repetition}
-                out.append(kinds[name](arguments.form, **options))
+                # reasoning-gym's problems are graded by its own code, all others by the rule that they name.
+                own = arguments.problems() if arguments.task["name"] == "gym" and name == "accuracy" else None
+                out.append(rule_reward(name, options, arguments, own))
         except TypeError as error:
             raise ValueError(f"expected options of the reward {name!r}, got {sorted(options)}: {error}") from error
     return out
 
 
-def training_rows(arguments: ReinforceArguments, args: R1Config, seed: int) -> list[dict[str, Any]]:
-    """Returns the prompts of all steps in order: those of sources that come later stand behind."""
+def rule_reward(name: str, options: Mapping[str, Any], arguments: ReinforceArguments, problems: Any) -> Any:
+    """Returns one of `REWARDS`.
+
+    Args:
+        problems: a source that grades by rules of its own, or None.
+
+    Raises:
+        TypeError: an option that it does not have.
+        ValueError: one that is out of range.
+    """
+    if name == "overlong":
+        return Overlong(**options)
+    if name == "accuracy":
+        return Accuracy(arguments.form, problems, **options)
+    kinds: dict[str, Any] = {"format": Format, "language": Language, "repetition": Repetition}
+    return kinds[name](arguments.form, **options)
+
+
+def training_shape(args: R1Config) -> tuple[int, int]:
+    """Returns the rollouts of a training, and the prompts of each.
+
+    Raises:
+        ValueError: no steps, or a rollout that is no multiple of a group.
+    """
+    if args.max_steps < 1:
+        raise ValueError(f"expected max_steps >= 1, got {args.max_steps}")
     assert args.steps_per_generation is not None
     at_once = args.per_device_train_batch_size * args.world_size * args.steps_per_generation
     group = args.num_generations or 1
     if at_once % group:
         raise ValueError(f"expected rollouts that are multiples of {group} generations, got {at_once} completions")
-    rollouts = -(-args.max_steps // rollout_steps(args))
-    prompts = rollouts * (at_once // group)
+    return -(-args.max_steps // rollout_steps(args)), at_once // group
+
+
+def training_rows(arguments: ReinforceArguments, args: R1Config, seed: int) -> list[dict[str, Any]]:
+    """Returns the prompts of all steps in order: those of sources that come later stand behind."""
+    rollouts, each = training_shape(args)
+    prompts = rollouts * each
     drawn = [iter(make_source(source.task).draw(prompts, seed + 7)) for source in arguments.sources]
     owed, rows = [0.0] * len(drawn), []
     for i in range(prompts):
