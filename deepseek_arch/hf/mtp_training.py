@@ -27,7 +27,9 @@ def loss_weight(model: Any) -> float:
     given = getattr(model.config, "mtp_loss_weight", None) or 0.0
     weight = float(given) if isinstance(given, int | float) else math.nan
     if not 0 <= weight < math.inf:
-        raise ValueError(f"expected a finite mtp_loss_weight >= 0, got {shown(given)}")
+        raise ValueError(
+            f"expected a finite mtp_loss_weight >= 0, got {shown(given if math.isnan(weight) else weight)}"
+        )
     if weight and not len(model.mtp):
         raise ValueError(f"expected a model with MTP modules for mtp_loss_weight {weight}, got one without any")
     return weight
