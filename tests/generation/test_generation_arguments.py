@@ -12,7 +12,8 @@ import torch
 
 import deepseek_arch as da
 from deepseek_arch.generation.finite_check import FiniteCheck
-from deepseek_arch.generation.sampling import sampling_probabilities
+from deepseek_arch.generation.sampling import Sampler, sampling_probabilities
+from deepseek_arch.generation.speculative import accept
 from support.small_models import config, model, tokens
 
 
@@ -298,3 +299,17 @@ def test_the_message_does_not_blame_offloaded_parameters():
     check = FiniteCheck(da.DeepseekLM(config("v3"), device="meta"), torch.device("cpu"), immediate=True)
     with pytest.raises(ValueError, match="every parameter is finite"):
         check(torch.tensor([False]), torch.tensor([False]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_behind_a_rejected_draft_decide_nothing(temperature):
+    """A draft's embedding may be NaN, and with it the logits after it; nothing is taken from there."""
+    logits = torch.full((1, 3, 5), -50.0)
+    logits[0, 0, 2] = 50.0  # the first draft is another token
+    logits[0, 1:] = torch.nan
+    drawn_from = None if temperature == 0 else torch.eye(5)[[1, 1]][None]
+    sampler = Sampler(1, temperature, generator=torch.Generator().manual_seed(0))
+    accepted, follow, finite = accept(torch.tensor([[1, 1]]), drawn_from, logits, sampler)
+    assert accepted.tolist() == [0] and follow.tolist() == [2] and finite.all()
+    logits[0, 0] = torch.nan
+    assert not accept(torch.tensor([[1, 1]]), drawn_from, logits, sampler)[2].all()

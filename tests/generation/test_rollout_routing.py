@@ -123,3 +123,17 @@ def test_what_cannot_be_recorded():
         da.generate(model(config("v3", first_k_dense_replace=3)), ids, record_routing=True)
     _, report = da.generate(lm, ids, max_new_tokens=2, return_report=True)
     assert report.routing is None
+
+
+def test_tokens_that_were_not_run_have_distinct_experts():
+    """A record is replayed as it is: an expert that stands there twice would be computed and counted twice."""
+    lm = model(config("v3"))
+    ids = tokens(lm.config, 2, 5)
+    free = da.generate(lm, ids, max_new_tokens=4, eos_token_id=[])[:, 5:].tolist()
+    end = next(token for token in free[0] if token not in free[1])
+    settings = {"max_new_tokens": 4, "eos_token_id": end, "drop_finished": True, "record_routing": True}
+    _, report = da.generate(lm, ids, **settings)
+    valid = report.routing.valid
+    assert valid is not None and not valid.all()
+    for chosen in report.routing.ids.values():
+        assert all(len(set(row)) == chosen.shape[-1] for row in chosen[~valid].tolist())
