@@ -36,12 +36,12 @@ class ReadsWhole:
 class HoldsBias:
     """A linear layer of this rank's columns, which leaves its bias to who adds up the ranks' parts."""
 
-    @property
-    def held_bias(self) -> Tensor:
-        return super().__getattr__("bias")  # type: ignore[misc]
-
-    def __getattr__(self, name: str) -> Any:
-        return None if name == "bias" else super().__getattr__(name)  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        self.__dict__["bias"] = None  # before the parameter, which FSDP and others read by the same name
+        try:
+            return super().forward(x)  # type: ignore[misc]
+        finally:
+            del self.__dict__["bias"]
 
 
 class HeadParallel:
@@ -65,7 +65,7 @@ class HeadParallel:
             raise ValueError("expected tp = 1 for training indexers, which learn from the heads of all ranks")
         out = sum_out(super().forward(x, rope, mask, cache, *selection), self.group, PURPOSE)  # type: ignore[misc]
         projection = self.o_proj  # type: ignore[attr-defined]
-        return out + projection.held_bias if isinstance(projection, HoldsBias) else out
+        return out + projection.bias if isinstance(projection, HoldsBias) else out
 
 
 class WidthParallelMLP:
