@@ -96,7 +96,7 @@ def decode_plain(
 
 
 class _Columns:
-    """What each step adds to its rows of the result, side by side.
+    """Columns that each step adds to its rows of the result, side by side.
 
     Args:
         batch: rows of the result.

@@ -214,8 +214,8 @@ class DeepseekModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        weight = next(self.embed_tokens.parameters())
         if inputs_embeds is not None:
+            weight = next(self.embed_tokens.parameters())
             check_dense("inputs_embeds", inputs_embeds, weight)
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
                 raise ValueError(
@@ -227,7 +227,8 @@ class DeepseekModel(nn.Module):
                 raise ValueError(f"expected inputs_embeds of dtype {dtype}, got {inputs_embeds.dtype}")
             return inputs_embeds
         assert input_ids is not None
-        return self.embed_tokens(check_token_ids(input_ids, self.config.vocab_size, weight))
+        beside = next(self.embed_tokens.parameters()) if getattr(input_ids, "is_meta", False) else input_ids
+        return self.embed_tokens(check_token_ids(input_ids, self.config.vocab_size, beside))
 
 
 def check_mask(mask: Tensor | None, x: Tensor, cache: LatentCache | None) -> Tensor | None:

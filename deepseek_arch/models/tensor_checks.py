@@ -46,7 +46,9 @@ def as_int64(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: it holds floating-point or complex numbers or bools, or numbers that int64 does not hold.
     """
-    if value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if value.dtype == torch.int64:
+        return value
+    if value.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
         return value.long()
     if value.dtype not in _UNSIGNED:
         raise ValueError(f"expected integer {name}, got {value.dtype}")

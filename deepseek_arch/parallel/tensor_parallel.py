@@ -36,6 +36,8 @@ class ReadsWhole:
 class HoldsBias:
     """A linear layer of this rank's columns, which leaves its bias to who adds up the ranks' parts."""
 
+    bias: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         self.__dict__["bias"] = None  # before the parameter, which FSDP and others read by the same name
         try:
@@ -64,7 +66,7 @@ class HeadParallel:
         if any(chosen is not None and chosen.stage is not None for chosen in selection):
             raise ValueError("expected tp = 1 for training indexers, which learn from the heads of all ranks")
         out = sum_out(super().forward(x, rope, mask, cache, *selection), self.group, PURPOSE)  # type: ignore[misc]
-        projection = self.o_proj  # type: ignore[attr-defined]
+        projection: Any = self.o_proj  # type: ignore[attr-defined]
         return out + projection.bias if isinstance(projection, HoldsBias) else out
 
 

@@ -7,7 +7,7 @@ import inspect
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 
@@ -50,7 +50,7 @@ def check_stage(name: str, values: Mapping[str, Any], seed: int) -> None:
                 for phase in arguments.curriculum:
                     _trainer(kind.trainer, {**trainers, **phase.trainer}, context)
             if isinstance(arguments, ReinforceArguments):
-                training_shape(args)
+                training_shape(cast(Any, args))
                 _check_rewards(arguments, args)
             lora_config(getattr(arguments, "lora", None))
         except (TypeError, ValueError) as error:

@@ -31,7 +31,8 @@ def queries_to_latents(q: Tensor, up: Tensor, own: int) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(q, up, own, q.ndim == 4 and q.shape[3] >= own, "q [B, T, N, P + R]")
+    if q.ndim != 4 or up.ndim != 3 or not 0 <= own <= min(q.shape[3], up.shape[1]) or q.shape[2] != up.shape[0]:
+        raise _misfit("q [B, T, N, P + R]", q, up, own)
     if dispatch.pick("head_projection", q.device) == "cpu" and cpu.takes(q, up):
         return cpu.queries_to_latents(q, up, own)
     return torch.cat((reference.per_head(q[..., :own], up[:, :own]), q[..., own:]), dim=-1)
@@ -50,13 +51,13 @@ def latents_to_values(latents: Tensor, up: Tensor, own: int) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(latents, up, own, latents.ndim == 4 and latents.shape[3] == up.shape[-1], "latents [B, T, N, C]")
+    if up.ndim != 3 or not 0 <= own <= up.shape[1] or latents.shape[2:] != up.shape[::2] or latents.ndim != 4:
+        raise _misfit("latents [B, T, N, C]", latents, up, own)
     if dispatch.pick("head_projection", latents.device) == "cpu" and cpu.takes(latents, up):
         return cpu.latents_to_values(latents, up, own)
     return reference.per_head(latents, up[:, own:].transpose(1, 2))
 
 
-def _check(x: Tensor, up: Tensor, own: int, fits: bool, what: str) -> None:
-    if up.ndim != 3 or not 0 <= own <= up.shape[1] or not fits or x.shape[2] != up.shape[0]:
-        shapes = f"{list(x.shape)} and {list(up.shape)}"
-        raise ValueError(f"expected {what} and up [N, P + V, C] for {own} features of a key, got {shapes}")
+def _misfit(what: str, x: Tensor, up: Tensor, own: int) -> ValueError:
+    shapes = f"{list(x.shape)} and {list(up.shape)}"
+    return ValueError(f"expected {what} and up [N, P + V, C] for {own} features of a key, got {shapes}")
