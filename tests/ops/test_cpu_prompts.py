@@ -161,6 +161,37 @@ def test_what_no_query_sees_may_be_anything():
     assert not want[2][:, :5].any() and not want[2][:, 40:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_a_mask_hides_from_all_at_both_ends_may_be_anything(dtype):
+    mask = torch.rand(2, 1, 70, 150) < 0.5
+    mask[..., :5], mask[..., 140:], mask[1, 0, 7] = False, False, False
+    q, kv, key, grad = case(2, 70, 150, 2, TINY, dtype)
+    want = run(q, kv, key, grad, mask)
+    latents = torch.randn(2, 150, LATENT + ROTATED).to(dtype)
+    queries = torch.randn(2, 70, 3, LATENT + ROTATED).to(dtype)
+    calls = [(queries, mask), (queries[:, :4], mask[:, :, :4])]  # many queries, and few
+    decoded = [mla_decode(some, latents, LATENT, 0.2, seen) for some, seen in calls]
+    with torch.no_grad():
+        for x in (kv, key, latents):
+            x[:, :5] = x[:, 140:] = NAN
+    for got, right in zip(run(q, kv, key, grad, mask), want, strict=True):
+        assert_bitwise(got, right)
+    for (some, seen), right in zip(calls, decoded, strict=True):
+        assert_bitwise(mla_decode(some, latents, LATENT, 0.2, seen), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_that_see_nothing_reach_no_gradient(dtype):
+    spans = torch.tensor([[[0, 5], [2, 2], [0, 7], [9, 12]]]).int()
+    q, kv, key, grad = case(1, 4, 7, 2, TINY, dtype)
+    want = run(q, kv, key, grad, spans)
+    with torch.no_grad():
+        q[:, 1], grad[:, 1], grad[:, 3] = NAN, NAN, torch.inf
+    for got, right in zip(run(q, kv, key, grad, spans), want, strict=True):
+        assert_bitwise(got, right)
+    assert not want[1][:, 1].any()
+
+
 def test_a_score_that_is_not_a_number_makes_its_row_one():
     q, kv, key, _ = (x.detach() for x in case(1, 70, 70, 1, TINY, torch.bfloat16))
     q[0, 40, 0, 3] = NAN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.cpu import observed
 from ...common.masks import by_query, is_spans
 
 __all__ = ["attend", "takes"]
@@ -21,7 +22,7 @@ def takes(q: Tensor, kv: Tensor, key: Tensor, scale: float, mask: Tensor | None,
         and scale > 0
         and not dropout
         and (mask is None or is_spans(mask) or mask.dtype == torch.bool)
-        and torch.autograd.forward_ad._current_level < 0
+        and not observed(q, kv, key)
     )
 
 

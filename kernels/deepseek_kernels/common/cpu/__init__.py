@@ -18,15 +18,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .building import BuildError, build, find
 
-__all__ = ["FEW_ROWS", "BuildError", "build_library", "cache_folder", "library_obstacle", "needs_gradient"]
+__all__ = [
+    "FEW_ROWS",
+    "BuildError",
+    "build_library",
+    "cache_folder",
+    "library_obstacle",
+    "needs_gradient",
+    "observed",
+]
 
 FEW_ROWS = 8  # of activations: what a product reads its weight once for
 
 _OFF, _CACHE = "DEEPSEEK_KERNELS_CPU", "DEEPSEEK_KERNELS_CACHE"
+_TENSORS = (Tensor, nn.Parameter)
 _NOT_BUILT = "its library is not built, which `deepseek-arch build-kernels` does once for all"
 
 when_built: list[Callable[[], None]] = []
@@ -65,8 +75,24 @@ def _turned_off() -> bool:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """Returns True if autograd would record an operator on these, of which the library has none."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Returns True if autograd would record an operator on these, of which the library has none, or is `observed`."""
+    return (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or observed(*tensors)
+
+
+def observed(*tensors: Tensor) -> bool:
+    """Returns True if something has rules of its own for PyTorch's operators, of which it knows none for the library's.
+
+    These are subclasses of tensors (distributed ones), forward-mode AD, which drops tangents in silence, and the
+    transforms of `torch.func`.
+    """
+    return _transformed() or any(type(tensor) not in _TENSORS for tensor in tensors)
+
+
+def _transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch: Dynamo guards both itself
 
 
 def build_library() -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import dispatch
-from ...common.cpu import needs_gradient
 from ...gemm.fp8_weight_gemm import check_operands
 from ..fused_moe import cpu
 from . import reference
@@ -52,7 +51,7 @@ def fp8_weight_fused_moe(
     _check(x, gate_up, gate_up_scale, down, down_scale, expert_ids, weights, block_size)
     (x,) = dispatch.autocast(x)
     chosen = dispatch.pick("fp8_weight_fused_moe", x.device)
-    if chosen == "cpu" and cpu.takes(x, gate_up, down, weights) and not needs_gradient(x, weights):
+    if chosen == "cpu" and cpu.takes(x, gate_up, down, weights):
         scales = gate_up_scale, down_scale
         return cpu.fused_moe(x, gate_up, down, expert_ids, weights, *scales, *block_size)
     return reference.fp8_weight_fused_moe(x, gate_up, gate_up_scale, down, down_scale, expert_ids, weights, block_size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
+from ...common.cpu import needs_gradient
 
 __all__ = ["fused_moe", "takes"]
 
@@ -22,6 +23,7 @@ def takes(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> bool:
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and gate_up.numel() > 0
+        and not needs_gradient(x, gate_up, down, weights)
     )
 
 

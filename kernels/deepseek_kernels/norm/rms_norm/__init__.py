@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: the shapes or dtypes do not fit.
     """
     chosen = dispatch.pick("rms_norm", x.device, _check(x, None, weight))
-    if chosen == "cpu" and not cpu.needs_gradient(x, weight):
+    if chosen == "cpu" and _cpu_takes(x, weight):
         return torch.ops.deepseek_kernels_cpu.rms_norm(x, None, weight, eps)[0]
     if chosen != "triton":
         return reference.rms_norm(x, weight, eps)
@@ -66,7 +66,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         ValueError: the shapes or dtypes do not fit.
     """
     chosen = dispatch.pick("rms_norm", x.device, _check(x, residual, weight))
-    if chosen == "cpu" and not cpu.needs_gradient(x, residual, weight):
+    if chosen == "cpu" and _cpu_takes(x, residual, weight):
         return torch.ops.deepseek_kernels_cpu.rms_norm(x, residual, weight, eps)
     if chosen != "triton":
         return reference.add_rms_norm(x, residual, weight, eps)
@@ -128,6 +128,14 @@ def add_rms_norm_quantize(
     from . import launch
 
     return launch.quantize(x, residual, weight, eps, power_of_two)
+
+
+def _cpu_takes(*operands: Tensor) -> bool:
+    """Returns True if the C++ operator is made for these operands; all others are the reference's."""
+    for operand in operands:
+        if operand.dtype not in _DTYPES:
+            return False
+    return not cpu.needs_gradient(*operands)
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor) -> str | None:

@@ -5,6 +5,7 @@
 #include "attention_tile.h"
 #include "products.h"
 #include "rows_of_values.h"
+#include "visible.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -118,6 +119,23 @@ Visible causal(int64_t batch, int64_t queries, const std::vector<int64_t>& lengt
   return visible;
 }
 
+// `mask`: [batch, queries, keys], expanded.
+Visible masked(const at::Tensor& mask) {
+  Visible visible;
+  visible.mask = mask.const_data_ptr<bool>();
+  visible.batch_stride = mask.stride(0);
+  visible.query_stride = mask.stride(1);
+  visible.key_stride = mask.stride(2);
+  for (int64_t b = 0; b < mask.size(0); ++b)
+    for (int64_t query = 0; query < mask.size(1); ++query) {
+      const bool* own = visible.mask + b * visible.batch_stride + query * visible.query_stride;
+      const auto [first, last] = ends_of(own, visible.key_stride, mask.size(2));
+      visible.first.push_back(first);
+      visible.last.push_back(last);
+    }
+  return visible;
+}
+
 at::Tensor mla_decode(
     const at::Tensor& q,
     const at::Tensor& states,
@@ -132,17 +150,12 @@ at::Tensor mla_decode(
       states.stride(1) * size,
       keys};
   const at::Tensor rows = q.contiguous();
-  if (!mask || mask->scalar_type() != at::kInt) {
-    const std::vector<int64_t> lengths(batch, mask ? keys + queries : keys); // a mask says by itself who sees what
-    Visible visible = causal(batch, queries, lengths, keys);
-    if (mask) { // [batch, queries, keys], expanded
-      visible.mask = mask->const_data_ptr<bool>();
-      visible.batch_stride = mask->stride(0);
-      visible.query_stride = mask->stride(1);
-      visible.key_stride = mask->stride(2);
-    }
-    return attend(rows, kv_lora_rank, scale, cache, std::move(visible));
+  if (!mask) {
+    const std::vector<int64_t> lengths(batch, keys);
+    return attend(rows, kv_lora_rank, scale, cache, causal(batch, queries, lengths, keys));
   }
+  if (mask->scalar_type() == at::kBool)
+    return attend(rows, kv_lora_rank, scale, cache, masked(*mask));
   const at::Tensor spans = mask->contiguous();
   const int32_t* span = spans.const_data_ptr<int32_t>();
   Visible visible;

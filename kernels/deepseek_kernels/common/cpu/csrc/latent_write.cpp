@@ -62,6 +62,8 @@ void latent_write(
   const Slots target{buffer, paged};
   if (!buffer.numel())
     return;
+  if (!buffer.is_inference())
+    buffer.unsafeGetTensorImpl()->bump_version(); // autograd then finds that what it saved has changed
   // A place belongs to one thread: of two tokens with one slot the later one stays, whole.
   const int64_t count = batch * tokens, shares = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count / 8));
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {

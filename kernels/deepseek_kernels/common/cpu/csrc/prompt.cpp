@@ -2,15 +2,18 @@
 
 #include "prompt_call.h"
 #include "products.h"
+#include "visible.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <tuple>
 
 namespace deepseek::prompt {
 
@@ -46,14 +49,28 @@ void set_bits(Call& call, const at::Tensor& mask) {
   });
 }
 
+// Where the keys that a mask [batch, queries, keys] lets each query see begin and end.
+void set_ends(Call& call, const at::Tensor& mask) {
+  const int64_t queries = mask.size(1);
+  const bool* data = mask.const_data_ptr<bool>();
+  at::parallel_for(0, call.batch * queries, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const bool* own = data + item / queries * mask.stride(0) + item % queries * mask.stride(1);
+      std::tie(call.first[item], call.last[item]) = ends_of(own, mask.stride(2), call.keys);
+    }
+  });
+}
+
 // Which keys each row sees: all up to its own place, or what spans or a mask [batch, queries, keys] say.
 void set_visible(Call& call, const Mask& mask) {
   const int64_t queries = call.rows / call.repeat;
   const auto within = [&](int64_t at) { return static_cast<int32_t>(std::clamp<int64_t>(at, 0, call.keys)); };
   call.first.assign(call.batch * queries, 0);
   call.last.assign(call.batch * queries, within(call.keys));
-  if (mask && mask->scalar_type() == at::kBool)
+  if (mask && mask->scalar_type() == at::kBool) {
+    set_ends(call, *mask);
     return set_bits(call, *mask);
+  }
   const at::Tensor spans = mask ? mask->contiguous() : at::Tensor();
   for (int64_t at = 0; at < call.batch * queries; ++at) {
     if (mask)
@@ -170,6 +187,11 @@ TORCH_LIBRARY_IMPL(deepseek_kernels_cpu, CPU, library) {
   library.impl("mla_attention_backward", &mla_attention_backward);
   library.impl("mla_prefill", &mla_prefill);
   library.impl("sparse_mla", &sparse_mla);
+}
+
+// A second derivative raises, where an operator without any of this would have none and say so in a warning.
+TORCH_LIBRARY_IMPL(deepseek_kernels_cpu, Autograd, library) {
+  library.impl("mla_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 } // namespace deepseek::prompt

@@ -83,10 +83,19 @@ void load_group(const Call& call, const Gradients& to, int64_t b, int64_t head, 
   Unit* paired_grad = room.paired_grad.get() + index * room.row_units * room.v_lanes;
   std::fill_n(paired_q, room.row_units * room.q_lanes, 0);
   std::fill_n(paired_grad, room.row_units * room.v_lanes, 0);
+  const float* own_sums = to.log_sum + (b * call.heads + head) * call.rows + begin;
+  // A row that sees nothing has no gradient, whatever it and that of its result are.
+  const auto drop_unseen = [&](int64_t units) {
+    for (int64_t row = 0; row < rows; ++row)
+      if (own_sums[row] == -HIDDEN)
+        std::fill_n(room.rows.get() + row * units, units, 0);
+  };
   copy_rows<NARROW>(call, call.q, b, head, begin, rows, room.width, room.rows.get());
+  drop_unseen(room.q_units);
   put_in_lanes(room.rows.get(), rows, room.q_units, q);
   put_in_pairs<NARROW>(room.rows.get(), room.q_units, rows, room.width, paired_q, room.q_lanes);
   copy_rows<NARROW>(call, to.grad, b, head, begin, rows, room.values, room.rows.get());
+  drop_unseen(room.v_units);
   put_in_lanes(room.rows.get(), rows, room.v_units, grad);
   put_in_pairs<NARROW>(room.rows.get(), room.v_units, rows, room.values, paired_grad, room.v_lanes);
   float *log_sum = room.log_sum.get() + begin, *delta = room.delta.get() + begin;
@@ -94,9 +103,8 @@ void load_group(const Call& call, const Gradients& to, int64_t b, int64_t head, 
   std::fill_n(delta, LANES, 0.0f);
   std::vector<float> values;
   for (int64_t row = 0; row < rows; ++row) {
-    log_sum[row] = to.log_sum[(b * call.heads + head) * call.rows + begin + row];
+    log_sum[row] = own_sums[row];
     const char *own = to.grad.at(b, begin + row, head), *out = to.out.at(b, begin + row, head);
-    // A row that sees nothing has no gradient, whatever that of its result is.
     delta[row] = log_sum[row] == -HIDDEN ? 0.0f : dot(call.dtype, own, out, room.values, values);
   }
   float* q_grad = room.q_grad.get() + begin * room.width;

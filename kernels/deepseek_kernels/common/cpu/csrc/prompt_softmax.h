@@ -31,7 +31,7 @@ inline Vec power_of_two(const Vec& x) {
 inline void hide(const Sight& sight, int64_t begin, int64_t keys, int64_t lanes, float* scores) {
   if (sight.sees_all(begin, begin + keys))
     return;
-  const bool spans = begin < sight.most_first || begin + keys > sight.least_last;
+  const bool spans = !sight.bits && (begin < sight.most_first || begin + keys > sight.least_last);
   const Vec hidden(HIDDEN);
   for (int64_t lane = 0; spans && lane < lanes; lane += WIDTH) {
     const Vec first = Vec::loadu(sight.first + lane), last = Vec::loadu(sight.last + lane);

@@ -5,8 +5,19 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 namespace deepseek {
+
+// Where the keys that a mask lets a query see begin and end: what is outside is not read. Both are 0 if there are none.
+inline std::pair<int32_t, int32_t> ends_of(const bool* mask, int64_t stride, int64_t keys) {
+  int64_t first = 0, last = keys;
+  while (last > 0 && !mask[(last - 1) * stride])
+    --last;
+  while (first < last && !mask[first * stride])
+    ++first;
+  return {static_cast<int32_t>(first), static_cast<int32_t>(last)};
+}
 
 // From `first` to `last` - 1, and of those what `mask` lets a query see, if there is one.
 struct SeenKeys {
