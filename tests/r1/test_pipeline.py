@@ -172,6 +172,26 @@ def _run_and_die(recipe, out, after):
         os._exit(1)
 
 
+def test_a_phase_that_ended_early_is_not_trained_on_after_a_kill(tmp_path, monkeypatch):
+    """Killed between the checkpoint of its last step and the note that it is done."""
+    fields = dict(load_recipe("smoke").stages["base"])
+    fields["phases"] = [fields["phases"][0] | {"max_steps": 4, "until_steps": 0.0}]  # reached at the first look
+
+    def killed(policy, folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Policy, "save", killed)
+        run_single("base", fields, tmp_path / "killed")
+    assert (tmp_path / "killed" / "work" / "phase-0" / "checkpoint-1").is_dir()
+    for name in ("killed", "whole"):
+        run_single("base", fields, tmp_path / name)
+    assert '"step": 1' in (tmp_path / "whole" / "log.jsonl").read_text()
+    for name in RESULTS:
+        if name != "data.jsonl":
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     ("changes", "seed", "message"),
     [

@@ -76,7 +76,8 @@ def run(
                 raise ValueError(f"expected stage {name!r} to be done before {first!r}, got no results in {out}")
         for name in names:
             if not (out / name / MANIFEST).is_file():
-                check_stage(name, {k: v for k, v in recipe.stages[name].items() if k != "seed"}, manifests[name].seed)
+                values = {k: v for k, v in recipe.stages[name].items() if k != "seed"}
+                check_stage(name, values, out / name, manifests[name].seed)
         done = []
         for i, name in enumerate(names):
             skipped = (out / name / MANIFEST).is_file()

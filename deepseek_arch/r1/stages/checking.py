@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +25,7 @@ from .training import trainer_values
 __all__ = ["check_stage"]
 
 
-def check_stage(name: str, values: Mapping[str, Any], seed: int) -> None:
+def check_stage(name: str, values: Mapping[str, Any], folder: Path, seed: int) -> None:
     """Raises ValueError for values that the stage would refuse when its turn comes.
 
     Data sets of the Hub are not loaded for that, and no server is asked. What depends on an earlier stage's model is
@@ -34,27 +33,27 @@ def check_stage(name: str, values: Mapping[str, Any], seed: int) -> None:
 
     Args:
         values: as a stage's file has them.
+        folder: of its results; nothing is written there.
 
     Raises:
         ImportError: an extra package that the stage needs is missing.
         OSError: its task's file cannot be read.
     """
     kind, arguments, trainers = parse_stage(name, values)
-    with tempfile.TemporaryDirectory() as folder:
-        context = StageContext(name, Path(folder), Path, seed)
-        try:
-            args = _trainer(kind.trainer, trainers, context) if kind.trainer else None
-            _check_task(arguments)
-            if isinstance(arguments, PretrainArguments):
-                _check_model(arguments)
-                for phase in arguments.curriculum:
-                    _trainer(kind.trainer, {**trainers, **phase.trainer}, context)
-            if isinstance(arguments, ReinforceArguments):
-                training_shape(cast(Any, args))
-                _check_rewards(arguments, args)
-            lora_config(getattr(arguments, "lora", None))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"expected a stage {name!r} that can be run: {error}") from error
+    context = StageContext(name, folder, Path, seed)
+    try:
+        args = _trainer(kind.trainer, trainers, context) if kind.trainer else None
+        _check_task(arguments)
+        if isinstance(arguments, PretrainArguments):
+            _check_model(arguments)
+            for phase in arguments.curriculum:
+                _trainer(kind.trainer, {**trainers, **phase.trainer}, context)
+        if isinstance(arguments, ReinforceArguments):
+            training_shape(cast(Any, args))
+            _check_rewards(arguments, args)
+        lora_config(getattr(arguments, "lora", None))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a stage {name!r} that can be run: {error}") from error
 
 
 def _trainer(cls: Any, values: Mapping[str, Any], context: StageContext) -> Any:

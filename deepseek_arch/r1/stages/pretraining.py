@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ... import hf
 from ...config.deepseek_config import DeepseekConfig
@@ -24,7 +25,7 @@ from .arguments import CommonArguments, checked
 from .context import StageContext
 from .policy import Policy, load_model, load_tokenizer
 from .tokenizer import train_tokenizer
-from .training import Stopwatch, measure_policy, save_stage, train, trainer_values
+from .training import Stopwatch, last_complete, measure_policy, save_stage, train, trainer_values
 
 __all__ = ["Phase", "PretrainArguments", "PretrainConfig", "pretrain"]
 
@@ -228,11 +229,30 @@ def _run_phase(
         callbacks=[hf.LoadBalancingCallback(args.balance_rate)] if ours and args.balance_rate else [],
     )  # fmt: skip
     trainer.add_callback(_UntilSteps(Policy(model, tokenizer), phase.chains, phase, context.seed))
-    log = train(trainer)
+    ended = _ended(folder, phase)
+    if ended is None:
+        log = train(trainer)
+    else:
+        model, log = ended
     if ours:
         model.config.mtp_loss_weight = 0.0
     Policy(model, tokenizer).save(folder / "final")
     return [{"phase": number, **entry} for entry in log]
+
+
+def _ended(folder: Path, phase: Phase) -> tuple[Any, list[dict[str, Any]]] | None:
+    """Returns model and log of a phase that ended at its newest checkpoint, before that was noted; None for others.
+
+    A trainer that resumes there would take further steps until it looks at the accuracy again.
+    """
+    found = last_complete(folder)
+    if found is None or phase.until_steps is None:
+        return None
+    state = TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))
+    looks = [entry for entry in state.log_history if "eval/steps" in entry and entry["step"] == state.global_step]
+    if not looks or looks[-1]["eval/steps"] < phase.until_steps:
+        return None
+    return load_model(found), [*state.log_history, {"epoch": state.epoch, "step": state.global_step}]
 
 
 def _collate(rows: Sequence[Document], pad: int, responses_only: bool = False) -> dict[str, torch.Tensor]:
