@@ -30,6 +30,8 @@ constexpr int64_t HALVES = 32; // bfloat16 values of a vector
 // M rows of activations times one row of a weight. Up to STREAM_ROWS of them are bound by memory, which is read fastest in
 // one stream of plain loads: masked ones, at the end of a row only, take five times as long where nothing is prefetched.
 constexpr int STREAM_ROWS = 5;
+// Several rows of activations are read once for each row of the weight: from a first-level cache if they leave room there.
+constexpr int64_t STREAM_BYTES = 32 * 1024;
 
 template <int M>
 BFLOAT16_CODE void native_stream(
@@ -94,9 +96,10 @@ struct NativeHalves {
 
   template <int M>
   void run() const {
-    constexpr int N = M <= STREAM_ROWS ? 1 : 3;
+    constexpr int N = 3;
+    const bool stream = M == 1 || (M <= STREAM_ROWS && M * columns * int64_t(sizeof(BFloat16)) <= STREAM_BYTES);
     int64_t n = 0;
-    for (; N > 1 && n + N <= count; n += N)
+    for (; !stream && n + N <= count; n += N)
       native_block<M, N>(x, x_stride, w + n * columns, columns, out + n, stride);
     for (; n < count; ++n)
       native_stream<M>(x, x_stride, w + n * columns, columns, out + n, stride);
