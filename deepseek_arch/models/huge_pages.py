@@ -40,7 +40,9 @@ def use_huge_pages(module: nn.Module) -> int:
     if not _available():
         return 0
     moved: dict[int, torch.UntypedStorage] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    # Each tensor once, also a parameter that is registered as a buffer too: by then its memory is new, and may lie
+    # where that of another one was.
+    for tensor in dict.fromkeys((*module.parameters(), *module.buffers())):
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
             continue
         old = tensor.untyped_storage()

@@ -60,6 +60,19 @@ def test_values_objects_and_sharing_stay():
 
 
 @LINUX
+def test_a_parameter_that_is_a_buffer_too_is_moved_once():
+    module = nn.Module()
+    for i in range(4):
+        parameter = nn.Parameter(torch.full((4096, 1024), float(i)))
+        module.register_parameter(f"weight_{i}", parameter)
+        module.register_buffer(f"buffer_{i}", parameter)
+    del parameter
+    assert da.use_huge_pages(module) == 4 * 16 * MIB
+    for i in range(4):
+        assert module.get_parameter(f"weight_{i}").eq(i).all() and module.get_buffer(f"buffer_{i}").eq(i).all()
+
+
+@LINUX
 def test_the_system_gives_huge_pages():
     linear = nn.Linear(4096, 4096, bias=False)
     before = huge_kilobytes()

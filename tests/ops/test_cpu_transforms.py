@@ -20,6 +20,7 @@ from deepseek_kernels import (
     mla_attention,
     rms_norm,
     topk_gate,
+    topk_select,
     use_backend,
 )
 from deepseek_kernels.testing.numeric import assert_bitwise
@@ -145,6 +146,9 @@ def test_attention_on_tensors_with_rules_of_their_own():
     q = torch.randn(1, 4, 2, 12)
     found = mla_attention(Distributed(q), Distributed(KV), Distributed(KEY), 0.3)
     torch.testing.assert_close(found.inner, mla_attention(q, KV, KEY, 0.3))
+    scores = torch.rand(1, 4, 9)
+    seen = torch.ones(4, 9, dtype=torch.bool)
+    assert_bitwise(topk_select(Distributed(scores), 3, Distributed(seen)), topk_select(scores, 3, seen), strides=False)
 
 
 def test_a_second_derivative_that_there_is_not_raises():

@@ -32,8 +32,8 @@ def mla_attention(
         dropout: probability that a weight is dropped; the others are scaled up. Runs on the reference only.
 
     Returns:
-        [B, T, N, V] in `q.dtype`. Differentiable in q, kv and key; in Triton and C++ the same in every run. There,
-        too, keys that no query of a row sees, before the first and behind the last seen one, may hold anything.
+        [B, T, N, V] in `q.dtype`. Differentiable once in q, kv and key; in Triton and C++ the same in every run.
+        There, too, keys that no query of a row sees, before the first and behind the last seen one, may hold anything.
 
     Raises:
         ValueError: the shapes or the dtypes do not fit, or `dropout` is no probability.

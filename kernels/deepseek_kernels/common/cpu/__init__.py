@@ -76,7 +76,11 @@ def _turned_off() -> bool:
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Returns True if autograd would record an operator on these, of which the library has none, or is `observed`."""
-    return (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or observed(*tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return observed(*tensors)
 
 
 def observed(*tensors: Tensor) -> bool:
@@ -85,7 +89,10 @@ def observed(*tensors: Tensor) -> bool:
     These are subclasses of tensors (distributed ones), forward-mode AD, which drops tangents in silence, and the
     transforms of `torch.func`.
     """
-    return _transformed() or any(type(tensor) not in _TENSORS for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) not in _TENSORS:
+            return True
+    return _transformed()
 
 
 def _transformed() -> bool:
