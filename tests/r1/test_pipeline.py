@@ -21,6 +21,7 @@ from deepseek_arch.r1.pipeline import load_recipe, recipes, run, run_single, run
 from deepseek_arch.r1.pipeline.recipe import RECIPES, read_yaml
 from deepseek_arch.r1.pipeline.runner import check_recipe
 from deepseek_arch.r1.stages import STAGES, Policy, context, training
+from deepseek_arch.r1.stages.checking import check_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -296,6 +297,13 @@ def test_every_shipped_recipe_is_whole(name):
     check_recipe(recipe)
     files = {path.stem for path in (RECIPES / name).glob("*.yaml")} - {"pipeline"}
     assert files == set(recipe.stages) and recipe.about
+
+
+@pytest.mark.parametrize("name", ["box", "smoke"])  # the others are for GPUs
+def test_the_values_of_recipes_for_processors_pass_the_checks(name, tmp_path):
+    for stage, fields in load_recipe(name).stages.items():
+        check_stage(stage, fields, tmp_path / stage, 0)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_stage_runs_on_two_processes(smoke, tmp_path):

@@ -229,6 +229,26 @@ def test_gym_pays_for_full_scores_only(monkeypatch):
         Gym("magic")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["__import__('os').getpid()", "eval('7')", "open ('x', 'w')", "sympify(chr(55))", "(lambda: 7)()", "9**9**9**9",
+     "9**(9**9)", "7" + " " * 30_000],
+)  # fmt: skip
+def test_gym_scores_no_answer_that_would_run_as_a_program(monkeypatch, answer):
+    """Scores like countdown's evaluate the answer in the trainer's process."""
+    gym = object.__new__(Gym)
+    gym.dataset, gym.options = "sums", {}
+
+    def scorer(answer, entry):
+        return 1.0
+
+    monkeypatch.setattr("deepseek_arch.r1.tasks.gym.scorer_of", lambda *key: scorer)
+    problem = Problem("?", "7", grader="gym", data={"entry": {}})
+    assert gym.grade(answer, problem) == 0.0
+    for harmless in ("(3 + 4) * 2**3", "input: 5 __ 3", "open the door", "max(3, 4)"):
+        assert gym.grade(harmless, problem) == 1.0
+
+
 def test_gym_without_reasoning_gym_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="pip install reasoning-gym"):

@@ -42,7 +42,7 @@ def check_stage(name: str, values: Mapping[str, Any], folder: Path, seed: int) -
     kind, arguments, trainers = parse_stage(name, values)
     context = StageContext(name, folder, Path, seed)
     try:
-        args = _trainer(kind.trainer, trainers, context) if kind.trainer else None
+        args: Any = _trainer(kind.trainer, trainers, context) if kind.trainer else None
         _check_task(arguments)
         if isinstance(arguments, PretrainArguments):
             _check_model(arguments)
@@ -82,7 +82,8 @@ def _check_model(arguments: PretrainArguments) -> None:
     cls = getattr(transformers, {"qwen2": "Qwen2Config", "llama": "LlamaConfig"}[arguments.architecture])
     known = cls()
     for key in arguments.model:
-        if not hasattr(known, key):  # transformers' configs take any field
+        # transformers' configs take any field; its attention reads a head_dim that a config need not have.
+        if not hasattr(known, key) and key != "head_dim":
             raise ValueError(f"expected fields of {cls.__name__}, got {key!r}")
     cls(**arguments.model)
 

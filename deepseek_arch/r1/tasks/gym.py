@@ -1,6 +1,10 @@
 """reasoning-gym's generated tasks: `pip install reasoning-gym`.
 
 Its own scores pay a little for any answer that contains the right one. Here an answer is right or wrong.
+
+Some of them evaluate an answer as Python within this process (countdown hands it to sympy's `parse_expr`). Answers with
+names that could do harm, and towers of powers, are wrong before they are scored. That is no wall against a determined
+attacker: run the trainer of a strong model in a container.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +23,11 @@ from ..problems import Problem, check_split
 __all__ = ["Gym"]
 
 _TEST_SHARE = 1 / 8
+_LONGEST = 20_000  # characters: grids are long
+_HARMFUL = re.compile(
+    r"__[a-z]|\*\*[^+/-]*\*\*|\blambda\b|\b(?:chr|compile|delattr|eval|exec|getattr|globals|input|breakpoint|lambdify|"
+    r"locals|open|parse_expr|setattr|sympify|vars)\s*\("
+)
 
 
 @dataclass
@@ -74,6 +84,8 @@ class Gym:
 
     def grade(self, answer: str, problem: Problem) -> float | None:
         """Returns 1.0 where reasoning-gym's own score is full."""
+        if len(answer) > _LONGEST or _HARMFUL.search(answer):
+            return 0.0
         scorer = scorer_of(self.dataset, json.dumps(dict(self.options), sort_keys=True))
         try:
             return float(scorer(answer.strip(), problem.data["entry"]) == 1.0)
