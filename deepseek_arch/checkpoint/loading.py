@@ -18,10 +18,10 @@ from tqdm import tqdm
 from ..config.argument_types import check_types
 from ..layout.parallel_layout import ParallelLayout
 from ..layout.parameter_map import TensorSlot, scale_name
+from ..layout.published_tensors import bands
 from ..models.allocate import allocate
 from ..models.causal_lm import DeepseekLM
 from ..quant.fp8_blocks import dequantize_blocks
-from .bands import bands
 from .files.progress import progress
 from .files.reader import DTYPES, ShardError, TensorInfo, TensorReader, memory_of
 from .finite_values import NonFinite

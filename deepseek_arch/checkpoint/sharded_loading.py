@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..layout.parallel_layout import LayoutError, ParallelLayout
 from ..layout.parameter_map import TensorSlot
+from ..layout.published_tensors import bands
 from ..models.causal_lm import DeepseekLM
 from ..parallel.agreement import on_ranks, raise_alike
 from ..parallel.boxes import allocate_parts
 from ..quant.fp8_blocks import dequantize_blocks
-from .bands import bands
 from .files.reader import DTYPES, ShardError, TensorInfo, TensorReader, memory_of
 from .finite_values import NonFinite
 from .load_plan import LoadPlan

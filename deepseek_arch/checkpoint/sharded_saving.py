@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..layout.parameter_map import TensorSlot, layer_of
-from ..layout.published_tensors import TensorSpec
+from ..layout.published_tensors import TensorSpec, bands
 from ..parallel.agreement import raise_alike
 from ..parallel.boxes import is_cut
-from .bands import bands
 from .files.progress import progress
 from .files.shards import INDEX_NAME
 from .files.shared_staging import SharedStaging

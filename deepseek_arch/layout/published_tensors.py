@@ -17,6 +17,7 @@ __all__ = [
     "DTYPE_BYTES",
     "TensorSpec",
     "Weight",
+    "bands",
     "layer_weights",
     "main_weights",
     "model_weights",
@@ -43,6 +44,8 @@ DTYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+
+_BAND_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,3 +206,10 @@ def published_tensors(config: DeepseekConfig) -> Iterator[TensorSpec]:
         weights = [*layer_weights(c, layer_idx), *(mtp_weights(c) if layer_idx >= c.num_hidden_layers else ())]
         for weight in weights:
             yield from stored(f"model.layers.{layer_idx}.", weight)
+
+
+def bands(first: int, end: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Cuts rows into ranges of about 16 MiB that begin at multiples of `multiple`, the first at one before `first`."""
+    step = max(1, _BAND_BYTES // max(1, row_bytes) // multiple) * multiple
+    for start in range(first // multiple * multiple, end, step):
+        yield start, min(start + step, end)

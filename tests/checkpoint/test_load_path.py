@@ -49,7 +49,7 @@ def test_loading_visits_few_files(tmp_path, layout):
     # The decorator that checks the types of a public function's arguments is no part of what the function does.
     seen = visited(lambda: da.load(folder)) - {"config/argument_types.py"}
     assert "checkpoint/load_plan.py" in seen and "config/deepseek_config.py" in seen
-    assert len(seen) <= 16, sorted(seen)
+    assert len(seen) <= 17, sorted(seen)
 
 
 @pytest.mark.parametrize("layout", ["published", "stacked"])

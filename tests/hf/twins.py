@@ -59,6 +59,8 @@ def native(model: dhf.DeepseekForCausalLM) -> Any:
     core = model.config.to_core()
     config_class, model_class = NATIVE[core.model_type]
     fields = core.to_dict() | {"model_type": config_class.model_type, "num_nextn_predict_layers": 0}
+    # Given, also where there are none: its own defaults are 0 and 1.
+    fields |= {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id")}
     twin = model_class(config_class.from_dict(fields))
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")})
     return twin.eval()
