@@ -14,7 +14,7 @@ MEASUREMENTS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 SHELL = re.findall(r"^```sh\n(.*?)^```$", TEXT + MEASUREMENTS, re.DOTALL | re.MULTILINE)
 MOST_LINES = 12
-TITLES = ["quick start", "train", "checkpoints", "fp8", "experts", "sparse", "operators", "transformers", "plan"]
+TITLES = ["quick start", "train", "checkpoints", "fp8", "experts", "sparse", "operators", "cpu", "transformers", "plan"]
 
 
 @pytest.fixture(scope="module")

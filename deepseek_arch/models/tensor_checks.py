@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # types that PyTorch stores, and hardly computes with
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *_UNSIGNED)
 
 
 def check_dense(name: str, value: object, beside: Tensor | None = None) -> None:
@@ -48,9 +49,7 @@ def as_int64(name: str, value: Tensor) -> Tensor:
     """
     if value.dtype == torch.int64:
         return value
-    if value.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
-        return value.long()
-    if value.dtype not in _UNSIGNED:
+    if value.dtype not in _INTEGERS:
         raise ValueError(f"expected integer {name}, got {value.dtype}")
     wide = value.long()
     if value.dtype == torch.uint64 and is_readable(wide) and bool((wide < 0).any()):
@@ -65,9 +64,10 @@ def check_token_ids(input_ids: Tensor, vocab_size: int, beside: Tensor) -> Tenso
         ValueError: they are no integers [B, T], or one lies outside the vocabulary.
     """
     check_dense("input_ids", input_ids, beside)
+    if input_ids.ndim != 2 or not input_ids.shape[1] or input_ids.dtype not in _INTEGERS:
+        got = f"{list(input_ids.shape)} {input_ids.dtype}"
+        raise ValueError(f"expected integer input_ids [B, T] with T >= 1, got {got}")
     ids = input_ids if input_ids.dtype == torch.int32 else as_int64("input_ids", input_ids)
-    if ids.ndim != 2 or not ids.shape[1]:
-        raise ValueError(f"expected integer input_ids [B, T] with T >= 1, got {list(ids.shape)} {input_ids.dtype}")
     if is_readable(ids) and ids.numel():
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:

@@ -97,7 +97,7 @@ def test_advantages_are_the_papers(trainer_of):
         {"epsilon": 0.2, "beta": 0.04},
         {"epsilon": 10.0, "beta": 0.001},
         {"epsilon": 0.2, "beta": 0.04, "unbiased": True},
-        {"epsilon": 0.2, "beta": 0.04, "delta": 0.02},
+        {"epsilon": 0.2, "beta": 0.04, "delta": 0.01},
         {"epsilon": 0.2, "beta": 0.04, "unbiased": True, "delta": 0.0},
     ],
     ids=lambda case: " ".join(f"{k}={v:g}" for k, v in case.items()),
