@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -122,10 +122,14 @@ def _rows_within(box: Box, entry: Entry, half: int) -> tuple[tuple[int, int], tu
 
 
 class RankBoxes:
-    """Parts of one parameter on all ranks, by the copies of it that there are."""
+    """Parts of one parameter on all ranks that share it, by the copies of it that there are.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._copies, self._half = list(copies(tensor)), half_rows(tensor)
+    Args:
+        ranks: that share it, as the copies of a plain tensor or the parts of a DTensor.
+    """
+
+    def __init__(self, tensor: Tensor, ranks: Sequence[int]) -> None:
+        self._copies, self._half = list(copies(tensor, ranks)), half_rows(tensor)
         self._by_expert: list[dict[int, list[tuple[int, Box]]]] | None = None
 
     def pieces(self, entry: Entry) -> list[list[Piece]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
     killed between the renames at the end, the next save to the folder puts it back first. Other files in the folder
     stay, but for a generation_config.json where `model.generation_config` has something.
 
-    A model whose parameters are spread over ranks (`parallelize`, FSDP2) is saved by all of them together: every rank
+    A model that is spread over ranks (`parallelize`, `pipeline`, FSDP2) is saved by all of them together: every rank
     calls this with the same folder, which all see, and writes files of its own. Experts are written where they are,
     and what is cut inside of a published tensor travels to its writer a few megabytes at a time. An error of one rank
     is raised on all; if one is killed, the others' next exchange fails, and the folder is as it was.
@@ -53,7 +54,7 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
     if format not in ("bf16", "fp8"):
         raise ValueError(f"expected format 'bf16' or 'fp8', got {format!r}")
     max_bytes = parse_size(max_shard_size)
-    if on_ranks() and any(hasattr(parameter, "placements") for parameter in model.parameters()):
+    if on_ranks() and _is_spread(model):
         return save_parts(model, path, format == "fp8", max_bytes)
     plan = plan_save(model, format == "fp8")
     shards, not_finite = plan_shards(plan.groups, max_bytes), NonFinite()
@@ -67,4 +68,11 @@ def save(model: nn.Module, path: str | Path, format: str = "bf16", max_shard_siz
         files = writer.commit(plan.config.to_dict(), (), plan.more)
     for message in not_finite.warnings:
         warnings.warn(f"{path}: {message}", stacklevel=3)  # past the decorator
-    return plan.report(path, files)
+    return plan.report(path, files, plan.groups)
+
+
+def _is_spread(model: nn.Module) -> bool:
+    """Returns True if this rank has a part of a model: of its parameters, or of its layers in a pipeline."""
+    meshes: Any = getattr(model, "meshes", None)
+    staged = meshes is not None and meshes.stages is not None
+    return staged or any(hasattr(parameter, "placements") for parameter in model.parameters())

@@ -1,16 +1,17 @@
 """`save` on many ranks: each writes files of its own, and what is cut within a published tensor travels to its writer.
 
 A rank's routed experts are whole published tensors and stay where they are. Of tensors whose rows or columns are cut,
-one rank that holds a piece writes all, a band of rows at a time. Every rank goes through all tensors in the same order,
-so that no two wait for each other.
+one rank that holds a piece writes all, a band of rows at a time. Ranks go through what they share in the same order,
+so that no two wait for each other. The stages of a pipeline are written side by side, into one index.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..layout.parameter_map import TensorSlot, layer_of
 from ..layout.published_tensors import TensorSpec, bands
 from ..parallel.agreement import raise_alike
 from ..parallel.boxes import is_cut
+from .checked_model import CheckedModel, StoredKinds, check_model
 from .files.progress import progress
 from .files.shards import INDEX_NAME
 from .files.shared_staging import SharedStaging
@@ -27,52 +29,104 @@ from .files.staging import CONFIG_NAME, old_weights
 from .files.writer import ShardFiles, plan_shards, shard_names, write_descriptions
 from .finite_values import NonFinite
 from .parts import Entry, Piece, RankBoxes, entry_of, local_rows, scale_entry
-from .save_plan import SavePlan, SaveReport, plan_save
+from .save_plan import SavePlan, SaveReport, plan_files
 
 __all__ = ["save_parts"]
 
 
+_Made = TypeVar("_Made")
+
+
+class _Stage(NamedTuple):
+    """Ranks that share parameters: all of them, or those that have the same stages of a pipeline.
+
+    Attributes:
+        ranks: in order.
+        pipeline: the group of one rank of each stage; None without a pipeline.
+    """
+
+    ranks: list[int]
+    pipeline: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Stage:
+        """Returns this rank's."""
+        meshes: Any = getattr(model, "meshes", None)
+        if meshes is None or meshes.stages is None:
+            return cls(list(range(dist.get_world_size())), None)
+        return cls(meshes.stage_ranks, meshes.pp)
+
+    def of_all(self, own: _Made) -> list[_Made]:
+        """Returns what each stage has, where all ranks of one have the same; every rank calls this."""
+        if self.pipeline is None:
+            return [own]
+        gathered: list[Any] = [None] * dist.get_world_size(self.pipeline)
+        dist.all_gather_object(gathered, own, group=self.pipeline)
+        return gathered
+
+
 def save_parts(model: nn.Module, path: str | Path, fp8: bool, max_bytes: int) -> SaveReport:
-    """Writes a model whose parameters are spread over ranks; every rank calls this, and all raise alike."""
-    plan, error = None, None
+    """Writes a model whose parameters or layers are spread over ranks; every rank calls this, and all raise alike."""
+    stage = _Stage.of(model)
+    checked = _alike(lambda: _checked(model, stage))
+    kinds = StoredKinds.of_all(stage.of_all(checked.kinds))
+    plan = _alike(lambda: plan_files(checked, kinds, fp8))
+    return _Saving(plan, max_bytes, stage).save(path)
+
+
+def _alike(make: Callable[[], _Made]) -> _Made:
+    """Returns what `make` returns on this rank, and raises on all ranks what it raises on one."""
+    made: list[_Made] = []
+    error: Exception | None = None
     try:
-        plan = plan_save(model, fp8, cut=True)
-        _check_meshes(plan)
+        made.append(make())
     except Exception as raised:  # whatever it is: the others must not wait for this rank (TRAPS S4)
         error = raised
     raise_alike(error)
-    assert plan is not None
-    return _Saving(plan, max_bytes).save(path)
+    return made[0]
 
 
-def _check_meshes(plan: SavePlan) -> None:
-    """Raises ValueError unless every rank knows of all others what they hold."""
-    everyone = list(range(dist.get_world_size()))
-    state: dict[str, Any] = dict(plan.state)
-    meshes = {tensor.device_mesh for tensor in state.values() if is_cut(tensor)}
-    for mesh in meshes:
-        if sorted(mesh.mesh.flatten().tolist()) != everyone:
+def _checked(model: nn.Module, stage: _Stage) -> CheckedModel:
+    """Compares a model with its config, and meshes that are not of `parallelize` with the ranks.
+
+    Raises:
+        ValueError: one does not fit the other.
+    """
+    checked = check_model(model, cut=True)
+    state: dict[str, Any] = dict(checked.state)
+    foreign = getattr(model, "meshes", None) is None
+    for mesh in {tensor.device_mesh for tensor in state.values() if foreign and is_cut(tensor)}:
+        if sorted(mesh.mesh.flatten().tolist()) != stage.ranks:
             raise ValueError(
-                f"expected parameters on meshes of all {len(everyone)} ranks, got one of {mesh.mesh.tolist()}"
+                f"expected parameters on meshes of all {len(stage.ranks)} ranks, got one of {mesh.mesh.tolist()}"
             )
+    return checked
 
 
 class _Saving:
     """One call of `save`: who writes which tensor, and the files of this rank."""
 
-    def __init__(self, plan: SavePlan, max_bytes: int) -> None:
-        self.plan, self.rank = plan, dist.get_rank()
+    def __init__(self, plan: SavePlan, max_bytes: int, stage: _Stage) -> None:
+        self.plan, self.rank, self._ranks = plan, dist.get_rank(), stage.ranks
         self._boxes: dict[Any, RankBoxes] = {}
         self.writers = self._choose_writers()
-        of_rank: dict[int, list[list[TensorSpec]]] = {}
+        each = zip(plan.slots, plan.groups, self.writers, strict=True)
+        self._layers = [list(tensors) for _, tensors in groupby(each, key=lambda item: layer_of(item[0].name))]
+        own: dict[int, list[list[TensorSpec]]] = {}
         for writer, group in zip(self.writers, plan.groups, strict=True):
-            of_rank.setdefault(writer, []).append(group)
+            own.setdefault(writer, []).append(group)
+        of_rank: dict[int, list[list[TensorSpec]]] = {}
+        self._rounds = 0  # of errors that are looked for: all ranks together, after a layer of each stage
+        for layers, groups in stage.of_all((len(self._layers), own)):
+            self._rounds = max(self._rounds, layers)
+            of_rank |= groups
         shards = [(rank, shard) for rank in sorted(of_rank) for shard in plan_shards(of_rank[rank], max_bytes)]
         self.names = shard_names(len(shards))
         named = list(zip(self.names, shards, strict=True))
         self.weight_map = {spec.name: name for name, (_, shard) in named for spec in shard}
         self._own = {name: shard for name, (rank, shard) in named if rank == self.rank}
-        self.nbytes = sum(spec.nbytes for group in plan.groups for spec in group)
+        self._groups = [group for groups in of_rank.values() for group in groups]
+        self.nbytes = sum(spec.nbytes for group in self._groups for spec in group)
         self.not_finite = NonFinite()
 
     def pieces(self, entry: Entry) -> list[list[Piece]]:
@@ -81,12 +135,12 @@ class _Saving:
         cut = (tensor.device_mesh, tensor.placements) if is_cut(tensor) else ()
         key = (tensor.shape, *cut)  # the same in all layers of a kind
         if key not in self._boxes:
-            self._boxes[key] = RankBoxes(tensor)
+            self._boxes[key] = RankBoxes(tensor, self._ranks)
         return self._boxes[key].pieces(entry)
 
     def _choose_writers(self) -> list[int]:
         """Returns the rank that writes each slot: of those that hold some of it, the one with least to write so far."""
-        filled = [0] * dist.get_world_size()
+        filled = dict.fromkeys(self._ranks, 0)
         writers = []
         for slot, specs in zip(self.plan.slots, self.plan.groups, strict=True):
             holders = {piece.rank for copy in self.pieces(entry_of(slot)) for piece in copy}
@@ -113,7 +167,8 @@ class _Saving:
             staging.commit(describe, old_weights)
         for message in self.not_finite.warnings:
             warnings.warn(f"{path}: {message}", stacklevel=5)  # past `save` and its decorator
-        return plan.report(path, [Path(path) / name for name in (*self.names, *described, CONFIG_NAME)])
+        files_of_all = [Path(path) / name for name in (*self.names, *described, CONFIG_NAME)]
+        return plan.report(path, files_of_all, self._groups)
 
     def _write_all(self, files: ShardFiles, title: str) -> None:
         """Writes this rank's tensors; an error ends all ranks after the layer in which it happened."""
@@ -123,10 +178,9 @@ class _Saving:
         except Exception as raised:
             error = raised
         raise_alike(error)
-        each = zip(self.plan.slots, self.plan.groups, self.writers, strict=True)
         with progress(title, files.nbytes) as bar:
-            for _, tensors in groupby(each, key=lambda item: layer_of(item[0].name)):
-                for slot, specs, writer in tensors:
+            for number in range(self._rounds):
+                for slot, specs, writer in self._layers[number] if number < len(self._layers) else ():
                     error = self._write(slot, specs, writer, files, error) or error
                     bar.update(sum(spec.nbytes for spec in specs) if writer == self.rank else 0)
                 raise_alike(error)

@@ -62,17 +62,30 @@ def _box_at(tensor: Any, coordinate: Sequence[int]) -> Box:
     return tuple(box)
 
 
-def copies(tensor: Any) -> Iterator[list[tuple[int, Box]]]:
-    """Yields the ranks and boxes that make up one whole, for each copy of a tensor that there is."""
+def copies(tensor: Any, ranks: Sequence[int]) -> Iterator[list[tuple[int, Box]]]:
+    """Yields the ranks and boxes that make up one whole, for each copy of a tensor that there is.
+
+    Args:
+        ranks: all that have it, or a part of it. Those on no mesh of the tensor have the same on meshes like its own.
+    """
     if not is_cut(tensor):
-        for rank in range(torch.distributed.get_world_size()):
+        for rank in ranks:
             yield [(rank, whole_box(tensor))]
         return
-    mesh = tensor.device_mesh
     copied = [placement.is_replicate() for placement in tensor.placements]
-    for place in itertools.product(*(range(mesh.size(axis) if copy else 1) for axis, copy in enumerate(copied))):
-        along = (place[a : a + 1] if copy else range(mesh.size(a)) for a, copy in enumerate(copied))
-        yield [(int(mesh.mesh[at]), _box_at(tensor, at)) for at in itertools.product(*along)]
+    for mesh in _meshes_like(tensor.device_mesh.mesh, ranks):
+        for place in itertools.product(*(range(mesh.size(axis) if copy else 1) for axis, copy in enumerate(copied))):
+            along = (place[a : a + 1] if copy else range(mesh.size(a)) for a, copy in enumerate(copied))
+            yield [(int(mesh[at]), _box_at(tensor, at)) for at in itertools.product(*along)]
+
+
+def _meshes_like(mesh: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Returns the meshes that a slice of some axes of a larger mesh of `ranks` has beside it, and itself, in order."""
+    found, left = [], sorted(ranks)
+    while left:
+        found.append(mesh - mesh.min() + left[0])
+        left = sorted(set(left) - set(found[-1].flatten().tolist()))
+    return found
 
 
 def allocate_parts(model: nn.Module, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..layout.parallel_layout import ParallelLayout
+from ..layout.parameter_map import layer_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +73,21 @@ class Meshes:
     def shards_anything(self) -> bool:
         """True if FSDP has something to share out."""
         return self.layout.dp * self.layout.cp > 1 or self.layout.edp > 1
+
+    @property
+    def stage_ranks(self) -> list[int]:
+        """Ranks that share the parameters of this rank's stages; all ranks without a pipeline."""
+        stage = torch.distributed.get_rank(self.pp)
+        return [int(rank) for rank in self.dense.mesh[stage].flatten()]
+
+    def holds(self, name: str) -> bool:
+        """Returns True if this rank's stages have a published tensor; MTP modules have their copies of others."""
+        if self.stages is None:
+            return True
+        held = self.stages.held(torch.distributed.get_rank(self.pp))
+        if name == "model.embed_tokens.weight":
+            return 0 in held
+        return self.stages.stage_of(layer_of(name)) in held
 
     def sharding(self, routed: bool) -> DeviceMesh:
         """Returns the mesh over which FSDP shards: with two axes where the whole is replicated, too."""

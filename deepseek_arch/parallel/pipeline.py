@@ -44,7 +44,7 @@ def pipeline(
     Every rank calls this with the same model, or with what `load(..., layout=, schedule=)` returned. The embedding is
     on the first stage, the final norm, the head and the MTP modules are on the last; where these read the embedding, or
     the head is tied to it, the last stage has a copy, and gradients are summed over both. The model keeps the names of
-    its parameters, and optimizers, `LoadBalancer`, `clip_grad_norm` and `save_sharded` take it as it is.
+    its parameters, and optimizers, `LoadBalancer`, `clip_grad_norm`, `save` and `save_sharded` take it as it is.
 
     Args:
         layout: with pp > 1; open sizes are filled in from the number of ranks.

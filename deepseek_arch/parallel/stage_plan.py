@@ -64,6 +64,10 @@ class StagePlan:
             return pp_rank, len(self.layers) - 1 - pp_rank
         return tuple(range(pp_rank, len(self.layers), self.pp))
 
+    def stage_of(self, layer: int | None) -> int:
+        """Returns the stage of a decoder layer; of an MTP module, and of None, the last one."""
+        return next((i for i, layers in enumerate(self.layers) if layer in layers), len(self.layers) - 1)
+
     @property
     def last_rank(self) -> int:
         """The rank that holds the last stage; the first stage is on rank 0."""

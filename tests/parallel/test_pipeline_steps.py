@@ -307,15 +307,15 @@ def test_a_weight_without_mtp_modules_is_refused():
 def drawn(rank, folder):
     pipe = da.pipeline(da.DeepseekLM(CONFIG, device="meta", dtype=torch.float32), ParallelLayout(pp=2), "DualPipeV", 4)
     da.init_weights(pipe.model, seed=3)
-    with pytest.raises(ValueError) as caught:
-        da.save(pipe.model, folder)
-    assert not folder.exists()
-    return pipe.model.state_dict(), str(caught.value)
+    da.save(pipe.model, folder)
+    return pipe.model.state_dict()
 
 
 def test_drawn_weights_are_those_of_one_process(tmp_path):
     expected = da.init_weights(da.DeepseekLM(CONFIG, device="meta", dtype=torch.float32), seed=3).state_dict()
-    (first, message), (second, other) = run_ranks(drawn, 2, tmp_path / "a")
+    first, second = run_ranks(drawn, 2, tmp_path / "a")
     assert (first | second).keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for state in (first, second) for name, tensor in state.items())
-    assert message == other and "the stages of a pipeline" in message
+    loaded = da.load(tmp_path / "a", dtype=torch.float32).state_dict()
+    assert loaded.keys() == expected.keys()
+    for state in (first, second, loaded):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())

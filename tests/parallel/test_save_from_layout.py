@@ -255,6 +255,98 @@ def test_a_rank_that_is_killed_in_save_sharded_loses_nothing(tmp_path, victim, k
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+# ---------------------------------------------------------------- stages of a pipeline
+
+LAYERS = CONFIG.replace(num_hidden_layers=4)
+TIED = LAYERS.replace(num_nextn_predict_layers=0, tie_word_embeddings=True)
+STAGES = [
+    (LAYERS, {"pp": 2}, 2, {"schedule": "1F1B"}),
+    (LAYERS, {"pp": 2}, 2, {"schedule": "Interleaved1F1B"}),
+    (LAYERS, {"pp": 2, "dp_shard": 2, "ep": 2}, 4, {"schedule": "1F1B"}),
+    (LAYERS, {"pp": 2, "dp_shard": 2, "ep": 2}, 4, {"schedule": "DualPipeV"}),
+    (LAYERS, {"pp": 2, "tp": 2, "ep": 2}, 4, {"schedule": "ZBVZeroBubble"}),
+    (TIED, {"pp": 2}, 2, {"schedule": "1F1B", "stage_layers": [3, 1]}),
+    # FSDP leaves an embedding of two stages alone, which tensor parallelism has cut.
+    (LAYERS, {"pp": 2, "dp_shard": 2, "tp": 2}, 8, {"schedule": "DualPipeV"}),
+    # The last rank has neither FP8 layers nor the embedding, whose dtype dequantized weights get.
+    (TIED.replace(tie_word_embeddings=False), {"pp": 2}, 2, {"schedule": "1F1B", "stage_layers": [4, 0]}),
+]
+
+
+def staged(config, fp8, axes, options):
+    return da.pipeline(whole_model(config, fp8).train(), ParallelLayout(**axes), microbatches=4, **options)
+
+
+def saved_stages(rank, config, axes, options, formats, folder):
+    reports = []
+    for fp8, format in formats:
+        pipe = staged(config, fp8, axes, options)
+        if not fp8:  # after a step FSDP holds whole weights of a stage
+            ids = small_models.tokens(config, 4, 9)
+            pipe.step(ids, ids)
+        pipe.model.generation_config = {"temperature": 0.5}
+        report = da.save(pipe.model, folder / f"{fp8} {format}", format, max_shard_size="40KB")
+        reports.append((report.tensors, report.nbytes, report.quantized, [file.name for file in report.files]))
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("config", "axes", "world", "options"), STAGES, ids=[f"{axes} {options}" for _, axes, _, options in STAGES]
+)
+def test_files_of_stages_are_those_of_one_process(tmp_path, config, axes, world, options):
+    """Every layer is written by the ranks of its stage, MTP modules with the last stage's copy of the embedding."""
+    formats = FORMATS if world < 8 else FORMATS[:1]
+    ranks = run_ranks(saved_stages, world, config, axes, options, formats, tmp_path)
+    assert all(reports == ranks[0] for reports in ranks)
+    for (fp8, format), (*counts, files) in zip(formats, ranks[0], strict=True):
+        model, folder = whole_model(config, fp8), tmp_path / f"{fp8} {format}"
+        model.generation_config = {"temperature": 0.5}
+        expected = da.save(model, tmp_path / f"one {folder.name}", format)
+        assert_same_files(folder, expected.path)
+        assert counts == [expected.tensors, expected.nbytes, expected.quantized]
+        assert sorted(files) == sorted(file.name for file in folder.iterdir())
+    assert set(da.load(tmp_path / "False bf16").state_dict()) == set(whole_model(config, False).state_dict())
+
+
+def broken_stage(rank, folder, victim):
+    model = staged(LAYERS, False, {"pp": 2}, {"schedule": "1F1B", "stage_layers": [3, 1]}).model
+    if rank == victim:
+        model.model.layers[(1, 3)[rank]].mlp.experts.down_proj.detach()[0, 0, 0] = float("nan")
+    try:
+        da.save(model, folder, "fp8")
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_of_one_stage_is_raised_on_all_and_changes_nothing(tmp_path, victim):
+    """TRAPS S4: the stages have different numbers of layers."""
+    da.save(small_models.model(LAYERS, seed=1), tmp_path / "x")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()}
+    first, second = run_ranks(broken_stage, 2, tmp_path / "x", victim, seconds=60)
+    assert first == second and "expected finite" in first
+    assert {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()} == before
+
+
+def killed_stage(rank, folder):
+    model = staged(LAYERS, False, {"pp": 2}, {"schedule": "1F1B"}).model
+    if rank == 1:
+        writer.ShardFiles.complete = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+    da.save(model, folder)
+
+
+def test_a_stage_that_is_killed_in_save_loses_nothing(tmp_path):
+    da.save(small_models.model(LAYERS, seed=1), tmp_path / "old")
+    da.save(small_models.model(LAYERS, seed=1), tmp_path / "x")
+    with pytest.raises(RankError, match="rank 1: no answer: it was killed"):
+        run_ranks(killed_stage, 2, tmp_path / "x", seconds=60)
+    staging.FolderLock(tmp_path / "x").release()  # as the next writer's, which puts the folder in order
+    assert_same_files(tmp_path / "x", tmp_path / "old")
+
+
+# ---------------------------------------------------------------- memory
+
+
 WIDE = CONFIG.replace(vocab_size=2**15, hidden_size=1024, num_nextn_predict_layers=0, quantization_config=None)
 
 
