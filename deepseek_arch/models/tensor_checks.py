@@ -64,10 +64,9 @@ def check_token_ids(input_ids: Tensor, vocab_size: int, beside: Tensor) -> Tenso
         ValueError: they are no integers [B, T], or one lies outside the vocabulary.
     """
     check_dense("input_ids", input_ids, beside)
-    if input_ids.ndim != 2 or not input_ids.shape[1] or input_ids.dtype not in _INTEGERS:
-        got = f"{list(input_ids.shape)} {input_ids.dtype}"
-        raise ValueError(f"expected integer input_ids [B, T] with T >= 1, got {got}")
     ids = input_ids if input_ids.dtype == torch.int32 else as_int64("input_ids", input_ids)
+    if ids.ndim != 2 or not ids.shape[1]:
+        raise ValueError(f"expected integer input_ids [B, T] with T >= 1, got {list(ids.shape)} {input_ids.dtype}")
     if is_readable(ids) and ids.numel():
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:

@@ -115,6 +115,8 @@ def pick(op: str, device: torch.device | None = None, unsupported: str | None = 
     """
     kind, index = ("cpu", None) if device is None else (device.type, device.index)
     chosen = _settled(op, kind, index, _backend)
+    if chosen == "cpu" and torch.compiler.is_exporting():
+        return "reference"  # a program is to run where there is no library, and for sizes that no branch has looked at
     return chosen if unsupported is None or chosen == "reference" else _choose(op, kind, index, unsupported)
 
 

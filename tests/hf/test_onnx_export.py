@@ -7,7 +7,6 @@ import torch
 from test_hf_compile import Logits, core
 from twins import ours
 
-from deepseek_kernels import use_backend
 from support import small_models
 from support.small_models import error, tokens
 
@@ -21,7 +20,7 @@ def test_logits_of_the_program(make, kind, tmp_path):
     config = small_models.config(kind, num_hidden_layers=2)
     module = Logits(make(config).eval()).eval()
     length = torch.export.Dim("length", min=2, max=64)
-    with torch.no_grad(), use_backend("reference"):  # ONNX has no operators of the C++ library
+    with torch.no_grad():
         program = torch.onnx.export(
             module,
             (tokens(config, 1, 9),),

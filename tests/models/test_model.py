@@ -312,7 +312,7 @@ def test_later_tokens_and_other_rows_do_not_matter():
 MISTAKES = {
     "id-too-large": (lambda ids: {"input_ids": ids.index_fill(1, torch.tensor(2), 61)}, "between 0 and 60, got 61"),
     "negative-id": (lambda ids: {"input_ids": ids.index_fill(1, torch.tensor(2), -1)}, "between 0 and 60, got -1"),
-    "float-ids": (lambda ids: {"input_ids": ids.float()}, r"integer input_ids \[B, T\].*got \[2, 5\] torch.float32"),
+    "float-ids": (lambda ids: {"input_ids": ids.float()}, "integer input_ids, got torch.float32"),
     "one-dimension": (lambda ids: {"input_ids": ids[0]}, r"integer input_ids \[B, T\].*got \[5\]"),
     "no-tokens": (lambda ids: {"input_ids": ids[:, :0]}, r"T >= 1, got \[2, 0\]"),
     "nothing": (lambda ids: {}, "exactly one of input_ids and inputs_embeds"),
