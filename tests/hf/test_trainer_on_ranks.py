@@ -43,30 +43,27 @@ def folder(tmp_path_factory):
     return path
 
 
-def trained(folder, target, rows, cpu=True, **loading):
-    """Two steps on all rows from the files, and a checkpoint of the end; returns losses and parts of parameters."""
+def trainer_of(folder, target, options, **loading):
     transformers.logging.set_verbosity_error()
     with dhf.registered():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, mtp_loss_weight=0.3, **loading)
-    arguments = TrainingArguments(
-        str(target / "runs"),
-        max_steps=2,
-        per_device_train_batch_size=rows,
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=cpu,
-        report_to=[],
-        disable_tqdm=True,
-        seed=1,
-    )
-    trainer = Trainer(model, arguments, train_dataset=ROWS)
+    common = {"lr_scheduler_type": "constant", "logging_steps": 1, "report_to": [], "disable_tqdm": True, "seed": 1}
+    return Trainer(model, TrainingArguments(str(target / "runs"), **common, **options), train_dataset=ROWS)
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained(folder, target, rows, cpu=True, **loading):
+    """Two steps on all rows from the files, and a checkpoint of the end; returns losses and parts of parameters."""
+    steps = {"max_steps": 2, "per_device_train_batch_size": rows, "learning_rate": 0.05, "optim": "sgd"}
+    trainer = trainer_of(folder, target, {"save_strategy": "no", "use_cpu": cpu, **steps}, **loading)
+    model = trainer.model
     trainer.train()
     cut = {name: p.to_local().numel() / p.numel() for name, p in model.named_parameters() if hasattr(p, "to_local")}
     trainer.save_model(str(target / "saved"))
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], cut
+    return losses_of(trainer), cut
 
 
 def cut_at_loading(rank, folder, target):
@@ -76,11 +73,15 @@ def cut_at_loading(rank, folder, target):
     return trained(folder, target, 2, distributed_config=DistributedConfig(fsdp_size=2))
 
 
-def cut_by_accelerate(rank, folder, target):
-    """accelerate leaves FSDP out where it finds processes without accelerators: here it is told of one each."""
+def launch():
+    """Makes of this rank a process of `accelerate launch`, which leaves FSDP out unless it finds an accelerator."""
     os.environ |= LAUNCHED
     kind = accelerate.utils.DistributedType.MULTI_GPU
     accelerate.PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", kind)
+
+
+def cut_by_accelerate(rank, folder, target):
+    launch()
     return trained(folder, target, 2, cpu=False)
 
 
@@ -101,3 +102,20 @@ def test_two_steps_and_the_saved_checkpoint_are_those_of_one_process(folder, tmp
     with dhf.registered():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "saved").state_dict()
     assert again.keys() == loaded.keys() and all(torch.equal(again[name], loaded[name]) for name in loaded)
+
+
+def resumed(rank, folder, target, checkpoint):
+    launch()
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "optim": "adamw_torch"}
+    trainer = trainer_of(folder, target, {"save_strategy": "steps", "save_steps": 1, **options})
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return losses_of(trainer)
+
+
+def test_a_run_goes_on_from_its_checkpoint(folder, tmp_path):
+    """With the weights and the moments of AdamW: the third loss depends on both."""
+    first, second = run_ranks(resumed, 2, folder, tmp_path / "a", None)
+    assert first == second and len(first) == 3
+    assert da.load(tmp_path / "a" / "runs" / "checkpoint-1").load_report.loaded > 0
+    for losses in run_ranks(resumed, 2, folder, tmp_path / "b", str(tmp_path / "a" / "runs" / "checkpoint-1")):
+        assert losses == pytest.approx(first, rel=1e-6)
