@@ -72,13 +72,20 @@ def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
         optimizer: over the model's parameters, of the same kind; None leaves its saved state alone.
 
     Raises:
-        ValueError: the folder holds no such checkpoint, or the model has no parameters.
+        ValueError: the folder holds no such checkpoint, one of another model, or a damaged one, or the model has no
+            parameters.
     """
     folder = Path(path)
     if agreed_any(not (folder / _METADATA).is_file()):
         raise ValueError(f"expected a folder that save_sharded wrote, got {str(path)!r}")
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=str(folder), no_dist=not on_ranks())
+    try:
+        dcp.load(state, checkpoint_id=str(folder), no_dist=not on_ranks())
+    except CheckpointException as error:  # alike on all ranks, and no subclass of Exception
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise ValueError(
+            f"expected {str(path)!r} to hold every tensor of this {type(model).__name__}, got on rank {rank}: {cause}"
+        ) from error
     state = _mapped(state, _cut_again)
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))

@@ -133,3 +133,13 @@ def test_a_module_without_tensors_is_no_checkpoint(tmp_path):
             da.save_sharded(torch.nn.Linear(2, 2), folder)
         with pytest.raises(ValueError, match="expected a model with parameters, got ReLU without any"):
             call(torch.nn.ReLU(), folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    da.save_sharded(torch.nn.Linear(2, 3), tmp_path / "linear")
+    other = torch.nn.LayerNorm(4)
+    before = other.weight.clone()
+    for model in (other, torch.nn.Linear(2, 4), torch.nn.Bilinear(2, 2, 3)):
+        with pytest.raises(ValueError, match=r"expected '.*linear' to hold every tensor of this .*, got on rank 0"):
+            da.load_sharded(model, tmp_path / "linear")
+    assert torch.equal(other.weight, before)
