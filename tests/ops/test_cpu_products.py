@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_kernels import dense_gemm, dequantize_blocks, fp8_weight_gemm, use_backend
+from deepseek_kernels import dense_gemm, dequantize_blocks, fp8_weight_gemm
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.cpu_operators import cpu_instructions, on_two_threads
 
 EPS = torch.finfo(torch.float32).eps
 TINY = torch.finfo(torch.float32).tiny
@@ -24,14 +25,8 @@ SHAPES = [(1, 1, 1), (1, 33, 100), (2, 6, 64), (3, 130, 200), (5, 7, 31), (7, 66
 @pytest.fixture(params=["native", "portable"], autouse=True)
 def instructions(request, cpu_backend):
     """Both kinds of instructions, where the CPU has both."""
-    library = torch.ops.deepseek_kernels_cpu
-    before = library.native_bfloat16()
-    library.set_native_bfloat16(request.param == "native")
-    if request.param == "native" and not library.native_bfloat16():
-        pytest.skip("the CPU has no AVX512-BF16")
-    with use_backend("cpu"):
+    with cpu_instructions(request.param):
         yield
-    library.set_native_bfloat16(before)
 
 
 @pytest.fixture
@@ -190,11 +185,7 @@ def test_a_row_depends_on_nothing_but_itself(kind, dtype):
     assert_bitwise(together, torch.cat(alone))
     x[[0, 2, 4, 5]] = torch.nan
     assert_bitwise(CALLS[kind](x, *rest)[[1, 3, 6, 7]], together[[1, 3, 6, 7]])
-    torch.set_num_threads(2)
-    try:
-        assert_bitwise(CALLS[kind](x, *rest)[[1, 3, 6, 7]], together[[1, 3, 6, 7]])
-    finally:
-        torch.set_num_threads(1)
+    assert_bitwise(on_two_threads(lambda: CALLS[kind](x, *rest))[[1, 3, 6, 7]], together[[1, 3, 6, 7]])
 
 
 @pytest.mark.parametrize("kind", CALLS)

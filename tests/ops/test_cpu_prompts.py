@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from deepseek_kernels.attention.mla_attention import cpu
 from deepseek_kernels.attention.packed_latents import pack, unpack
 from deepseek_kernels.testing.numeric import assert_bitwise
 from support.attention_loop import assert_attention, operands
+from support.cpu_operators import cpu_instructions, on_two_threads
 
 TINY, PUBLISHED = (32, 16, 32), (128, 64, 128)  # P, R, V
 LATENT, ROTATED = 64, 16
@@ -21,26 +22,8 @@ NAN = float("nan")
 
 @pytest.fixture(params=["native", "portable"], autouse=True)
 def instructions(request, cpu_backend) -> Iterator[str]:
-    library = torch.ops.deepseek_kernels_cpu
-    before = library.native_bfloat16()
-    library.set_native_bfloat16(request.param == "native")
-    if request.param == "native" and not library.native_bfloat16():
-        pytest.skip("the CPU has no AVX512-BF16")
-    with use_backend("cpu"):
+    with cpu_instructions(request.param):
         yield request.param
-    library.set_native_bfloat16(before)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
-    def run(action: Callable[[], Tensor]) -> Tensor:
-        torch.set_num_threads(2)
-        try:
-            return action()
-        finally:
-            torch.set_num_threads(1)
-
-    yield run
 
 
 def run(q, kv, key, grad, mask=None, scale=0.2) -> tuple[Tensor, ...]:
@@ -237,10 +220,10 @@ def test_one_gradient_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_results_do_not_depend_on_threads(two_threads, dtype):
+def test_results_do_not_depend_on_threads(dtype):
     inputs = case(2, 300, 300, 3, TINY, dtype)
     for mask in (None, documents(2, 300, [0, 90, 250]), torch.rand(2, 1, 300, 300) < 0.5):
-        for got, want in zip(two_threads(lambda m=mask: run(*inputs, m)), run(*inputs, mask), strict=True):
+        for got, want in zip(on_two_threads(lambda m=mask: run(*inputs, m)), run(*inputs, mask), strict=True):
             assert_bitwise(got, want)
 
 
@@ -276,7 +259,7 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_many_queries_on_latents(two_threads, dtype, packed):
+def test_many_queries_on_latents(dtype, packed):
     q, keys = torch.randn(2, 40, 5, LATENT + ROTATED).to(dtype), states(2, 150, dtype, packed)
     meant = torch.cat(unpack(keys, LATENT, torch.float32), -1) if packed else keys
     spans, mask, index = scattered(2, 40, 150), torch.rand(2, 1, 40, 150) < 0.5, torch.arange(150)
@@ -285,7 +268,7 @@ def test_many_queries_on_latents(two_threads, dtype, packed):
     for given, seen in ((None, causal), (spans, in_spans), (mask, mask[:, 0])):
         got = mla_decode(q, keys, LATENT, 0.2, given)
         assert_close(got, expected(q, meant, seen, 0.2))
-        assert_bitwise(two_threads(lambda g=given: mla_decode(q, keys, LATENT, 0.2, g)), got)
+        assert_bitwise(on_two_threads(lambda g=given: mla_decode(q, keys, LATENT, 0.2, g)), got)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -293,7 +276,7 @@ def test_many_queries_on_latents(two_threads, dtype, packed):
 @pytest.mark.parametrize(
     ("batch", "queries", "heads", "keys", "top_k"), [(2, 3, 3, 150, 90), (1, 13, 70, 13, 5), (2, 4, 2, 9, 9)]
 )
-def test_selected_keys(two_threads, dtype, packed, batch, queries, heads, keys, top_k):
+def test_selected_keys(dtype, packed, batch, queries, heads, keys, top_k):
     q, cached = torch.randn(batch, queries, heads, LATENT + ROTATED).to(dtype), states(batch, keys, dtype, packed)
     ids = topk_select(torch.randn(batch, queries, keys), top_k)
     ids[:, 0] = -1  # sees nothing
@@ -307,7 +290,7 @@ def test_selected_keys(two_threads, dtype, packed, batch, queries, heads, keys, 
     got = sparse_mla(q, cached, ids, LATENT, 0.2)
     assert not got[:, 0].any()
     assert_close(got, expected(q, meant.masked_fill(unread[..., None], 0), seen, 0.2))
-    assert_bitwise(two_threads(lambda: sparse_mla(q, cached, ids, LATENT, 0.2)), got)
+    assert_bitwise(on_two_threads(lambda: sparse_mla(q, cached, ids, LATENT, 0.2)), got)
 
 
 def test_compiled_code_takes_them_as_they_are():

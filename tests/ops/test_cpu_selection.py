@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,26 +12,13 @@ from deepseek_kernels import hadamard_quantize, indexer_scores, topk_select, use
 from deepseek_kernels.attention.packed_index_keys import pack_index_keys, split_index_keys
 from deepseek_kernels.common.masks import as_dense, causal_mask
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.cpu_operators import cpu_instructions, on_two_threads
 
 
 @pytest.fixture(params=["native", "portable"], autouse=True)
 def instructions(request, cpu_backend) -> Iterator[None]:
-    library = torch.ops.deepseek_kernels_cpu
-    before = library.native_bfloat16()
-    library.set_native_bfloat16(request.param == "native")
-    if request.param == "native" and not library.native_bfloat16():
-        pytest.skip("the CPU has no AVX512-BF16")
-    with use_backend("cpu"):
+    with cpu_instructions(request.param):
         yield
-    library.set_native_bfloat16(before)
-
-
-def on_two_threads(action: Callable[[], Tensor]) -> Tensor:
-    torch.set_num_threads(2)
-    try:
-        return action()
-    finally:
-        torch.set_num_threads(1)
 
 
 def masks(batch: int, queries: int, keys: int) -> tuple[Tensor | None, ...]:

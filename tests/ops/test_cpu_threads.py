@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek_kernels import add_rms_norm, fused_moe, latent_write, mla_decode, mla_decode_paged, topk_gate, use_backend
 from deepseek_kernels.attention.packed_latents import pack, unpack
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.cpu_operators import cpu_instructions, on_two_threads
 
 LATENT, ROTATED = 64, 16
 KEYS = 700  # three parts of the keys, the last one partial
@@ -18,26 +19,8 @@ KEYS = 700  # three parts of the keys, the last one partial
 
 @pytest.fixture(params=["native", "portable"], autouse=True)
 def instructions(request, cpu_backend) -> Iterator[None]:
-    library = torch.ops.deepseek_kernels_cpu
-    before = library.native_bfloat16()
-    library.set_native_bfloat16(request.param == "native")
-    if request.param == "native" and not library.native_bfloat16():
-        pytest.skip("the CPU has no AVX512-BF16")
-    with use_backend("cpu"):
+    with cpu_instructions(request.param):
         yield
-    library.set_native_bfloat16(before)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[Callable[[Callable[[], Tensor]], Tensor]]:
-    def run(action: Callable[[], Tensor]) -> Tensor:
-        torch.set_num_threads(2)
-        try:
-            return action()
-        finally:
-            torch.set_num_threads(1)
-
-    yield run
 
 
 def states(batch: int, dtype: torch.dtype, packed: bool) -> Tensor:
@@ -48,7 +31,7 @@ def states(batch: int, dtype: torch.dtype, packed: bool) -> Tensor:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention(two_threads, dtype, packed):
+def test_attention(dtype, packed):
     q, keys = torch.randn(2, 2, 5, LATENT + ROTATED).to(dtype), states(2, dtype, packed)
     spans = torch.tensor([[[0, KEYS - 1], [0, KEYS]], [[300, 520], [40, 90]]], dtype=torch.int32)
     for mask in (None, spans, torch.rand(2, KEYS) < 0.5):
@@ -58,7 +41,7 @@ def test_attention(two_threads, dtype, packed):
             return mla_decode(q[rows], keys[rows], LATENT, 0.2, own)
 
         together = attend()
-        assert_bitwise(two_threads(attend), together)
+        assert_bitwise(on_two_threads(attend), together)
         assert_bitwise(torch.cat([attend(slice(0, 1)), attend(slice(1, 2))]), together)
 
 
@@ -91,14 +74,14 @@ def test_pages_are_read_like_one_stretch(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_experts(two_threads, dtype):
+def test_experts(dtype):
     x = torch.randn(11, 100).to(dtype)
     gate_up, down = (torch.randn(5, 300, 100) / 10).to(dtype), (torch.randn(5, 100, 150) / 12).to(dtype)
     ids = torch.randint(6, (11, 3))  # 5: served elsewhere
     ids[:, 0] = 2  # more rows than one reading of the weights serves
     weights = torch.rand(11, 3)
     together = fused_moe(x, gate_up, down, ids, weights)
-    assert_bitwise(two_threads(lambda: fused_moe(x, gate_up, down, ids, weights)), together)
+    assert_bitwise(on_two_threads(lambda: fused_moe(x, gate_up, down, ids, weights)), together)
     alone = [fused_moe(x[i : i + 1], gate_up, down, ids[i : i + 1], weights[i : i + 1]) for i in range(11)]
     assert_bitwise(torch.cat(alone), together)
 
@@ -110,7 +93,7 @@ def test_experts_outside_of_all_are_refused():
             fused_moe(x, gate_up, down, torch.tensor([[wrong]]), torch.ones(1, 1))
 
 
-def test_norm_choice_and_cache(two_threads):
+def test_norm_choice_and_cache():
     x, residual, weight = torch.randn(70, 500).bfloat16(), torch.randn(70, 500), torch.rand(500)
     scores, bias = torch.rand(70, 32), torch.rand(32)
     kv, gain, angles = torch.randn(1, 70, LATENT + ROTATED).bfloat16(), torch.rand(LATENT), torch.rand(1, 70, 8)
@@ -129,4 +112,4 @@ def test_norm_choice_and_cache(two_threads):
         return buffer
 
     for action in (norm, choose, write):
-        assert_bitwise(two_threads(action), action())
+        assert_bitwise(on_two_threads(action), action())

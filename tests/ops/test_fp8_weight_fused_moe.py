@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepseek_kernels import dequantize_blocks, fp8_weight_fused_moe, quantize_blocks, use_backend
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.cpu_operators import cpu_instructions
 from support.expert_bounds import EPS, assert_within, experts_loop
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -22,14 +23,8 @@ def backend(request):
             yield request.param
         return
     request.getfixturevalue("cpu_backend")
-    library = torch.ops.deepseek_kernels_cpu
-    before = library.native_bfloat16()
-    library.set_native_bfloat16(request.param == "native")
-    if request.param == "native" and not library.native_bfloat16():
-        pytest.skip("the CPU has no AVX512-BF16")
-    with use_backend("cpu"):
+    with cpu_instructions(request.param):
         yield request.param
-    library.set_native_bfloat16(before)
 
 
 def operands(ids: Tensor, dtype: torch.dtype, blocks: tuple[int, int], hidden: int = 150, width: int = 40):

@@ -10,6 +10,7 @@ import torch
 from deepseek_kernels import use_backend
 from deepseek_kernels.attention.head_projection import cpu, latents_to_values, queries_to_latents
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.cpu_operators import cpu_instructions, on_two_threads
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -21,14 +22,8 @@ def backend(request) -> Iterator[str]:
             yield request.param
         return
     request.getfixturevalue("cpu_backend")
-    library = torch.ops.deepseek_kernels_cpu
-    before = library.native_bfloat16()
-    library.set_native_bfloat16(request.param == "native")
-    if request.param == "native" and not library.native_bfloat16():
-        pytest.skip("the CPU has no AVX512-BF16")
-    with use_backend("cpu"):
+    with cpu_instructions(request.param):
         yield request.param
-    library.set_native_bfloat16(before)
 
 
 def assert_product(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -70,11 +65,7 @@ def test_rows_and_threads_do_not_matter(backend, dtype):
     for run, x in ((queries_to_latents, q), (latents_to_values, latents)):
         together = run(x, up, 16)
         assert_bitwise(torch.cat([run(x[i : i + 1], up, 16) for i in range(7)]), together)
-        torch.set_num_threads(2)
-        try:
-            assert_bitwise(run(x, up, 16), together)
-        finally:
-            torch.set_num_threads(1)
+        assert_bitwise(on_two_threads(lambda run=run, x=x: run(x, up, 16)), together)
         assert_bitwise(run(x.transpose(0, 1).contiguous().transpose(0, 1), up, 16), together)
 
 
