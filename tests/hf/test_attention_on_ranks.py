@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import deepseek_arch.hf as dhf
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 from support import small_models
+from support.cut_models import whole
 from support.ranks import run_ranks
 from support.small_models import error
 
@@ -25,10 +26,6 @@ STYLES = {
     "o_proj": "rowwise",
 }
 V3 = {f"{layers}.self_attn.{name}": style for layers in ("model.layers.*", "mtp.*") for name, style in STYLES.items()}
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def trained(model, ids):

@@ -12,6 +12,7 @@ import deepseek_arch as da
 import deepseek_arch.hf as dhf
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 from deepseek_arch.hf.fp8_config import DeepseekFP8Config
+from support.cut_models import whole
 from support.ranks import RankError, run_ranks
 from support.small_models import error
 
@@ -24,10 +25,6 @@ SAME = 50 * torch.finfo(torch.float32).eps
 PLANS = hasattr(HfQuantizer, "update_parallel_plan")
 plans = pytest.mark.skipif(not PLANS, reason="this transformers cuts codes without their scales")
 TINY = da.DeepseekConfig.from_pretrained("tiny")
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def logits_of(model, config):

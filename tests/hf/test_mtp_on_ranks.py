@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
+from support.cut_models import whole
 from support.ranks import run_ranks
 from support.small_models import error
 
@@ -24,10 +25,6 @@ has_ep = pytest.mark.skipif(
 )
 CONFIG = da.DeepseekConfig.from_pretrained("tiny").replace(num_hidden_layers=2, num_nextn_predict_layers=1)
 IDS = torch.randint(CONFIG.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def outcome(model):

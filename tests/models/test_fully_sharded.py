@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import deepseek_arch as da
 from support import small_models
+from support.cut_models import gradients
 from support.ranks import run_ranks
 from support.small_models import error
 
@@ -24,14 +25,6 @@ def sharded(model, **options):
     for layer in (*model.model.layers, *model.mtp):
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gradients(model):
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def uneven_labels():

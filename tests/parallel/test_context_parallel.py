@@ -11,11 +11,11 @@ from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
 from deepseek_arch.parallel.collectives import sent_bytes
 from deepseek_arch.planning.traffic import context_parallel_traffic, total_by
 from support import small_models
+from support.cut_models import SIZES, gradients
 from support.ranks import RankError, run_ranks
 from support.small_models import error
 
 SAME = {torch.float32: 2e-6, torch.float64: 1e-12}
-SIZES = {"num_attention_heads": 4, "vocab_size": 64, "num_nextn_predict_layers": 1}
 TOKENS = 16
 
 
@@ -47,14 +47,6 @@ def with_a_hole(config, rows):
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     given["attention_mask"][:, 5:7] = 0
     return given
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gradients(model):
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def trained(rank, axes, build, batch, rows, recompute):

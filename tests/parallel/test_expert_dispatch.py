@@ -13,49 +13,29 @@ from deepseek_arch.parallel.dispatch import dispatched
 from deepseek_arch.planning.routing import count_rows
 from deepseek_arch.planning.traffic import expert_row
 from support import small_models
+from support.cut_models import SIZES, crowded_model, gradients, rows_of_rank, weighed_loss
 from support.ranks import run_ranks
 from support.small_models import error
 
-SIZES = {"num_attention_heads": 4, "vocab_size": 64, "num_nextn_predict_layers": 1}
 CONFIG = small_models.config("v3", **SIZES)
 FLOAT32 = 4
 
 
 def model_of(dtype=torch.float32, experts=None, **changes):
-    model = small_models.model(CONFIG.replace(**changes)).to(dtype).train()
-    for router in da.LoadBalancer(model).routers.values() if experts is not None else ():
-        router.e_score_correction_bias[experts] = 100.0  # all tokens choose these
-    return model
-
-
-def rows_of(rank, rows):
-    return small_models.tokens(CONFIG, sum(rows), 9)[sum(rows[:rank]) :][: rows[rank]]
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gradients(model):
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-
-def loss_of(model, ids):
-    out = model(ids, labels=ids, return_logits=False)
-    return out.loss + 0.3 * out.mtp_loss
+    return crowded_model(CONFIG.replace(**changes), dtype, experts)
 
 
 def trained(rank, axes, way, build, rows):
     model = da.parallelize(build(), ParallelLayout(**axes))
     da.use_dispatch(model, **way)
-    loss_of(model, rows_of(dist.get_rank(model.meshes.data), rows)).backward()
+    weighed_loss(model, rows_of_rank(CONFIG, dist.get_rank(model.meshes.data), rows)).backward()
     return gradients(model)
 
 
 def check(axes, world, rows, way, build):
     model = build()
     for rank in range(len(rows)):
-        (loss_of(model, rows_of(rank, rows)) / len(rows)).backward()
+        (weighed_loss(model, rows_of_rank(CONFIG, rank, rows)) / len(rows)).backward()
     expected = gradients(model)
     for grads in run_ranks(trained, world, axes, way, build, rows):
         assert grads.keys() == expected.keys()
@@ -107,7 +87,7 @@ def counted(rank, way):
         if isinstance(module, da.Router):
             module.register_forward_hook(lambda _, args, out: chosen.append(out[2].tolist()))
     sent_bytes.clear()
-    loss_of(model, rows_of(rank, EP4[2])).backward()
+    weighed_loss(model, rows_of_rank(CONFIG, rank, EP4[2])).backward()
     return dict(sent_bytes), chosen
 
 
@@ -171,7 +151,7 @@ def registered(rank):
     da.register_dispatch("mine", factory)
     model = da.parallelize(model_of(), ParallelLayout(dp_shard=2, ep=2))
     da.use_dispatch(model, "mine", note="x")
-    loss_of(model, rows_of(rank, (1, 1))).backward()
+    weighed_loss(model, rows_of_rank(CONFIG, rank, (1, 1))).backward()
     messages = []
     for wrong in ({"name": "deepep"}, {"name": "rings"}, {"name": "nodes", "ranks_per_node": 3}):
         with pytest.raises(ValueError) as caught:

@@ -13,41 +13,20 @@ from deepseek_arch.parallel.collectives import sent_bytes
 from deepseek_arch.planning.routing import count_rows
 from deepseek_arch.planning.traffic import expert_row
 from support import small_models
+from support.cut_models import SIZES, crowded_model, gradients, rows_of_rank, weighed_loss, whole
 from support.ranks import run_ranks
 from support.small_models import error
 
-SIZES = {"num_attention_heads": 4, "vocab_size": 64, "num_nextn_predict_layers": 1}
 CONFIG = small_models.config("v3", **SIZES)
 
 
 def model_of(dtype=torch.float32, experts=None, **changes):
-    model = small_models.model(CONFIG.replace(**changes)).to(dtype).train()
-    for router in da.LoadBalancer(model).routers.values() if experts is not None else ():
-        router.e_score_correction_bias[experts] = 100.0  # all tokens choose these
-    return model
-
-
-def rows_of(rank, rows):
-    return small_models.tokens(CONFIG, sum(rows), 9)[sum(rows[:rank]) :][: rows[rank]]
-
-
-def whole(tensor):
-    """Gathers a tensor; gate and up are put together again here, by hand."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gradients(model):
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-
-def loss_of(model, ids):
-    out = model(ids, labels=ids, return_logits=False)
-    return out.loss + 0.3 * out.mtp_loss
+    return crowded_model(CONFIG.replace(**changes), dtype, experts)
 
 
 def trained(rank, axes, build, rows):
     model = da.parallelize(build(), ParallelLayout(**axes))
-    loss_of(model, rows_of(dist.get_rank(model.meshes.data), rows)).backward()
+    weighed_loss(model, rows_of_rank(CONFIG, dist.get_rank(model.meshes.data), rows)).backward()
     held = {n: (p.to_local() if hasattr(p, "to_local") else p).numel() for n, p in model.named_parameters()}
     return gradients(model), held, float(da.clip_grad_norm(model, float("inf")))
 
@@ -55,7 +34,7 @@ def trained(rank, axes, build, rows):
 def check(axes, world, rows, build):
     model = build()
     for rank in range(len(rows)):
-        (loss_of(model, rows_of(rank, rows)) / len(rows)).backward()
+        (weighed_loss(model, rows_of_rank(CONFIG, rank, rows)) / len(rows)).backward()
     expected = gradients(model)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9))
     experts = {name: p.numel() for name, p in model.named_parameters() if ".experts." in name}
@@ -109,7 +88,7 @@ def counted(rank):
         if isinstance(module, da.Router):
             module.register_forward_hook(lambda _, args, out: chosen.append(out[2].tolist()))
     sent_bytes.clear()
-    loss_of(model, rows_of(rank, LAYOUTS[2][2])).backward()
+    weighed_loss(model, rows_of_rank(CONFIG, rank, LAYOUTS[2][2])).backward()
     return dict(sent_bytes), chosen
 
 
@@ -139,8 +118,8 @@ def stepped(axes, seed):
     if axes is not None:
         model = da.parallelize(model, ParallelLayout(**axes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids = rows_of(0, (2,))
-    loss_of(model, ids).backward()
+    ids = rows_of_rank(CONFIG, 0, (2,))
+    weighed_loss(model, ids).backward()
     optimizer.step()
     return model, optimizer
 

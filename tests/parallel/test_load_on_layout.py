@@ -11,20 +11,11 @@ import deepseek_arch as da
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 from deepseek_arch.layout.parallel_layout import ParallelLayout
 from support import small_models
+from support.cut_models import FP8_SIZES
 from support.ranks import RankError, run_ranks
 
-# Whole FP8 blocks of 16 for two ranks: heads of 16 + 16 and 16, widths that are multiples of 32.
 CONFIG = small_models.config(
-    "v3",
-    num_attention_heads=4,
-    vocab_size=64,
-    num_nextn_predict_layers=1,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
-    intermediate_size=64,
-    moe_intermediate_size=32,
-    quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]},
+    "v3", **FP8_SIZES, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}
 )
 
 

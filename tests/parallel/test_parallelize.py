@@ -10,11 +10,11 @@ import deepseek_arch as da
 from deepseek_arch.attention.key_selection import KeySelection
 from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
 from support import small_models
+from support.cut_models import SIZES, gradients
 from support.ranks import RankError, run_ranks
 from support.small_models import error
 
 SAME = {torch.float32: 2e-6, torch.float64: 1e-12}  # sums in another order
-SIZES = {"num_attention_heads": 4, "vocab_size": 64, "num_nextn_predict_layers": 1}
 
 
 def model_of(kind="v3", dtype=torch.float32, **changes):
@@ -29,14 +29,6 @@ def rows_of(config, rank, rows):
 
 def loss_of(out):
     return out.loss + 0.3 * out.mtp_loss if out.mtp_loss is not None else out.loss
-
-
-def gradients(model):
-    return {
-        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
 
 
 def expected_of(model, rows):

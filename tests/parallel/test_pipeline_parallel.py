@@ -9,6 +9,7 @@ import torch.distributed as dist
 import deepseek_arch as da
 from deepseek_arch.layout.parallel_layout import ParallelLayout
 from support import small_models
+from support.cut_models import gradients
 from support.ranks import run_ranks
 from support.small_models import error
 
@@ -33,14 +34,6 @@ def batch(config, passes=MICRO):
     positions = torch.arange(9).expand(len(ids), -1).clone()
     positions[4:, 4:] -= 4
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions}
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gradients(model):
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def expected_at_once(build):

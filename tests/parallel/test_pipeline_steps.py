@@ -13,6 +13,7 @@ from deepseek_arch.parallel.collectives import sent_bytes
 from deepseek_arch.parallel.stage_plan import plan_stages
 from deepseek_arch.planning.schedules import rank_stages
 from support import small_models
+from support.cut_models import whole
 from support.ranks import RankError, run_ranks
 from support.small_models import error
 
@@ -21,10 +22,6 @@ CONFIG = small_models.config(
 )
 IDS = small_models.tokens(CONFIG, 8, 9)
 MICRO = 4
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def made(axes, options, seed=0):

@@ -11,21 +11,11 @@ import torch.distributed as dist
 import deepseek_arch as da
 from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
 from support import small_models
+from support.cut_models import FP8_SIZES, gradients
 from support.ranks import run_ranks
 from support.small_models import error
 
-# Whole FP8 blocks of 16 for two ranks: heads of 16 + 16 and 16, widths that are multiples of 32.
-CONFIG = small_models.config(
-    "v3",
-    num_attention_heads=4,
-    vocab_size=64,
-    num_nextn_predict_layers=1,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
-    intermediate_size=64,
-    moe_intermediate_size=32,
-)
+CONFIG = small_models.config("v3", **FP8_SIZES)
 IDS = small_models.tokens(CONFIG, 4, 9)
 
 
@@ -44,14 +34,6 @@ def step(model):
     out = model(ids, labels=ids, return_logits=False)
     (out.loss + 0.3 * out.mtp_loss).backward()
     return float(out.loss.detach())
-
-
-def gradients(model):
-    return {
-        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
 
 
 # ---------------------------------------------------------------- mixed precision

@@ -9,14 +9,11 @@ import torch.distributed as dist
 import deepseek_arch as da
 from deepseek_arch.layout.parallel_layout import ParallelLayout
 from support import small_models
+from support.cut_models import whole
 from support.ranks import RankError, run_ranks
 
 CONFIG = small_models.config("v3", num_attention_heads=4, vocab_size=64, num_nextn_predict_layers=1)
 IDS = small_models.tokens(CONFIG, 4, 9)
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def contents(model, optimizer):
