@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..models.tensor_checks import (
     as_int64,
     check_dense,
+    check_labels,
     check_multiplicative,
     check_token_ids,
     is_readable,
@@ -120,9 +121,5 @@ def check_classes(labels: Any, config: Any) -> None:
         return
     check_dense("labels", labels)
     single = config.problem_type in (None, "single_label_classification") and config.num_labels > 1
-    if not single or labels.dtype.is_floating_point or not is_readable(labels):
-        return
-    wrong = as_int64("labels", labels)
-    wrong = wrong[(wrong != -100) & ((wrong < 0) | (wrong >= config.num_labels))]
-    if wrong.numel():
-        raise ValueError(f"expected labels of -100 or between 0 and {config.num_labels - 1}, got {int(wrong[0])}")
+    if single and not labels.dtype.is_floating_point and is_readable(labels):
+        check_labels(labels, None, config.num_labels)

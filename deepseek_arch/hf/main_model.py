@@ -89,8 +89,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         Raises:
             ValueError: ids, embeddings, the mask, positions or the cache do not fit; outputs would be recorded without
-                gradients, or a cache of something else than latents (prefix tuning), or a
-                parameter to be trained is offloaded.
+                gradients, or a cache of something else than latents (prefix tuning), or a parameter
+                to be trained is offloaded.
         """
         input_ids = checked_ids(self, input_ids, inputs_embeds)
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
