@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["SCRIPTS_OF", "consistency", "word_counts"]
+__all__ = ["SCRIPTS_OF", "UNSPACED", "consistency", "word_counts"]
 
 # Ranges from Unicode's Scripts.txt, letters only: digits and signs belong to no language.
 _LATIN = "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02b8\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a"
@@ -27,6 +27,9 @@ _CHARACTERS = {
     "kana": "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d",
     "thai": "\u0e01-\u0e2e\u0e30-\u0e3a\u0e40-\u0e46",
 }
+UNSPACED = "".join(_CHARACTERS.values())
+"""Characters of the scripts that are written without spaces, as ranges for a regular expression's brackets."""
+
 # Two letters at least: single ones are variables and list labels.
 _WORDS = {
     name: re.compile(rf"[{letters}][{letters}\u0300-\u036f]+(?:['\u2019][{letters}]+)*")

@@ -100,8 +100,13 @@ def test_each_completion_gets_its_own_score_in_its_place(stub):
 
 
 @pytest.mark.parametrize(
-    "reply", ["I can not say.", "Score: 11", "Score: -1", "", None, "<think> Score: 3 </think> none"]
-)
+    "reply",
+    [
+        "I can not say.", "Score: 11", "Score: -1", "", None, "<think> Score: 3 </think> none",
+        # It was cut off, so that the score may lack a digit, or be one of its thoughts.
+        (200, '{"choices": [{"message": {"content": "Score: 1"}, "finish_reason": "length"}]}'),
+    ],
+)  # fmt: skip
 def test_a_reply_without_a_score_is_no_reward(stub, reply):
     stub.replies = [reply]
     assert pay(judge(stub), ["<think> a </think> b"]) == [None]

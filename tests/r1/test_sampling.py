@@ -145,6 +145,13 @@ def test_evaluations_are_kept_out_by_their_word_sequences():
         decontaminate(rows, [], 0)
 
 
+def test_chinese_is_kept_out_by_its_characters():
+    question = "小明有五个苹果,吃了两个,还剩几个?"
+    rows = [Row(text, text, "x") for text in (f"请回答:{question}谢谢", "小明有五个梨,丢了两个,还剩几个?", "小明 A1")]
+    assert [row.question for row in decontaminate(rows, [question], 10)] == [rows[1].question, "小明 A1"]
+    assert ngrams("小明 A1,ばな", 2) == {("小", "明"), ("明", "a1,"), ("a1,", "ば"), ("ば", "な")}
+
+
 def test_languages_are_balanced_by_the_rarest():
     rows = [Row(str(i), "p", "c", "zh" if i % 4 else "en") for i in range(40)] + [Row("any", "p", "c")]
     kept = balance_languages(rows)

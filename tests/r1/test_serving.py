@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from deepseek_arch.r1.serving import Reasoner, Splitter, make_server
+from deepseek_arch.r1.serving import Reasoner, Splitter, TokenReader, make_server
 from deepseek_arch.r1.stages import Policy
 
 
@@ -36,6 +36,31 @@ def test_a_text_is_split_the_same_in_whatever_pieces_it_comes(text, thinking, re
         splitter.add(text[start : start + size])
     splitter.add("", final=True)
     assert emitted == splitter.parts == {"reasoning_content": reasoning, "content": content}
+
+
+@pytest.mark.parametrize("text", ["a b c", "ein Käse für 5 €", "思考 42 🎉 ok", "x\ufffd", "é"])
+def test_tokens_are_read_as_they_come(text):
+    """Tokens are bytes here, and the first space of a text is dropped, as SentencePiece does."""
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return bytes(ids).decode(errors="replace").removeprefix(" ")
+
+    ids = list(text.encode())
+    reader = TokenReader(decode)
+    pieces = [reader.add([i]) for i in ids]
+    assert "".join(pieces) + reader.rest() == decode(ids) and reader.count == len(ids)
+    assert all("\ufffd" not in piece for piece in pieces)
+    decoded.clear()
+    for i in b" word" * 100:
+        reader.add([i])
+    assert max(decoded) < 16, "a token costs the same however long the text is"
+
+
+def test_a_cut_character_is_shown_at_the_end():
+    reader = TokenReader(lambda ids: bytes(ids).decode(errors="replace"))
+    assert reader.add(list("né".encode()[:2])) == "" and reader.rest() == "n\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +175,34 @@ def test_the_model_is_listed(port):
 def test_bad_requests_get_an_error_that_says_what_was_expected(port, request_, status, message):
     found, _, text = ask(port, **request_)
     assert found == status and message in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_of_templates_and_of_the_model_reach_the_client(port, reasoner, monkeypatch, stream):
+    body = QUESTION | {"stream": stream}
+    with monkeypatch.context() as patch:
+        patch.setattr(reasoner.policy.tokenizer, "chat_template", "{{ raise_exception('only one turn') }}")
+        status, _, text = ask(port, body=body)
+        assert status == 400 and "only one turn" in json.loads(text)["error"]["message"]
+        patch.setattr(reasoner.policy.tokenizer, "chat_template", "{{ messages[0].content + 1 }}")
+        assert ask(port, body=body)[0] == 400
+    with monkeypatch.context() as patch:
+        patch.setattr(reasoner.policy, "stream", lambda *arguments: {}["memory"])
+        status, _, text = ask(port, body=body)
+        assert status == 500 and json.loads(text)["error"]["message"] == "KeyError: 'memory'"
+    assert ask(port, body=body)[0] == 200
+
+
+def test_an_error_behind_the_first_words_ends_the_stream(port, reasoner, monkeypatch):
+    def stream(prompt, sampling, take):
+        take([5])
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(reasoner.policy, "stream", stream)
+    status, _, text = ask(port, body=QUESTION | {"stream": True})
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert status == 200 and events[-1] == "[DONE]"
+    assert json.loads(events[-2])["error"] == {"message": "RuntimeError: gone", "type": "server_error", "code": None}
 
 
 def test_clients_of_openai_are_served(port):

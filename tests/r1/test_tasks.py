@@ -6,13 +6,13 @@ import json
 import random
 import re
 import sys
-import types
 
 import pytest
 
 from deepseek_arch.r1.problems import Problem, ProblemSet
 from deepseek_arch.r1.rewards import Accuracy, Format, Language
 from deepseek_arch.r1.tasks import Chains, Chat, Gym, Table, make_task, preference_pairs
+from deepseek_arch.r1.tasks import gym as gym_module
 from deepseek_arch.r1.tasks.chains import STYLES, Writer, translate
 from deepseek_arch.r1.tasks.corpus import Corpus
 from deepseek_arch.r1.templates import TEMPLATES
@@ -194,28 +194,51 @@ def test_bad_input_is_refused(make, message):
         make()
 
 
-class Sums:
-    """A data set as reasoning-gym makes them, with its scores for answers that are not quite right."""
+# A data set as reasoning-gym makes them, with its scores for answers that are not quite right.
+LIBRARY = """
+import os, random, time
 
-    def __init__(self, size: int, seed: int) -> None:
+class Sums:
+    def __init__(self, size, seed):
         self.size, self.seed = size, seed
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i):
         a = random.Random(f"{self.seed} {i}").randrange(1000)
         return {"question": f"{a} + 1 = ?", "answer": None if a % 2 else str(a + 1), "metadata": {"a": a}}
 
-    def score_answer(self, answer: str | None, entry: dict) -> float:
+    def score_answer(self, answer, entry):
         right = str(entry["metadata"]["a"] + 1)
-        return 1.0 if answer == right else 0.07 if right in (answer or "") else 0.01
+        if answer == "sleep":
+            time.sleep(60)
+        if answer == "end":
+            os._exit(0)
+        if answer == "write":
+            with open(os.environ["WRITTEN"], "w") as file:
+                file.write("text")
+            return 1.0
+        if answer == "raise":
+            raise SystemExit
+        return 1.0 if answer in (right, "any") else 0.07 if right in answer else 0.01
+
+def create_dataset(name, **options):
+    if name != "sums":
+        raise ValueError(f"Dataset '{name}' not registered")
+    return Sums(**options)
+"""
 
 
-def test_gym_pays_for_full_scores_only(monkeypatch):
-    def create(name: str, **options):
-        if name != "sums":
-            raise ValueError(f"Dataset '{name}' not registered")
-        return Sums(**options)
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    (tmp_path / "reasoning_gym.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)
+    gym_module._process.close()
+    yield tmp_path
+    gym_module._process.close()
+    sys.modules.pop("reasoning_gym", None)
 
-    monkeypatch.setitem(sys.modules, "reasoning_gym", types.SimpleNamespace(create_dataset=create))
+
+def test_gym_pays_for_full_scores_only(library):
     gym = Gym("sums")
     train, test = gym.draw(40, 0), gym.draw(40, 1, "test")
     assert not {p.question for p in train} & {p.question for p in test}
@@ -229,20 +252,37 @@ def test_gym_pays_for_full_scores_only(monkeypatch):
         Gym("magic")
 
 
+@pytest.mark.parametrize("answer", ["sleep", "end", "write", "raise"])
+def test_gym_scores_in_a_process_of_its_own(library, monkeypatch, answer):
+    written = library / "written"
+    monkeypatch.setenv("WRITTEN", str(written))
+    gym = Gym("sums")
+    problem = gym.draw(1, 0)[0]
+    assert gym.grade("any", problem) == 1.0  # it has started
+    with monkeypatch.context() as patch:
+        patch.setattr(gym_module._process, "seconds", 1.0)
+        assert gym.grade(answer, problem) == 0.0
+    assert not written.exists() or not written.read_text()
+    assert gym.grade("any", problem) == 1.0
+
+
+def test_gym_whose_library_does_not_start_says_so(library):
+    gym = Gym("sums")
+    (library / "reasoning_gym.py").write_text("raise ImportError")
+    with pytest.raises(RuntimeError, match="expected reasoning-gym to start in a process of its own"):
+        gym.grade("1", Problem("?", "7", grader="gym", data={"entry": {}}))
+
+
 @pytest.mark.parametrize(
     "answer",
     ["__import__('os').getpid()", "eval('7')", "open ('x', 'w')", "sympify(chr(55))", "(lambda: 7)()", "9**9**9**9",
      "9**(9**9)", "7" + " " * 30_000],
 )  # fmt: skip
 def test_gym_scores_no_answer_that_would_run_as_a_program(monkeypatch, answer):
-    """Scores like countdown's evaluate the answer in the trainer's process."""
+    """Scores like countdown's evaluate the answer."""
     gym = object.__new__(Gym)
     gym.dataset, gym.options = "sums", {}
-
-    def scorer(answer, entry):
-        return 1.0
-
-    monkeypatch.setattr("deepseek_arch.r1.tasks.gym.scorer_of", lambda *key: scorer)
+    monkeypatch.setattr(gym_module._process, "judge", lambda *arguments: True)
     problem = Problem("?", "7", grader="gym", data={"entry": {}})
     assert gym.grade(answer, problem) == 0.0
     for harmless in ("(3 + 4) * 2**3", "input: 5 __ 3", "open the door", "max(3, 4)"):

@@ -196,10 +196,11 @@ class LLMJudge(Reward):
 
 
 def _content(body: bytes, address: str) -> str:
-    """Returns the text of a chat completion."""
+    """Returns the text of a chat completion, and none of one that was cut off before its last line, with the score."""
     try:
-        return str(json.loads(body)["choices"][0]["message"]["content"] or "")
-    except (ValueError, KeyError, IndexError, TypeError):
+        choice = json.loads(body)["choices"][0]
+        return "" if choice.get("finish_reason") == "length" else str(choice["message"]["content"] or "")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"expected a chat completion of {address}, got {body[:200]!r}") from None
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
+from ..language import UNSPACED
 from .rows import Row
 
 __all__ = ["decontaminate", "ngrams"]
 
+_WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
 
 def ngrams(text: str, size: int = 10) -> set[tuple[str, ...]]:
-    """Returns the sequences of `size` words in `text`, case ignored; a shorter text is one sequence."""
-    words = text.casefold().split()
+    """Returns the sequences of `size` words in `text`, case ignored; a shorter text is one sequence.
+
+    Each character of a script that is written without spaces, such as Chinese, is a word.
+    """
+    words = _WORDS.findall(text.casefold())
     if len(words) <= size:
         return {tuple(words)} if words else set()
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}

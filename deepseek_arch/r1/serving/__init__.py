@@ -1,6 +1,6 @@
 """Conversations with a reasoning model: in a terminal, and for clients of OpenAI's protocol."""
 
-from .reasoner import Reasoner, Reply, Splitter
+from .reasoner import Reasoner, Reply, Splitter, TokenReader
 from .server import make_server
 
-__all__ = ["Reasoner", "Reply", "Splitter", "make_server"]
+__all__ = ["Reasoner", "Reply", "Splitter", "TokenReader", "make_server"]

@@ -9,7 +9,7 @@ from typing import Any
 from ..checks import check_lengths
 from ..rollouts import Sampling
 
-__all__ = ["Reasoner", "Reply", "Splitter"]
+__all__ = ["Reasoner", "Reply", "Splitter", "TokenReader"]
 
 OPENED, CLOSED = "<think>", "</think>"
 
@@ -59,6 +59,36 @@ class Splitter:
 def _overlap(text: str, tag: str) -> int:
     """Returns the characters at the end of `text` that may be the start of `tag`."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+
+
+class TokenReader:
+    """Turns tokens into text as they come, each decoded a bounded number of times however long the text grows.
+
+    A token is decoded together with those of the piece before it, since tokenizers drop a leading space at the start
+    of a text. The bytes of one character may come in several tokens, which are held back until it is whole.
+
+    Args:
+        decode: returns the text of tokens.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self.decode, self.count = decode, 0
+        self._before: list[int] = []
+        self._new: list[int] = []
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Returns the text that became whole."""
+        self._new.extend(tokens)
+        self.count += len(tokens)
+        text = self.rest()
+        if text.endswith("\ufffd"):
+            return ""
+        self._before, self._new = self._new, []
+        return text
+
+    def rest(self) -> str:
+        """Returns the text that was held back, as far as it can be read."""
+        return self.decode([*self._before, *self._new])[len(self.decode(self._before)) :]
 
 
 @dataclass(frozen=True)
@@ -122,9 +152,7 @@ class Reasoner:
             ValueError: messages without role and text, or a conversation that is too long.
         """
         _check_messages(messages)
-        text = self.policy.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        text = self._prompt([dict(message) for message in messages])
         prompt = self.policy.encode(text)
         sampling = Sampling(
             self.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -139,22 +167,17 @@ class Reasoner:
         positions = getattr(self.policy.model.config, "max_position_embeddings", None)
         check_lengths(len(prompt), sampling.max_new_tokens, positions)
         splitter = Splitter(emit, text.rstrip().endswith(OPENED))
-        made: list[int] = []
-        shown = ""
-
-        def take(tokens: Sequence[int]) -> None:
-            nonlocal shown
-            made.extend(tokens)
-            whole = self.policy.decode(made)
-            # The bytes of one character may come in several tokens.
-            if not whole.endswith("\ufffd"):
-                splitter.add(whole[len(shown) :])
-                shown = whole
-
-        ended = self.policy.stream(prompt, sampling, take)
-        splitter.add(self.policy.decode(made)[len(shown) :], final=True)
+        reader = TokenReader(self.policy.decode)
+        ended = self.policy.stream(prompt, sampling, lambda tokens: splitter.add(reader.add(tokens)))
+        splitter.add(reader.rest(), final=True)
         reason = "stop" if ended else "length"
-        return Reply(**splitter.parts, finish_reason=reason, prompt_tokens=len(prompt), completion_tokens=len(made))
+        return Reply(**splitter.parts, finish_reason=reason, prompt_tokens=len(prompt), completion_tokens=reader.count)
+
+    def _prompt(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(self.policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates raise errors of Jinja, and those of whatever they do with a message
+            raise ValueError(f"expected a conversation that the chat template takes, got {error}") from error
 
 
 def _check_messages(messages: Any) -> None:

@@ -105,8 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, request: Mapping[str, Any], options: Mapping[str, Any], head: Mapping[str, Any]) -> None:
         try:
             reply = self.reasoner.respond(request.get("messages"), **options)  # type: ignore[arg-type]
-        except ValueError as error:
-            self._error(400, str(error))
+        except ConnectionError:
+            raise
+        except Exception as error:  # a client waits for an answer, whatever it was
+            self._fail(error)
             return
         message = {"role": "assistant", "content": reply.content, "reasoning_content": reply.reasoning_content}
         choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
@@ -126,12 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
 
         try:
             reply = self.reasoner.respond(request.get("messages"), emit, **options)  # type: ignore[arg-type]
-        except ValueError as error:
+        except ConnectionError:
+            raise
+        except Exception as error:
             if begun:
-                self._chunk({"error": {"message": str(error), "type": "invalid_request_error"}})
+                self._chunk({"error": _error_object(error)})
                 self._end_stream()
             else:
-                self._error(400, str(error))
+                self._fail(error)
             return
         if not begun:
             self._begin_stream()
@@ -160,7 +164,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _error(self, status: int, message: str) -> None:
-        self._send(status, {"error": {"message": message, "type": "invalid_request_error", "code": None}})
+        self._send(status, {"error": _error_object(ValueError(message))})
+
+    def _fail(self, error: Exception) -> None:
+        self._send(400 if isinstance(error, ValueError) else 500, {"error": _error_object(error)})
 
     def _send(self, status: int, value: Any) -> None:
         data = json.dumps(value, ensure_ascii=False).encode()
@@ -169,6 +176,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def _error_object(error: Exception) -> dict[str, Any]:
+    asked_wrongly = isinstance(error, ValueError)
+    message = str(error) if asked_wrongly else f"{type(error).__name__}: {error}"
+    return {
+        "message": message,
+        "type": "invalid_request_error" if asked_wrongly else "server_error",
+        "code": None,
+    }
 
 
 def _delta(delta: Mapping[str, str], finish: str | None = None) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 Its own scores pay a little for any answer that contains the right one. Here an answer is right or wrong.
 
-Some of them evaluate an answer as Python within this process (countdown hands it to sympy's `parse_expr`). Answers with
-names that could do harm, and towers of powers, are wrong before they are scored. That is no wall against a determined
-attacker: run the trainer of a strong model in a container.
+Some of them evaluate an answer as Python (countdown hands it to sympy's `parse_expr`). They do it in a process of its
+own, which is limited in time and memory and writes no files, and answers with names that could do harm are wrong before
+they are scored. That is no wall against a determined attacker: run the trainer of a strong model in a container.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import re
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..answer_process import AnswerProcess
 from ..problems import Problem, check_split
 
 __all__ = ["Gym"]
@@ -28,6 +28,19 @@ _HARMFUL = re.compile(
     r"__[a-z]|\*\*[^+/-]*\*\*|\blambda\b|\b(?:chr|compile|delattr|eval|exec|getattr|globals|input|breakpoint|lambdify|"
     r"locals|open|parse_expr|setattr|sympify|vars)\s*\("
 )
+
+_JUDGE = """
+import functools
+import reasoning_gym
+
+@functools.cache
+def scorer(dataset, options):
+    return reasoning_gym.create_dataset(dataset, **(json.loads(options) | {"seed": 0, "size": 1})).score_answer
+
+def judge(dataset, options, answer, entry):
+    return scorer(dataset, options)(answer, entry) == 1.0
+"""
+_process = AnswerProcess("reasoning-gym", _JUDGE, seconds=10.0)
 
 
 @dataclass
@@ -83,14 +96,15 @@ class Gym:
         )
 
     def grade(self, answer: str, problem: Problem) -> float | None:
-        """Returns 1.0 where reasoning-gym's own score is full."""
+        """Returns 1.0 where reasoning-gym's own score is full, which it must be in ten seconds.
+
+        Raises:
+            RuntimeError: reasoning-gym does not start in a process of its own.
+        """
         if len(answer) > _LONGEST or _HARMFUL.search(answer):
             return 0.0
-        scorer = scorer_of(self.dataset, json.dumps(dict(self.options), sort_keys=True))
-        try:
-            return float(scorer(answer.strip(), problem.data["entry"]) == 1.0)
-        except Exception:  # what generators do with strange answers is up to each of them
-            return 0.0
+        options = json.dumps(dict(self.options), sort_keys=True)
+        return float(_process.judge(self.dataset, options, answer.strip(), problem.data["entry"]))
 
 
 def create_dataset(name: str, options: Mapping[str, Any]) -> Any:
@@ -108,9 +122,3 @@ def create_dataset(name: str, options: Mapping[str, Any]) -> Any:
         return gym.create_dataset(name, **options)
     except (TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"expected a data set of reasoning-gym and its options, got {name!r}: {error}") from error
-
-
-@functools.cache
-def scorer_of(name: str, options: str) -> Any:
-    """Returns the data set's `score_answer`."""
-    return create_dataset(name, {**json.loads(options), "seed": 0, "size": 1}).score_answer
