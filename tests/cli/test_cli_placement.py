@@ -7,24 +7,10 @@ import json
 import pytest
 import torch
 
-from deepseek_arch.cli import main
 from deepseek_arch.moe.expert_load import ExpertLoad, LoadHistory
 from deepseek_arch.moe.placement import plan_placement
 
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Runs `deepseek-arch place` -> (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main(["place", *map(str, args)])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return stopped.value.code or 0, out, err
-
-    return run
+COMMAND = ("place",)
 
 
 @pytest.fixture

@@ -15,23 +15,9 @@ pytest.importorskip("yaml")
 from deepseek_arch.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+COMMAND = ("r1",)
 COMMANDS = ("run", "stage", "eval", "collect", "report", "recipes", "plan", "chat", "serve")
 TASK = ("--option", "nodes=4", "--option", "low=2", "--option", "high=3")
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Runs a command line -> (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main(["r1", *(str(arg) for arg in args)])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return stopped.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

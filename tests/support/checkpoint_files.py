@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek_arch.config.deepseek_config import DeepseekConfig
+from deepseek_arch.quant.fp8_blocks import quantize_blocks
 from support import published
 
 INDEX = "model.safetensors.index.json"
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 12]}
 
 
 def tensors(config: DeepseekConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
@@ -99,3 +101,22 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         assert got[name].shape == tensor.shape, (name, got[name].shape, tensor.shape)
         same = torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
         assert same, f"{name} differs"
+
+
+def named(config: DeepseekConfig) -> DeepseekConfig:
+    """Returns the config as it is read back: with the architecture that `to_dict` fills in."""
+    return DeepseekConfig.from_dict(config.to_dict())
+
+
+def in_fp8(weights: dict, config, scale=lambda scale: scale) -> dict:
+    """Returns the published FP8 layout of float32 weights: projections become codes beside their scales."""
+    block = config.weight_block_size
+    out = {}
+    for name, weight in weights.items():
+        plain = ("norm.weight", "gate.weight", "embed_tokens.weight", "head.weight", "eh_proj.weight", "bias")
+        if name.endswith(plain):
+            out[name] = weight if name.endswith("bias") else weight.bfloat16()
+        else:
+            codes, factors = quantize_blocks(weight, block)
+            out[name], out[f"{name}_scale_inv"] = codes, scale(factors)
+    return out
