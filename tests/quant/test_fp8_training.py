@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
-import io
-import math
 
 import pytest
 import torch
@@ -14,19 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_arch.layers.linear import Linear
-from deepseek_arch.models.causal_lm import DeepseekLM
 from deepseek_arch.moe.moe import Experts, MoE
 from deepseek_arch.quant.fp8_training import (
     FP8,
     HIGH,
-    V3_RECIPE,
     FP8Policy,
     FP8Precision,
     FP8Rule,
     fp8_training,
-    remove_fp8_training,
 )
-from deepseek_arch.quant.fp8_training import layers as fp8_layers
 from deepseek_arch.quant.fp8_training import operands as fp8_operands
 from deepseek_arch.quant.fp8_training import products as fp8_products
 from deepseek_arch.quant.fp8_training.products import product, swiglu_product
@@ -37,28 +30,9 @@ from deepseek_kernels import (
     quantize_transposed,
     swiglu_quantize,
 )
-from support.small_models import config, error, model, tokens
+from support.fp8_layers import ALL, EPS32, linear, run, same, wide
 
-EPS32 = torch.finfo(torch.float32).eps
-ALL = FP8Policy((FP8Rule("*", FP8),))
 POWERS = FP8Precision(input_scale="ue8m0", grad_scale="ue8m0", weight_scale="ue8m0")
-# A dense layer, one with experts, and a prediction layer: every kind of weight once or twice.
-SMALL = config(
-    "v3",
-    num_hidden_layers=2,
-    num_nextn_predict_layers=1,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-)
-
-
-def wide(quantized: tuple[Tensor, Tensor], rows: int = 1) -> Tensor:
-    """Codes times scales in float64, for groups of `rows` by 128."""
-    codes, scale = quantized
-    scale = scale.double().repeat_interleave(rows, 0)[: codes.shape[0]].repeat_interleave(128, 1)
-    return codes.double() * scale[:, : codes.shape[1]]
 
 
 def assert_product(got: Tensor, a: Tensor, b: Tensor) -> None:
@@ -86,30 +60,11 @@ def least_sqnr(operands: int) -> float:
     return float(-10 * torch.log10(torch.tensor(operands * 2.0**-6 / 12)))
 
 
-def run(module: nn.Module, x: Tensor, grad: Tensor, *others: Tensor) -> list[Tensor]:
-    """Output and all gradients, the input's first."""
-    x = x.detach().clone().requires_grad_()
-    module.zero_grad()
-    out = module(x, *others)
-    out.backward(grad)
-    return [out.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def intercept(monkeypatch, name: str, wrapped) -> None:
     """Puts `wrapped(operator, ...)` in the place of an operator, wherever FP8 training calls it."""
     for module in (fp8_operands, fp8_products):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, functools.partial(wrapped, getattr(module, name)))
-
-
-def linear(inputs: int, outputs: int, policy: FP8Policy = ALL, bias: bool = False, dtype=torch.float32) -> Linear:
-    layer = Linear(inputs, outputs, bias=bias, dtype=dtype)
-    fp8_training(layer, policy)
-    return layer
 
 
 # ------------------------------------------------------------------ the three products
@@ -470,267 +425,3 @@ def test_compiled_code_computes_the_same():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert same(run(compiled, x, grad), run(layer, x, grad))
     torch.compiler.reset()
-
-
-# ------------------------------------------------------------------ the codes of a weight are never old
-
-
-@pytest.fixture
-def quantizations(monkeypatch) -> list[Tensor]:
-    """The weights that were quantized, one entry each time."""
-    made = []
-    operator = fp8_layers.quantize_blocks
-    monkeypatch.setattr(fp8_layers, "quantize_blocks", lambda w, **kw: made.append(w) or operator(w, **kw))
-    return made
-
-
-def fresh(layer: Linear, x: Tensor) -> Tensor:
-    """The output of a layer that has no codes yet."""
-    return copy.deepcopy(layer)(x)
-
-
-def test_micro_batches_share_the_codes_and_a_step_renews_them(quantizations):
-    layer, x = linear(20, 10), torch.randn(4, 20)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    for step in range(3):
-        for _ in range(3):
-            out = layer(x)
-            assert torch.equal(out, fresh(layer, x))
-            out.square().sum().backward()
-        assert len([w for w in quantizations if w is layer.weight]) == step + 1
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=step % 2 == 0)
-
-
-def replace(weight: nn.Parameter, other: Tensor) -> None:
-    weight.data = other
-
-
-CHANGES = {
-    "load_state_dict": lambda layer, other: layer.load_state_dict({"weight": other}),
-    "in place": lambda layer, other: layer.weight.detach().copy_(other),
-    "another storage": lambda layer, other: replace(layer.weight, other),
-    "another parameter": lambda layer, other: setattr(layer, "weight", nn.Parameter(other)),
-    "to": lambda layer, other: layer.to(torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_codes_follow_the_weight_however_it_changes_within_a_step(change):
-    layer, x = linear(20, 10), torch.randn(4, 20)
-    layer(x).sum().backward()  # codes are kept from here on
-    before = layer(x)
-    change(layer, torch.randn(10, 20))
-    assert not torch.equal(layer(x), before) and torch.equal(layer(x), fresh(layer, x))
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_codes_follow_writes_that_autograd_does_not_see_between_steps(frozen):
-    """`.data` in place bumps no version: old optimizers, averaged weights swapped in, adapters merged."""
-    layer, x = linear(20, 10).requires_grad_(not frozen), torch.randn(4, 20, requires_grad=True)
-    for _ in range(2):
-        layer(x).sum().backward()
-        layer.zero_grad()
-        layer.weight.data.mul_(-1.5)
-        assert torch.equal(layer(x), fresh(layer, x))
-        with torch.no_grad():
-            layer.weight.data.add_(0.25)
-            assert torch.equal(layer(x), fresh(layer, x))
-
-
-def test_a_new_weight_at_an_old_address_is_not_taken_for_the_old_one():
-    layer, x = linear(20, 10), torch.randn(4, 20)
-    memory = torch.randn(10, 20).numpy()
-    layer.weight = nn.Parameter(torch.from_numpy(memory))
-    layer(x).sum().backward()
-    address, gradient = layer.weight.data_ptr(), layer.weight.grad
-    memory *= -1  # torch does not see it, and the new tensor's version is the old one's
-    layer.weight = nn.Parameter(torch.from_numpy(memory))
-    layer.weight.grad = gradient
-    assert layer.weight.data_ptr() == address
-    assert torch.equal(layer(x), fresh(layer, x))
-
-
-def test_evaluation_neither_uses_nor_keeps_codes(quantizations):
-    """Between micro-batches, say, with an average of the weights put in through `.data`: no version tells."""
-    layer, x = linear(20, 10), torch.randn(4, 20)
-    with torch.no_grad():
-        layer(x)
-    assert layer.fp8_codes["weight"]._quantized is None
-    layer(x).sum().backward()
-    quantizations.clear()
-    own = layer.weight.data.clone()
-    layer.weight.data.copy_(torch.randn(10, 20))
-    with torch.no_grad():
-        averaged = layer(x)
-    assert quantizations
-    layer.weight.data.copy_(own)
-    quantizations.clear()
-    assert error(layer(x), averaged) > 0.1 and not quantizations
-
-
-# ------------------------------------------------------------------ a whole model
-
-
-def step(lm: nn.Module, ids: Tensor) -> list[Tensor]:
-    """Loss and all gradients."""
-    lm.zero_grad()
-    out = lm(ids, labels=ids)
-    (out.loss + 0.3 * out.mtp_loss).backward()
-    return [out.loss.detach(), *(p.grad.clone() for p in lm.parameters())]
-
-
-def test_everything_but_the_products_stays_and_comes_back():
-    lm, ids = model(SMALL), tokens(SMALL, 2, 9)
-    hooked = []
-    lm.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *_: hooked.append(1))
-    lm.lm_head.bias_free = True  # an attribute of somebody else's
-    modules = {name: (module, type(module), set(vars(module))) for name, module in lm.named_modules()}
-    parameters, state = dict(lm.named_parameters()), {k: v.clone() for k, v in lm.state_dict().items()}
-    before = step(lm, ids)
-
-    first = fp8_training(lm)
-    once = step(lm, ids)
-    assert not torch.equal(once[0], before[0])
-    assert fp8_training(lm) == first and same(step(lm, ids), once)  # idempotent
-    assert all(lm.get_parameter(name) is p for name, p in parameters.items())
-    assert list(lm.state_dict()) == list(state) and all(torch.equal(lm.state_dict()[k], v) for k, v in state.items())
-    assert all(lm.get_submodule(name) is module for name, (module, *_) in modules.items())
-    assert isinstance(lm.model.layers[0].self_attn.o_proj, nn.Linear)
-
-    remove_fp8_training(lm)
-    assert {name: (m, type(m), set(vars(m))) for name, m in lm.named_modules()} == modules
-    assert same(step(lm, ids), before) and len(hooked) == 4
-    remove_fp8_training(lm)  # nothing to do
-    assert same(step(lm, ids), before)
-
-
-def test_another_policy_replaces_the_first():
-    lm, twin, ids = model(SMALL), model(SMALL), tokens(SMALL, 1, 7)
-    only = FP8Policy((FP8Rule("o_proj", FP8),))
-    fp8_training(lm)
-    assert fp8_training(lm, only) == fp8_training(twin, only)
-    assert same(step(lm, ids), step(twin, ids))
-
-
-def test_training_updates_the_same_parameters_and_lowers_the_loss():
-    """An optimizer made before the change goes on; the model learns one sequence by heart, as in high precision."""
-    torch.manual_seed(0)
-    lm, ids = DeepseekLM(SMALL, dtype=torch.float32).train(), tokens(SMALL, 1, 16)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    fp8_training(lm)
-    start = {name: p.detach().clone() for name, p in lm.named_parameters()}
-    losses = []
-    for _ in range(20):
-        out = lm(ids, labels=ids)
-        (out.loss + 0.3 * out.mtp_loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(out.loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(p.dtype == torch.float32 and not torch.equal(p, start[name]) for name, p in lm.named_parameters())
-
-
-def test_micro_batches_add_up():
-    """Two accumulated backward passes give the sum of the two alone: one addition in float32."""
-    lm, ids = model(SMALL), tokens(SMALL, 2, 9)
-    fp8_training(lm)
-    alone = [step(lm, row[None])[1:] for row in ids]
-    lm.zero_grad()
-    for row in ids:
-        out = lm(row[None], labels=row[None])
-        (out.loss + 0.3 * out.mtp_loss).backward()
-    expected = [a + b for a, b in zip(*alone, strict=True)]
-    assert same(expected, [p.grad for p in lm.parameters()])
-
-
-def test_gradient_checkpointing_of_a_model_gives_the_same_bits():
-    lm, ids = model(SMALL).train(), tokens(SMALL, 2, 9)
-    fp8_training(lm)
-    plain = step(lm, ids)
-    lm.gradient_checkpointing_enable()
-    assert same(step(lm, ids), plain)
-
-
-def test_copies_are_independent_and_files_hold_the_plain_weights(tmp_path):
-    lm, ids = model(SMALL), tokens(SMALL, 1, 7)
-    fp8_training(lm)
-    expected = step(lm, ids)
-    twin = copy.deepcopy(lm)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.mul_(1.01)
-    assert same(step(lm, ids), expected) and not same(step(twin, ids), expected)
-    file = io.BytesIO()
-    torch.save(lm, file)
-    file.seek(0)
-    assert same(step(torch.load(file, weights_only=False), ids), expected)
-    plain = DeepseekLM(SMALL, dtype=torch.float32).eval()
-    plain.load_state_dict(lm.state_dict())
-    remove_fp8_training(lm)
-    assert same(step(plain, ids), step(lm, ids))
-
-
-def test_absorbed_attention_multiplies_by_the_quantized_weight():
-    """Decoding in between: `kv_b_proj` means the same in both forms."""
-    lm = model(SMALL)
-    fp8_training(lm)
-    attention = lm.model.layers[0].self_attn
-    expected = wide(quantize_blocks(attention.kv_b_proj.weight), rows=128)
-    # A unit vector in FP8 is 448 times a float32 quotient by 448.
-    assert (attention.kv_b_map(torch.zeros(1))[0].double() - expected).abs().max() <= 2 * EPS32 * expected.abs().max()
-
-
-@pytest.mark.slow
-def test_the_transformers_trainer_needs_nothing_special(tmp_path, capsys):
-    """Accumulation, checkpointing and a saved checkpoint that holds the plain weights."""
-    pytest.importorskip("accelerate")
-    transformers = pytest.importorskip("transformers")
-    import deepseek_arch.hf as dhf
-
-    lm = dhf.DeepseekForCausalLM(SMALL)
-    assert len(fp8_training(lm).fp8) == 3 * 5 + 3 + 2 * (2 + 3)  # attention, the dense layer, experts and shared ones
-    rows = [{"input_ids": row, "labels": row} for row in tokens(SMALL, 4, 10)]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = transformers.Trainer(lm, arguments, train_dataset=rows)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.9 * losses[0]
-    lm.save_pretrained(tmp_path / "saved")
-    plain = dhf.DeepseekForCausalLM.from_pretrained(tmp_path / "saved")
-    state = lm.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
-
-
-def test_the_benchmark_compares_runs_that_differ_in_nothing_but_precision():
-    """Under a policy without FP8 the first run is the second, bit for bit."""
-    from benchmarks.training.fp8_training import BF16, OTHER, Settings, run
-
-    settings = Settings(steps=3, last=2, batch=2, sequence=8, held_out=2, warmup=1)
-    text = torch.randint(256, (200,), dtype=torch.uint8)
-    high, low = (run(settings, SMALL.replace(vocab_size=256), p, text) for p in (FP8Policy(()), V3_RECIPE))
-    for report, differs in ((high, False), (low, True)):
-        rows = {row.name: row.results for row in report.rows}
-        curves = rows["training loss, every step"]
-        assert [len(curve.values) for curve in curves.values()] == [3, 3, 3]
-        assert (curves["ours"] != curves[BF16]) == differs and curves[OTHER] != curves[BF16]
-        assert curves["ours"].values[0] == pytest.approx(math.log(256), rel=0.1)
-        for name in ("training loss, difference to bf16", "held-out loss, difference to bf16"):
-            assert (rows[name]["ours"].median > 0) == differs
-    assert (high.settings["fp8_weights"], low.settings["fp8_weights"]) == (0, 28)
-    with pytest.raises(ValueError, match="expected more than 44 bytes of text, got 30"):
-        run(settings, SMALL.replace(vocab_size=256), text=text[:30])
-    with pytest.raises(ValueError, match="last <= steps"):
-        Settings(steps=3, last=4)
