@@ -111,8 +111,6 @@ def _cut_into_stages(model: DeepseekLM, layout: ParallelLayout, plan: StagePlan)
         LayoutError: as `pipeline`.
     """
     check_layout(model, layout)
-    if layout.cp > 1:
-        raise LayoutError(f"expected cp = 1 with pp > 1, got {layout.cp}")
     meshes = Meshes(layout, mesh_device(model))
     rank = dist.get_rank(meshes.pp)
     meshes.stages, meshes.copies = plan, hold_stages(model, plan, rank)
@@ -204,7 +202,7 @@ class Pipeline:
             self._run_schedule(input_ids, self._schedule(*shape))
             sum_embedding(model)
         else:
-            like = torch.empty(*shape, model.config.hidden_size, dtype=model.dtype, device="meta")
+            like = torch.empty(self._passed_on(*shape), dtype=model.dtype, device="meta")
             run_forward(self._stages, self.plan, like, model.meshes.pp)
         return self._output()
 
@@ -261,16 +259,20 @@ class Pipeline:
         def meta(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=kind, device="meta", requires_grad=kind.is_floating_point)
 
-        hidden = self.model.config.hidden_size
+        passed_on = self._passed_on(rows, tokens)
         return PipelineStage(
             stage,
             stage.index,
             len(self.plan.layers),
             device,
-            input_args=meta(rows, tokens, kind=torch.int64) if stage.is_first else meta(rows, tokens, hidden),
-            output_args=meta(kind=torch.float32) if stage.is_last else meta(rows, tokens, hidden),
+            input_args=meta(rows, tokens, kind=torch.int64) if stage.is_first else meta(*passed_on),
+            output_args=meta(kind=torch.float32) if stage.is_last else meta(*passed_on),
             group=self.model.meshes.pp,
         )
+
+    def _passed_on(self, rows: int, tokens: int) -> tuple[int, int, int]:
+        """Returns the shape of the hidden states that a stage sends to the next one."""
+        return rows, tokens // self.model.meshes.layout.cp, self.model.config.hidden_size
 
     def _output(self) -> CausalLMOutput:
         meshes = self.model.meshes
