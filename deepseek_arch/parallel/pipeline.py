@@ -38,6 +38,7 @@ def pipeline(
     schedule: str = "1F1B",
     microbatches: int = 8,
     stage_layers: Sequence[int] | None = None,
+    param_dtype: torch.dtype | None = None,
 ) -> Pipeline:
     """Cuts a model into pipeline stages, in place, and by the layout's other axes as `parallelize` does.
 
@@ -53,6 +54,7 @@ def pipeline(
         microbatches: parts of each rank's batch.
         stage_layers: decoder layers of each stage; None cuts by cost. Interleaved schedules take a multiple of pp
             stages, by default two a rank, ZBVZeroBubble and DualPipeV two a rank, the others one.
+        param_dtype: as for `parallelize`; hidden states travel in it.
 
     Raises:
         LayoutError: the layout, the schedule, the stages or the number of microbatches do not fit; nothing has been
@@ -66,8 +68,11 @@ def pipeline(
     check_microbatches(plan, microbatches)
     _check_split(model, plan)
     if model.meshes is None:
-        _cut_into_stages(model, layout, plan)
-    elif model.meshes.layout != layout or model.meshes.stages != plan:
+        _cut_into_stages(model, layout, plan, param_dtype)
+    elif (model.meshes.layout, model.meshes.stages) != (layout, plan) or param_dtype not in (
+        None,
+        model.meshes.param_dtype,
+    ):
         raise ValueError(
             f"expected a model that is not cut yet, or cut into {plan.schedule.name} stages of {layout}, got one that "
             "is cut otherwise"
@@ -90,7 +95,11 @@ def _check_split(model: DeepseekLM, plan: StagePlan) -> None:
 
 
 def parallelize_stages(
-    model: DeepseekLM, layout: ParallelLayout, schedule: str | None, stage_layers: Sequence[int] | None
+    model: DeepseekLM,
+    layout: ParallelLayout,
+    schedule: str | None,
+    stage_layers: Sequence[int] | None,
+    param_dtype: torch.dtype | None = None,
 ) -> DeepseekLM:
     """Cuts a model as `pipeline` will need it.
 
@@ -100,11 +109,13 @@ def parallelize_stages(
     if schedule is None:
         raise LayoutError("expected the schedule of the pipeline with pp > 1, got none")
     layout = layout.for_devices(dist.get_world_size())
-    _cut_into_stages(model, layout, plan_stages(model.config, layout, schedule, stage_layers))
+    _cut_into_stages(model, layout, plan_stages(model.config, layout, schedule, stage_layers), param_dtype)
     return model
 
 
-def _cut_into_stages(model: DeepseekLM, layout: ParallelLayout, plan: StagePlan) -> None:
+def _cut_into_stages(
+    model: DeepseekLM, layout: ParallelLayout, plan: StagePlan, param_dtype: torch.dtype | None
+) -> None:
     """Takes everything but this rank's stages out of a model, in place, and cuts the rest by the layout's other axes.
 
     Raises:
@@ -113,12 +124,13 @@ def _cut_into_stages(model: DeepseekLM, layout: ParallelLayout, plan: StagePlan)
     check_layout(model, layout)
     meshes = Meshes(layout, mesh_device(model))
     rank = dist.get_rank(meshes.pp)
+    meshes.param_dtype = param_dtype
     meshes.stages, meshes.copies = plan, hold_stages(model, plan, rank)
     cut(model, meshes)
     assert isinstance(model, StagedLM)
     stages = [Stage(model, plan, index) for index in plan.held(rank)]
-    if meshes.shards_anything:
-        shard_stages(model, stages, meshes)
+    if meshes.shards_anything or param_dtype is not None:
+        shard_stages(model, stages, meshes, param_dtype)
     model.meshes = meshes
     model.__dict__["stages"] = stages  # no submodules: their parameters have names already
 

@@ -49,7 +49,9 @@ class StagedLM(DeepseekLM):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the activations: the norms'."""
+        """Dtype of the activations: the norms', unless FSDP casts them."""
+        if self.meshes.param_dtype is not None:
+            return self.meshes.param_dtype
         return next(p.dtype for name, p in self.named_parameters() if name.endswith("norm.weight"))
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
