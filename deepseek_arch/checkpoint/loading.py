@@ -45,6 +45,7 @@ def load(
     layout: ParallelLayout | None = None,
     schedule: str | None = None,
     stage_layers: Sequence[int] | None = None,
+    param_dtype: torch.dtype | None = None,
 ) -> DeepseekLM:
     """Reads a checkpoint folder in the published layout, or with the experts of a layer stacked (`convert`).
 
@@ -60,6 +61,7 @@ def load(
         layout: cuts the model over the ranks of the default process group, as `parallelize` does. Every rank calls
             this, and reads its own part alone; an error of one is raised on all.
         schedule, stage_layers: with pp > 1, of the pipeline that will run the model, as for `pipeline`.
+        param_dtype: with a layout, what parameters of `dtype` are cast to for computing, as for `parallelize`.
 
     Returns:
         The model in eval mode, with a `LoadReport` as `model.load_report`, and the content of generation_config.json
@@ -78,9 +80,12 @@ def load(
         UserWarning: tensors have values that are not finite; MTP modules or other files of the folder are not read.
     """
     if layout is not None:
-        return load_part(path, device, dtype, fp8, (layers, experts, mtp), layout, schedule, stage_layers)
+        part = layers, experts, mtp
+        return load_part(path, device, dtype, fp8, part, layout, schedule, stage_layers, param_dtype)
     if schedule is not None or stage_layers is not None:
         raise ValueError("expected a layout with pp > 1 for schedule and stage_layers, got none")
+    if param_dtype is not None:
+        raise ValueError(f"expected a layout for param_dtype {param_dtype}, got none")
     started = time.perf_counter()
     device = check_arguments(device, fp8)
     plan, model, fp8_parameters, generation_config = planned(path, dtype, fp8, (layers, experts, mtp))

@@ -39,6 +39,7 @@ def load_part(
     layout: ParallelLayout,
     schedule: str | None = None,
     stage_layers: Sequence[int] | None = None,
+    param_dtype: torch.dtype | None = None,
 ) -> DeepseekLM:
     """Reads this rank's part; errors are raised alike on all ranks, before memory is allocated or after the reading."""
     from ..parallel.apply import parallelize  # with torch.distributed, which loading on one device does without
@@ -56,11 +57,11 @@ def load_part(
     assert found is not None and isinstance(device, torch.device)
     plan, model, fp8_parameters, generation_config = found
     if layout.pp > 1:
-        model = parallelize_stages(model, layout, schedule, stage_layers)
+        model = parallelize_stages(model, layout, schedule, stage_layers, param_dtype)
     elif schedule is not None or stage_layers is not None:
         raise LayoutError("expected pp > 1 for schedule and stage_layers, got pp = 1")
     else:
-        model = parallelize(model, layout)
+        model = parallelize(model, layout, param_dtype)
     report, not_finite = LoadReport(plan.folder, skipped=plan.skipped, warnings=plan.warnings), NonFinite()
     with TensorReader() as reader:
         try:

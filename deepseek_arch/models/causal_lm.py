@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -252,6 +253,7 @@ class DeepseekLM(nn.Module):
         attention_mask: Tensor | None,
         routing: Routing | None,
         selection: KeySelection | None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Adds the cross-entropies to the output of a pass, and in training mode what they are means over.
 
@@ -262,6 +264,7 @@ class DeepseekLM(nn.Module):
             labels: int64 [B, T].
             attention_mask: as given; its last T columns count.
             routing, selection: the pass's.
+            embed: ids [B, T] -> embeddings [B, T, H] for the MTP modules; None for the main model's.
         """
         padding = None if attention_mask is None else ~nonzero(attention_mask[:, -labels.shape[1] :])
         labels = ignore(labels, padding)
@@ -277,7 +280,7 @@ class DeepseekLM(nn.Module):
             out.mtp_losses, out.mtp_accuracy = mtp_chain_losses(
                 self.mtp,
                 self.config,
-                self.model.embed,
+                self.model.embed if embed is None else embed,
                 self.lm_head,
                 main,
                 as_int64("input_ids", input_ids),

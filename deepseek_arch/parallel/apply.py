@@ -76,6 +76,7 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
         raise LayoutError(f"expected pp = 1 (pipeline cuts into stages), got {layout.pp}")
     check_layout(model, layout)
     meshes = Meshes(layout, mesh_device(model))
+    meshes.param_dtype = param_dtype
     cut(model, meshes)
     if meshes.shards_anything or param_dtype is not None:
         _shard(model, meshes, param_dtype)
@@ -201,29 +202,37 @@ def _cut_heads_and_columns(model: DeepseekLM, meshes: Meshes) -> None:
 
 def _shard(model: DeepseekLM, meshes: Meshes, param_dtype: torch.dtype | None) -> None:
     """Applies FSDP2: routed experts first, on the mesh of those that hold the same (TRAPS S12)."""
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32)
-    # Experts are given hidden states as they come, and float32 weights of the choices, which must not be cast.
-    as_given = dataclasses.replace(policy, cast_forward_inputs=False)
-    _shard_experts(model, meshes, mp_policy=as_given)
-    for module in list(model.modules()) if param_dtype is not None else ():
-        if isinstance(module, Router):
-            kept = MixedPrecisionPolicy(cast_forward_inputs=False)
-            fully_shard(module, mesh=meshes.sharding(routed=False), mp_policy=kept)
+    policy, as_given = _policies(param_dtype)
+    _shard_experts(model, meshes, param_dtype)
     if meshes.layout.dp * meshes.layout.cp > 1 or param_dtype is not None:
         for layer in (*model.model.layers, *model.mtp):
             fully_shard(layer, mesh=meshes.sharding(routed=False), mp_policy=policy)
         fully_shard(model, mesh=meshes.sharding(routed=False), mp_policy=as_given)
 
 
-def _shard_experts(model: DeepseekLM, meshes: Meshes, **options: Any) -> None:
-    layout = meshes.layout
+def _policies(param_dtype: torch.dtype | None) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
+    """Returns the policy of layers, and the same for modules that are given their inputs as they are to be."""
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32)
+    return policy, dataclasses.replace(policy, cast_forward_inputs=False)
+
+
+def _shard_experts(model: DeepseekLM, meshes: Meshes, param_dtype: torch.dtype | None, **options: Any) -> None:
+    """Shards routed experts, and apart from their layers the routers where those are cast (TRAPS S20).
+
+    Experts are given hidden states as they come, and float32 weights of the choices, which must not be cast.
+    """
+    layout, (_, as_given) = meshes.layout, _policies(param_dtype)
+    for module in list(model.modules()) if param_dtype is not None else ():
+        if isinstance(module, Router):
+            kept = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(module, mesh=meshes.sharding(routed=False), mp_policy=kept, **options)
     local = (model.config.n_routed_experts or 0) // layout.ep
     # Stacked experts fewer than shards would be padded to one for each: cut inside of them instead (TRAPS S11).
     if layout.edp > local:
         options["shard_placement_fn"] = _inside
     for module in list(model.modules()):
         if isinstance(module, Experts):
-            fully_shard(module, mesh=meshes.sharding(routed=True), **options)
+            fully_shard(module, mesh=meshes.sharding(routed=True), mp_policy=as_given, **options)
 
 
 def _inside(parameter: nn.Parameter) -> Shard:
@@ -232,17 +241,18 @@ def _inside(parameter: nn.Parameter) -> Shard:
     return Shard(2 if any(isinstance(placement, _StridedShard) for placement in placements) else 1)
 
 
-def shard_stages(model: DeepseekLM, stages: Sequence[Stage], meshes: Meshes) -> None:
+def shard_stages(model: DeepseekLM, stages: Sequence[Stage], meshes: Meshes, param_dtype: torch.dtype | None) -> None:
     """Applies FSDP2 to pipeline stages, each a root that torch's schedules gather and reduce themselves.
 
     Weights stay gathered while a schedule needs their stage: it asks a stage for its parameters in split backward
     passes, and would find shards that no pass has reached. An embedding that two stages of this rank share would have
-    two roots: every rank keeps it whole.
+    two roots: every rank keeps it whole, and casts it where it is read.
     """
     options: dict[str, Any] = {"mesh": meshes.sharding(routed=False), "reshard_after_forward": False}
-    _shard_experts(model, meshes, reshard_after_forward=False)
+    policy, as_given = _policies(param_dtype)
+    _shard_experts(model, meshes, param_dtype, reshard_after_forward=False)
     for layer in (*model.model.layers, *model.mtp):
-        fully_shard(layer, **options)
+        fully_shard(layer, mp_policy=policy, **options)
     shared = [stage for stage in stages if hasattr(stage, "embed_tokens")]
     ignored: set[Any] = set()
     if len(shared) > 1:
@@ -254,5 +264,7 @@ def shard_stages(model: DeepseekLM, stages: Sequence[Stage], meshes: Meshes) -> 
                 model.lm_head._parameters["weight"] = embedding._parameters["weight"]
                 become(model.lm_head, meshes.different)
         ignored = {embedding._parameters["weight"]}
+        for module in (embedding, model.lm_head) if model.config.tie_word_embeddings else (embedding,):
+            module.__dict__["reads_as"] = param_dtype
     for stage in stages:
-        fully_shard(stage, ignored_params=ignored, **options)
+        fully_shard(stage, ignored_params=ignored, mp_policy=as_given, **options)

@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_to_all", "copy_in", "gather_last", "gather_sequence", "reduce_over", "sent_bytes", "sum_out"]
+__all__ = [
+    "all_to_all",
+    "copy_in",
+    "cut_sequence",
+    "gather_last",
+    "gather_sequence",
+    "reduce_over",
+    "sent_bytes",
+    "sum_out",
+]
 
 sent_bytes: Counter[str] = Counter()
 """Bytes that this rank has sent to other ranks since it was last cleared, by purpose; an all-reduce as a ring."""
@@ -109,29 +118,34 @@ def gather_last(x: Tensor, group: Any, purpose: str) -> Tensor:
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, group: Any, purpose: str) -> Tensor:
-        ctx.order, ctx.group, ctx.purpose, ranks = order, group, f"{purpose} backward", dist.get_world_size(group)
+    def forward(ctx: Any, x: Tensor, group: Any, purpose: str) -> Tensor:
+        ctx.group, ctx.purpose, ranks = group, f"{purpose} backward", dist.get_world_size(group)
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(ranks)]
         sent_bytes[purpose] += (ranks - 1) * x.numel() * x.element_size()
         dist.all_gather(parts, x, group=group)
-        return torch.cat(parts, 1)[:, order]
+        first, second = zip(*(part.chunk(2, 1) for part in parts), strict=True)
+        return torch.cat((*first, *reversed(second)), 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, back = dist.get_world_size(ctx.group), torch.empty_like(grads[0])
-        back[:, ctx.order] = grads[0]
-        parts = [part.contiguous() for part in back.chunk(ranks, 1)]
+        ranks = dist.get_world_size(ctx.group)
+        parts = [cut_sequence(grads[0], ranks, rank) for rank in range(ranks)]
         mine = torch.empty_like(parts[0])
         sent_bytes[ctx.purpose] += (ranks - 1) * mine.numel() * mine.element_size()
         dist.reduce_scatter(mine, parts, group=ctx.group)
-        return mine, None, None, None
+        return mine, None, None
 
 
-def gather_sequence(x: Tensor, order: Tensor, group: Any, purpose: str) -> Tensor:
-    """Joins the ranks' tokens [B, T / n, C] to whole sequences [B, T, C]; their gradients are summed at the owners.
+def cut_sequence(x: Tensor, ranks: int, rank: int, dim: int = 1) -> Tensor:
+    """Returns the tokens of one rank of n: chunks `rank` and `2 n - 1 - rank` of 2 n equal ones along `dim`."""
+    chunks = x.chunk(2 * ranks, dim)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim)
 
-    Args:
-        order: int64 [T], for each position its place among the tokens of all ranks, rank after rank.
+
+def gather_sequence(x: Tensor, group: Any, purpose: str) -> Tensor:
+    """Joins the ranks' tokens [B, T / n, C], cut as by `cut_sequence`, to whole sequences [B, T, C].
+
+    Gradients are summed at the owners.
     """
-    return _GatherSequence.apply(x, order, group, purpose)
+    return _GatherSequence.apply(x, group, purpose)

@@ -1,6 +1,7 @@
 """Context parallelism: each rank of a group computes a part of every sequence's tokens.
 
-Rank r of n has chunks r and 2 n - 1 - r of 2 n equal ones, so that causal attention is the same work on each. What
+Rank r of n has chunks r and 2 n - 1 - r of 2 n equal ones (`cut_sequence`), so that causal attention is the same work
+on each. What
 travels is the compressed latent and the rotated key, kv_lora_rank + qk_rope_head_dim values a token and layer (V3: 576,
 where the heads' keys and values are 32,768): each rank gathers those of all tokens and expands them itself.
 
@@ -23,7 +24,7 @@ from ..models.main_model import check_mask, check_positions
 from ..models.outputs import Places, TrunkOutput
 from ..models.tensor_checks import check_token_ids
 from ..moe.routing import Routing
-from .collectives import gather_sequence, sent_bytes
+from .collectives import cut_sequence, gather_sequence, sent_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,19 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["ContextParallelAttention", "ContextParallelLM", "ContextParallelModel", "SequencePart"]
 
 PURPOSE = "context parallel"
-
-
-@functools.lru_cache(maxsize=64)
-def zigzag(tokens: int, ranks: int, rank: int, device: torch.device) -> Tensor:
-    """Returns the positions of a rank's tokens in their sequence, int64 [T / n], ascending."""
-    chunks = torch.arange(tokens, device=device).chunk(2 * ranks)
-    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
-
-
-@functools.lru_cache(maxsize=64)
-def sequence_order(tokens: int, ranks: int, device: torch.device) -> Tensor:
-    """Returns for each position of a sequence its place among the tokens of all ranks, int64 [T]."""
-    return torch.cat([zigzag(tokens, ranks, rank, device) for rank in range(ranks)]).argsort()
 
 
 class SequencePart:
@@ -54,26 +42,25 @@ class SequencePart:
         group: the ranks that share the sequences.
 
     Attributes:
-        positions: int64 [T / n], of this rank's tokens.
+        tokens: T / n, of this rank.
 
     Raises:
         ValueError: T is no multiple of 2 n.
     """
 
-    def __init__(self, tokens: int, group: ProcessGroup, device: torch.device) -> None:
-        self.group, self.ranks = group, dist.get_world_size(group)
+    def __init__(self, tokens: int, group: ProcessGroup) -> None:
+        self.group, self.ranks, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         if tokens % (2 * self.ranks):
             raise ValueError(f"expected tokens in multiples of 2 x cp = {2 * self.ranks} in each row, got {tokens}")
-        self.positions = zigzag(tokens, self.ranks, dist.get_rank(group), device)
+        self.tokens = tokens // self.ranks
 
     def cut(self, x: Tensor, dim: int = 1) -> Tensor:
         """Returns this rank's tokens of a tensor with those of whole sequences along `dim`."""
-        return x.index_select(dim, self.positions.to(x.device))
+        return cut_sequence(x, self.ranks, self.rank, dim)
 
     def gather(self, x: Tensor) -> Tensor:
         """Joins the ranks' parts [B, T / n, C] to [B, T, C], which all ranks then use alike."""
-        order = sequence_order(x.shape[1] * self.ranks, self.ranks, x.device)
-        return _Copies.apply(gather_sequence(x.detach(), order, self.group, "logits"), x, self)
+        return _Copies.apply(gather_sequence(x.detach(), self.group, "logits"), x, self)
 
     def sum(self, x: Tensor) -> Tensor:
         """Returns the sum of the ranks' values, for a loss that all of them compute."""
@@ -85,10 +72,10 @@ class SequencePart:
         losses, accuracies, total = self.sum(torch.stack((losses * counts, accuracies * counts, counts)))
         return (losses / total.clamp(min=1)).float(), (accuracies / total.clamp(min=1)).float()
 
-    def mask(self, mask: Tensor | None, batch: int, tokens: int) -> Tensor:
+    def mask(self, mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """Returns the mask of this rank's queries and all keys, given that of whole sequences."""
         if mask is None:
-            ends = (self.positions + 1).expand(batch, -1)
+            ends = self.cut(torch.arange(1, self.tokens * self.ranks + 1, device=device), 0).expand(batch, -1)
             return torch.stack((torch.zeros_like(ends), ends), dim=-1).int()
         return self.cut(mask, 1 if mask.ndim == 3 else 2)
 
@@ -127,9 +114,7 @@ class ContextParallelAttention:
 
     def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> tuple[Tensor, Tensor]:
         states = super().append_to_cache(x, rope, None)  # type: ignore[misc]
-        ranks = dist.get_world_size(self.cp_group)
-        order = sequence_order(x.shape[1] * ranks, ranks, x.device)
-        joined = gather_sequence(torch.cat(states, -1), order, self.cp_group, PURPOSE)
+        joined = gather_sequence(torch.cat(states, -1), self.cp_group, PURPOSE)
         latents, keys = joined.split([state.shape[-1] for state in states], -1)
         return latents, keys
 
@@ -142,16 +127,16 @@ class ContextParallelModel:
 
     cp_group: ProcessGroup
 
-    def part_of(self, tokens: int, device: torch.device) -> SequencePart:
-        return SequencePart(tokens, self.cp_group, device)
+    def part_of(self, tokens: int) -> SequencePart:
+        return SequencePart(tokens, self.cp_group)
 
     def places(
         self, valid: Tensor | None, position_ids: Tensor | None, batch: int, tokens: int, device: torch.device
     ) -> Places:
         """As the base class, with rotations and mask of this rank's tokens; documents are those of whole sequences."""
-        part = self.part_of(tokens, device)
+        part = self.part_of(tokens)
         rope, mask, documents = super().places(valid, position_ids, batch, tokens, device)  # type: ignore[misc]
-        return Places(Rotation(part.cut(rope.cos), part.cut(rope.sin)), part.mask(mask, batch, tokens), documents)
+        return Places(Rotation(part.cut(rope.cos), part.cut(rope.sin)), part.mask(mask, batch, device), documents)
 
     def forward(
         self,
@@ -174,7 +159,7 @@ class ContextParallelModel:
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         batch, tokens = given.shape[:2]
-        part = self.part_of(tokens, given.device)
+        part = self.part_of(tokens)
         valid = check_mask(attention_mask, given, None)
         if position_ids is not None:
             position_ids = check_positions(position_ids, given)
@@ -198,7 +183,7 @@ class ContextParallelLM:
             return None
         if routing.capacity is not None:
             raise ValueError("expected no token dropping where sequences are cut over ranks (cp > 1)")
-        part = model.model.part_of(tokens.shape[1], tokens.device)  # type: ignore[union-attr]
+        part = model.model.part_of(tokens.shape[1])  # type: ignore[union-attr]
         loss = None if routing.loss is None else functools.partial(routing.loss, over=part.sum)
         valid = None if routing.valid is None else part.cut(routing.valid)
-        return Routing((routing.shape[0], len(part.positions)), valid, loss=loss)
+        return Routing((routing.shape[0], part.tokens), valid, loss=loss)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -23,14 +24,16 @@ class OnLocalParameters:
 
     Attributes:
         cut_mesh: over which `parallelize` has cut the module's parameters, or copied them.
+        reads_as: dtype that they are cast to when they are read; None for their own.
     """
 
     cut_mesh: DeviceMesh
+    reads_as: torch.dtype | None = None
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         if isinstance(value, DTensor) and value.device_mesh == self.__dict__["cut_mesh"]:
-            return value.to_local()
+            return value.to_local() if self.reads_as is None else value.to_local().to(self.reads_as)
         return value
 
 

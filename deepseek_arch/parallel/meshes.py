@@ -30,6 +30,7 @@ class Meshes:
             edp, ep and etp; different: the ranks of a stage that see different tokens, as a mesh of one axis.
         data: ranks of a stage that see different tokens, of which each tensor-parallel rank has a group.
         stages: how `pipeline` has cut the model, else None.
+        param_dtype: what FSDP casts parameters to for computing; None for their own dtype.
         copies: names of parameters that the first stage has on another rank, and that this rank has a copy of.
     """
 
@@ -45,6 +46,7 @@ class Meshes:
         self._places = _mesh(sizes, device_type) if layout.cp > 1 else None
         self.stages: StagePlan | None = None
         self.copies: frozenset[str] = frozenset()
+        self.param_dtype: torch.dtype | None = None
 
     @property
     def pp(self) -> ProcessGroup:

@@ -23,6 +23,7 @@ def cut_batch(
     """Cuts [B, T] tensors into microbatches of consecutive rows; `shares` are the numbers of targets and rows."""
     rows, device = len(input_ids) // count, input_ids.device
     depths, parts = model.config.num_nextn_predict_layers, []
+    own_tokens = model.model.part_of(input_ids.shape[1]) if model.meshes.layout.cp > 1 else None
     if position_ids is not None:
         position_ids = as_int64("position_ids", position_ids).expand(len(input_ids), -1)
     for first in range(0, len(input_ids), rows):
@@ -34,7 +35,7 @@ def cut_batch(
         padding = None if valid is None else ~valid
         counts = count_targets(ignore(labels[own], padding), padding, places.documents, depths)
         shares = LossShares(counts.targets, counts.sequences)
-        parts.append(Microbatch(input_ids[own], labels[own], given, places, shares))
+        parts.append(Microbatch(input_ids[own], labels[own], given, places, shares, own_tokens))
     return parts
 
 

@@ -38,6 +38,7 @@ def pipeline(
     schedule: str = "1F1B",
     microbatches: int = 8,
     stage_layers: Sequence[int] | None = None,
+    param_dtype: torch.dtype | None = None,
 ) -> Pipeline:
     """Cuts a model into pipeline stages, in place, and by the layout's other axes as `parallelize` does.
 
@@ -53,6 +54,7 @@ def pipeline(
         microbatches: parts of each rank's batch.
         stage_layers: decoder layers of each stage; None cuts by cost. Interleaved schedules take a multiple of pp
             stages, by default two a rank, ZBVZeroBubble and DualPipeV two a rank, the others one.
+        param_dtype: as for `parallelize`; hidden states travel in it.
 
     Raises:
         LayoutError: the layout, the schedule, the stages or the number of microbatches do not fit; nothing has been
@@ -66,8 +68,11 @@ def pipeline(
     check_microbatches(plan, microbatches)
     _check_split(model, plan)
     if model.meshes is None:
-        _cut_into_stages(model, layout, plan)
-    elif model.meshes.layout != layout or model.meshes.stages != plan:
+        _cut_into_stages(model, layout, plan, param_dtype)
+    elif (model.meshes.layout, model.meshes.stages) != (layout, plan) or param_dtype not in (
+        None,
+        model.meshes.param_dtype,
+    ):
         raise ValueError(
             f"expected a model that is not cut yet, or cut into {plan.schedule.name} stages of {layout}, got one that "
             "is cut otherwise"
@@ -90,7 +95,11 @@ def _check_split(model: DeepseekLM, plan: StagePlan) -> None:
 
 
 def parallelize_stages(
-    model: DeepseekLM, layout: ParallelLayout, schedule: str | None, stage_layers: Sequence[int] | None
+    model: DeepseekLM,
+    layout: ParallelLayout,
+    schedule: str | None,
+    stage_layers: Sequence[int] | None,
+    param_dtype: torch.dtype | None = None,
 ) -> DeepseekLM:
     """Cuts a model as `pipeline` will need it.
 
@@ -100,27 +109,28 @@ def parallelize_stages(
     if schedule is None:
         raise LayoutError("expected the schedule of the pipeline with pp > 1, got none")
     layout = layout.for_devices(dist.get_world_size())
-    _cut_into_stages(model, layout, plan_stages(model.config, layout, schedule, stage_layers))
+    _cut_into_stages(model, layout, plan_stages(model.config, layout, schedule, stage_layers), param_dtype)
     return model
 
 
-def _cut_into_stages(model: DeepseekLM, layout: ParallelLayout, plan: StagePlan) -> None:
+def _cut_into_stages(
+    model: DeepseekLM, layout: ParallelLayout, plan: StagePlan, param_dtype: torch.dtype | None
+) -> None:
     """Takes everything but this rank's stages out of a model, in place, and cuts the rest by the layout's other axes.
 
     Raises:
         LayoutError: as `pipeline`.
     """
     check_layout(model, layout)
-    if layout.cp > 1:
-        raise LayoutError(f"expected cp = 1 with pp > 1, got {layout.cp}")
     meshes = Meshes(layout, mesh_device(model))
     rank = dist.get_rank(meshes.pp)
+    meshes.param_dtype = param_dtype
     meshes.stages, meshes.copies = plan, hold_stages(model, plan, rank)
     cut(model, meshes)
     assert isinstance(model, StagedLM)
     stages = [Stage(model, plan, index) for index in plan.held(rank)]
-    if meshes.shards_anything:
-        shard_stages(model, stages, meshes)
+    if meshes.shards_anything or param_dtype is not None:
+        shard_stages(model, stages, meshes, param_dtype)
     model.meshes = meshes
     model.__dict__["stages"] = stages  # no submodules: their parameters have names already
 
@@ -204,7 +214,7 @@ class Pipeline:
             self._run_schedule(input_ids, self._schedule(*shape))
             sum_embedding(model)
         else:
-            like = torch.empty(*shape, model.config.hidden_size, dtype=model.dtype, device="meta")
+            like = torch.empty(self._passed_on(*shape), dtype=model.dtype, device="meta")
             run_forward(self._stages, self.plan, like, model.meshes.pp)
         return self._output()
 
@@ -261,16 +271,20 @@ class Pipeline:
         def meta(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=kind, device="meta", requires_grad=kind.is_floating_point)
 
-        hidden = self.model.config.hidden_size
+        passed_on = self._passed_on(rows, tokens)
         return PipelineStage(
             stage,
             stage.index,
             len(self.plan.layers),
             device,
-            input_args=meta(rows, tokens, kind=torch.int64) if stage.is_first else meta(rows, tokens, hidden),
-            output_args=meta(kind=torch.float32) if stage.is_last else meta(rows, tokens, hidden),
+            input_args=meta(rows, tokens, kind=torch.int64) if stage.is_first else meta(*passed_on),
+            output_args=meta(kind=torch.float32) if stage.is_last else meta(*passed_on),
             group=self.model.meshes.pp,
         )
+
+    def _passed_on(self, rows: int, tokens: int) -> tuple[int, int, int]:
+        """Returns the shape of the hidden states that a stage sends to the next one."""
+        return rows, tokens // self.model.meshes.layout.cp, self.model.config.hidden_size
 
     def _output(self) -> CausalLMOutput:
         meshes = self.model.meshes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -48,7 +49,9 @@ class StagedLM(DeepseekLM):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the activations: the norms'."""
+        """Dtype of the activations: the norms', unless FSDP casts them."""
+        if self.meshes.param_dtype is not None:
+            return self.meshes.param_dtype
         return next(p.dtype for name, p in self.named_parameters() if name.endswith("norm.weight"))
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -63,6 +66,7 @@ class Microbatch(NamedTuple):
         mask: the attention mask as given, or None.
         places: rotations, mask and documents of its tokens.
         shares: of its losses in the loss of the step.
+        part: with context parallelism, this rank's tokens (`context_parallel.SequencePart`), which `places` is of.
     """
 
     input_ids: Tensor
@@ -70,11 +74,13 @@ class Microbatch(NamedTuple):
     mask: Tensor | None
     places: Places
     shares: LossShares
+    part: Any | None = None
 
 
 class Stage(nn.Module):
     """One stage: maps ids, or the hidden states [b, T, H] of the stage before, to hidden states; the last, to a loss.
 
+    With context parallelism hidden states are those of this rank's tokens, [b, T / cp, H], and ids those of all tokens.
     Balance losses of a stage's layers enter the backward pass with the gradient of its output.
 
     Args:
@@ -95,6 +101,7 @@ class Stage(nn.Module):
         super().__init__()
         self.__dict__["lm"] = model  # no submodule: it holds other stages, too
         self.index, self.is_first, self.is_last = index, index == 0, index == len(plan.layers) - 1
+        self._splits = plan.schedule.splits
         self.layers = nn.ModuleList(model.model.layers[number] for number in plan.layers[index])
         if self.is_first or (self.is_last and plan.shares_embedding):
             self.embed_tokens = model.model.embed_tokens
@@ -114,12 +121,12 @@ class Stage(nn.Module):
         """Runs the stage.
 
         Args:
-            x: ids [b, T] for the first stage, else [b, T, H].
+            x: ids [b, T] for the first stage, else [b, T / cp, H].
             microbatch: int [1], its number.
         """
         part, trunk = self.parts[int(microbatch)], self.lm.model
         if self.is_first:
-            x = trunk.embed(x)
+            x = trunk.embed(x if part.part is None else part.part.cut(x))
         routing = self.lm.routing_of(part.input_ids, part.mask)
         valid = None if part.mask is None else nonzero(part.mask)
         selection = trunk.new_selection(None, valid)
@@ -143,9 +150,10 @@ class Stage(nn.Module):
 
     def _loss(self, x: Tensor, part: Microbatch, routing: Routing | None, selection: Any) -> Tensor:
         lm, places = self.lm, part.places
-        main = TrunkOutput(lm.model.norm(x), x, *places)
+        main = TrunkOutput(lm.model.norm(x), x, *places, part=part.part)
         out = CausalLMOutput(logits=None, hidden_states=main.hidden_states)
-        lm.add_losses(out, main, part.input_ids, part.labels, part.mask, routing, selection)
+        embed = self._embed_apart(x) if self._splits else None
+        lm.add_losses(out, main, part.input_ids, part.labels, part.mask, routing, selection, embed)
         lm.add_routing(out, routing)
         assert out.loss is not None
         aux = out.loss.new_zeros(()) if out.aux_loss is None else out.aux_loss
@@ -159,6 +167,40 @@ class Stage(nn.Module):
             targets, rows = part.shares.targets[1:], part.shares.sequences[1:]
             self.totals[2:] += (ahead * torch.stack((targets, rows, targets))).flatten()
         return weighted_loss(out, part.shares, self.mtp_weight)
+
+    def _embed_apart(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns a lookup of embeddings whose gradient is computed with that of the stage's input, `x`.
+
+        A pass for the weights' gradients begins at each use of a parameter, and would run the stage between two uses
+        again: that of MTP module 0 lies behind that of module 1, and that of a tied head before both.
+        """
+
+        def embed(ids: Tensor) -> Tensor:
+            rows = self.lm.model.embed(ids)
+            if not (torch.is_grad_enabled() and rows.requires_grad):
+                return rows
+            return _Apart.apply(x, rows.detach(), [rows])
+
+        return embed
+
+
+class _Apart(torch.autograd.Function):
+    """Returns `value`; as soon as its gradient is there, what the value was made from gets its own.
+
+    Args:
+        anchor: lies behind in the backward pass that is to do so.
+        graph: the value with its graph, in a list: autograd must not see it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, graph: list[Tensor]) -> Tensor:
+        ctx.graph = graph
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        torch.autograd.backward(ctx.graph, grads)
+        return None, None, None
 
 
 class _WithLoss(torch.autograd.Function):

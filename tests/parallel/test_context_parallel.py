@@ -12,7 +12,7 @@ from deepseek_arch.parallel.collectives import sent_bytes
 from deepseek_arch.planning.traffic import context_parallel_traffic, total_by
 from support import small_models
 from support.cut_models import SIZES, gradients
-from support.ranks import RankError, run_ranks
+from support.ranks import run_ranks
 from support.small_models import error
 
 SAME = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -241,13 +241,3 @@ def test_checkpoints_know_nothing_of_it(tmp_path):
     da.load_sharded(model, tmp_path / "a")
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
-
-
-def with_pipeline(rank):
-    da.pipeline(model_of(), ParallelLayout(pp=2, cp=2))
-
-
-def test_pipelines_are_refused():
-    with pytest.raises(RankError) as caught:
-        run_ranks(with_pipeline, 4)
-    assert str(caught.value).count("LayoutError: expected cp = 1 with pp > 1") == 4

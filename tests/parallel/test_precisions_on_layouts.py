@@ -39,9 +39,13 @@ def step(model):
 # ---------------------------------------------------------------- mixed precision
 
 
-def mixed(rank, axes):
-    model = da.parallelize(model_of(), ParallelLayout(**axes), torch.bfloat16)
-    seen = {}
+def mixed(rank, axes, folder=None):
+    """Casts a model, or with a pipeline one that is read from files, and takes a step."""
+    layout, schedule, seen = ParallelLayout(**axes), axes.get("pp") and "DualPipeV", {}
+    if folder is None:
+        model = da.parallelize(model_of(), layout, torch.bfloat16)
+    else:
+        model = da.load(folder, dtype="float32", layout=layout, schedule=schedule, param_dtype=torch.bfloat16).train()
 
     def note(kind, tensors):
         seen.setdefault(kind, set()).update(str(t.dtype) for t in tensors if t.is_floating_point())
@@ -52,15 +56,29 @@ def mixed(rank, axes):
         if isinstance(module, da.Experts):
             module.register_forward_pre_hook(lambda m, args: note("routing weights", [args[2]]))
             module.register_forward_pre_hook(lambda m, args: note("experts", [args[0]]))
-    step(model)
+    if schedule is None:
+        step(model)
+    else:
+        pipe = da.pipeline(model, layout, schedule, 4)
+        ids = rows_of(model).repeat_interleave(4 // len(rows_of(model)), 0)
+        pipe.step(ids, ids, mtp_weight=0.3)
+        pipe.evaluate(ids, ids)
     parameters = {str(p.dtype) for p in model.parameters()}
     return seen, parameters, gradients(model)
 
 
 @pytest.mark.parametrize(
-    ("axes", "world"), [({"dp_shard": 2, "ep": 2}, 2), ({"tp": 2}, 2), ({"dp_shard": 2, "tp": 2, "ep": 2}, 4)], ids=str
+    ("axes", "world"),
+    [
+        ({"dp_shard": 2, "ep": 2}, 2),
+        ({"tp": 2}, 2),
+        ({"dp_shard": 2, "tp": 2, "ep": 2}, 4),
+        ({"pp": 2}, 2),
+        ({"pp": 2, "dp_shard": 2, "ep": 2}, 4),
+    ],
+    ids=str,
 )
-def test_parameters_are_cast_for_computing(axes, world):
+def test_parameters_are_cast_for_computing(axes, world, tmp_path):
     """Gradients stray from those of float32 no further than one process's in bfloat16: routers choose otherwise."""
     exact, half = model_of(), model_of().bfloat16()
     for module in half.modules():
@@ -72,16 +90,27 @@ def test_parameters_are_cast_for_computing(axes, world):
     for model in (exact, half):
         step(model)
     expected, noisy = gradients(exact), gradients(half)
-    for seen, parameters, grads in run_ranks(mixed, world, axes):
+    files = tmp_path / "files" if "pp" in axes else None
+    if files is not None:
+        da.save(model_of(), files)
+    whole: dict = {}
+    for seen, parameters, grads in run_ranks(mixed, world, axes, files):
         assert seen == {
             "router": {"torch.float32"},
             "routing weights": {"torch.float32"},
             "experts": {"torch.bfloat16"},
         }
         assert parameters == {"torch.float32"} and {g.dtype for g in grads.values()} == {torch.float32}
-        assert grads.keys() == expected.keys()
-        for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.experts.down_proj"):
-            assert error(grads[name], expected[name]) < 1.5 * error(noisy[name].float(), expected[name]), name
+        whole |= grads
+    assert whole.keys() == expected.keys()
+    for name in (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.mlp.experts.down_proj",
+        "mtp.0.eh_proj.weight",
+    ):
+        assert error(whole[name], expected[name]) < 1.5 * error(noisy[name].float(), expected[name]), name
 
 
 # ---------------------------------------------------------------- FP8

@@ -40,10 +40,12 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, seconds: flo
     """
     with tempfile.TemporaryDirectory(prefix="ranks") as name:
         folder = Path(name)
-        running = {_forked(function, rank, world, args, folder) for rank in range(world)}
+        running = {_forked(function, rank, world, args, folder): rank for rank in range(world)}
         deadline = time.monotonic() + seconds
         while running and time.monotonic() < deadline:
-            running -= {pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]}
+            running = {pid: rank for pid, rank in running.items() if not os.waitpid(pid, os.WNOHANG)[0]}
+            if all((folder / f"{rank}.pickle").exists() for rank in running.values()):
+                (folder / "done").touch()
             time.sleep(0.01)
         for pid in running:
             os.kill(pid, signal.SIGKILL)
@@ -66,11 +68,16 @@ def _forked(function: Callable[..., Any], rank: int, world: int, args: tuple[Any
         meeting = f"file://{folder}/meeting"
         timeout = timedelta(seconds=COLLECTIVE_SECONDS)
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timeout)
-        outcome = pickle.dumps((True, function(rank, *args)))
+        succeeded, outcome = True, pickle.dumps((True, function(rank, *args)))
     except BaseException:
-        outcome = pickle.dumps((False, traceback.format_exc()))
+        succeeded, outcome = False, pickle.dumps((False, traceback.format_exc()))
     (folder / f"{rank}.part").write_bytes(outcome)
     (folder / f"{rank}.part").rename(folder / f"{rank}.pickle")
+    parent = os.getppid()
+    # A rank that leaves closes its connections, of which another may just be making one. The others of a rank that has
+    # failed are to see that.
+    while succeeded and folder.exists() and not (folder / "done").exists() and os.getppid() == parent:
+        time.sleep(0.01)
     os._exit(0)  # without the clean-up of pytest, which is the parent's
 
 
