@@ -43,7 +43,7 @@ ORDER = [
 
 
 # Folders of benchmarks, likewise; those of one line do not import each other.
-BENCHMARKS = (("core",), ("operators", "models", "training"), ("gpu",), ("cli",))
+BENCHMARKS = (("core",), ("operators", "models", "training", "layouts"), ("gpu",), ("cli",))
 
 
 def imported(path: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,9 @@ def test_shell_blocks_name_commands_that_exist():
             assert re.search(rf"^{text.split()[1]}:", makefile, re.MULTILINE), text
             continue
         if text.startswith("torchrun "):
-            module, *arguments = text.partition(" -m ")[2].split()
+            module, *arguments = shlex.split(text.partition(" -m ")[2])
+            if module == "benchmarks":
+                module = f"benchmarks.{COMMANDS[arguments.pop(0)].module}"
             parser_of(module, importlib.import_module(module).Settings, "").parse_args(arguments)
             continue
         start = next(start for start in known if text.startswith(start + " "))

@@ -51,6 +51,7 @@ COMMANDS = {
             "sparse", "models.sparse_attention", "Sparse attention against dense and transformers', at V3.2's widths."
         ),
         Command("overhead", "models.overhead", "Calls, files and time of a decode step, where operators are small."),
+        Command("parallel", "layouts.run", "Layouts over several devices, checked and timed; started by torchrun."),
         Command("rollouts", "models.rollouts", "Sampling of a trained policy: this engine and transformers'."),
         Command("convert", "models.convert", "Conversion of checkpoints against copying them."),
         Command("fp8-training", "training.fp8_training", "Training in FP8 against training in BF16."),

@@ -101,7 +101,7 @@ def _divergence(
     else:
         seen = _marks(ids, keys.shape[1])
     with torch.no_grad():
-        mass = attention_mass(q, expanded, rotated, seen, attention.softmax_scale)
+        mass = attention.mass(q, expanded, rotated, seen)
     scores = indexer.scores(x, latents, Rotation(cos, sin), keys, mask).masked_fill(~seen, -torch.inf)
     # A row without keys has no distribution, and no gradient.
     scores = torch.where(seen.any(-1, keepdim=True), scores, 0.0)

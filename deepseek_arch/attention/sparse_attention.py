@@ -24,7 +24,7 @@ from ..cache.latent_cache import LatentCache
 from ..config.deepseek_config import DeepseekConfig
 from ..layers.rope import Rotation
 from ..layers.unreached import connect
-from .indexer_loss import indexer_loss
+from .indexer_loss import attention_mass, indexer_loss
 from .key_selection import KeySelection
 from .lightning_indexer import LightningIndexer, query_blocks
 from .mla import MultiHeadLatentAttention, differentiated, is_hooked, latents_and_keys
@@ -122,6 +122,10 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         out = self.attend(q, states, mask, cache) if ids is None else self.attend_selected(q, states, ids, mask, cache)
         out = self.o_proj(out.flatten(-2))
         return connect(out, (self.indexer,)) if self.training and self.indexer is not None else out
+
+    def mass(self, q: Tensor, expanded: Tensor, rotated: Tensor, seen: Tensor) -> Tensor:
+        """Returns `attention_mass` of all heads, which the indexer learns."""
+        return attention_mass(q, expanded, rotated, seen, self.softmax_scale)
 
     def append_to_cache(self, x: Tensor, rope: Rotation, cache: Any | None) -> Tensor | tuple[Tensor, Tensor]:
         """Appends as the base class; with `simulate_fp8`, latents as FP8 has them."""

@@ -29,6 +29,7 @@ from .adapter_targets import keep_linear_targets
 from .attention import AttentionWeights
 from .configuration import ArchConfig, ArchDeepseekV3Config, as_arch_config
 from .fp8_cuts import StoredInFP8, check_cuts, check_version
+from .head_cuts import check_heads
 from .key_mapping import saving_conversions
 from .layers import DeepseekDecoderLayer
 from .other_quantizers import has_other_quantizer, make_linears_plain
@@ -67,14 +68,16 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
-        """As transformers, which calls this before it reads weights, and checks the cuts of FP8 weights.
+        """As transformers, which calls this before it reads weights, and checks the cuts of heads and of FP8 weights.
 
         Raises:
-            ValueError: on every rank, if a cut lies inside a block, or transformers cuts codes without their scales.
+            ValueError: on every rank, if a cut lies inside a head or a block, or transformers cuts codes without their
+                scales.
         """
         if model.stored_in_fp8 is not None:
             check_version(distributed_config)
         model = super().maybe_distribute_model(model, distributed_config, mesh)
+        check_heads(model, model.config.to_core())
         if model.stored_in_fp8 is not None:
             check_cuts(model, model.stored_in_fp8)
         return model
@@ -150,7 +153,8 @@ class DeepseekPreTrainedModel(StrictLoading, PreTrainedModel):
                 attention, whose indexers were never trained so.
         """
         rules = self._tp_plan or {}
-        if mode and (self.tp_size or 1) > 1 and any(rule.endswith(".kv_b_proj") for rule in rules):
+        cuts = any(rule.endswith(".kv_b_proj") and style != "replicate" for rule, style in rules.items())
+        if mode and (self.tp_size or 1) > 1 and cuts:
             style = next((style for rule, style in rules.items() if rule.endswith(".kv_a_proj_with_mqa")), None)
             if style != "mla_kv_a_proj" or any(isinstance(module, LightningIndexer) for module in self.modules()):
                 raise ValueError(

@@ -145,6 +145,16 @@ class ArchDeepseekV2Config(ArchConfig, DeepseekV2Config):
         """Checks nothing: natively heads have to divide the hidden size, but their width is a field of its own."""
 
 
+# Attention by heads; the native plan for V3 leaves it whole on every rank, those for the other families cut it so.
+_ATTENTION_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.q_b_proj": "colwise",
+    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",  # sums the rotated key's gradient (TRAPS S1)
+    "layers.*.self_attn.kv_b_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+
+
 @strict
 class ArchDeepseekV3Config(ArchConfig, DeepseekV3Config):
     """DeepSeek-V3, V3.1, R1, Moonlight."""
@@ -152,6 +162,7 @@ class ArchDeepseekV3Config(ArchConfig, DeepseekV3Config):
     model_type = "deepseek_v3"
     published_prefix = "DeepseekV3"
     attribute_map = _expert_names(DeepseekV3Config)
+    base_model_tp_plan = _ATTENTION_PLAN | DeepseekV3Config.base_model_tp_plan
 
     output_router_logits: bool = False
     # The native default is one MTP module, also for files that name none.

@@ -101,7 +101,7 @@ def indexer_warm_up(
         and the recall of each layer.
 
     Raises:
-        ValueError: the model has dense attention, or recomputes layers in the backward pass.
+        ValueError: the model has dense attention.
     """
     selection = KeySelection(stage="dense")
     labels = input_ids if len(model.mtp) else None  # the modules run with labels only

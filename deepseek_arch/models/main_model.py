@@ -164,13 +164,9 @@ class DeepseekModel(nn.Module):
     ) -> Tensor:
         """Runs some of the layers in order, [B, T, H] to the same shape; recomputes them where that is switched on."""
         recomputes = self.gradient_checkpointing and self.training and cache is None
-        if selection is not None and selection.stage is not None:
-            if recomputes:
-                raise ValueError(
-                    "expected no gradient checkpointing with the loss of the indexers, which computes anew"
-                )
-            if cache is not None:  # it carries no gradient to the indexers' keys
-                raise ValueError("expected no cache with the loss of the indexers, got one")
+        if selection is not None and selection.stage is not None and cache is not None:
+            # It carries no gradient to the indexers' keys.
+            raise ValueError("expected no cache with the loss of the indexers, got one")
         chosen = () if selection is None else (selection,)
         for layer in layers:
             if recomputes:

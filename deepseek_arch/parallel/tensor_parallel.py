@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layers.rope import Rotation
 from ..moe.routing import Routing
-from .collectives import copy_in, sum_out
+from .collectives import copy_in, reduce_over, sum_out
 from .dispatch import dispatched
 
 if TYPE_CHECKING:
@@ -63,11 +63,17 @@ class HeadParallel:
         self, x: Tensor, rope: Rotation, mask: Tensor | None = None, cache: Any | None = None, *selection: Any
     ) -> Tensor:
         """As the class's own; of sparse attention, each rank has the whole indexer and selects the same keys."""
-        if any(chosen is not None and chosen.stage is not None for chosen in selection):
-            raise ValueError("expected tp = 1 for training indexers, which learn from the heads of all ranks")
         out = sum_out(super().forward(x, rope, mask, cache, *selection), self.group, PURPOSE)  # type: ignore[misc]
         projection: Any = self.o_proj  # type: ignore[attr-defined]
         return out + projection.bias if isinstance(projection, HoldsBias) else out
+
+    def mass(self, q: Tensor, expanded: Tensor, rotated: Tensor, seen: Tensor) -> Tensor:
+        """Returns the mass of the heads of all ranks; each rank has as many.
+
+        The same on all of them, and so are the loss and the gradients of each rank's whole indexer.
+        """
+        mass = super().mass(q, expanded, rotated, seen)  # type: ignore[misc]
+        return reduce_over(mass, self.group, "indexer training") / torch.distributed.get_world_size(self.group)
 
 
 class WidthParallelMLP:

@@ -59,8 +59,10 @@ def expected_logits(folder):
 
 
 TP2 = {"tp_plan": "auto", "tp_size": 2}
-# Widths of whole blocks for each of two ranks; float32 activations, so that only the order of sums differs.
-ALIGNED = {"intermediate_size": 256, "moe_intermediate_size": 256}
+# Heads of whole blocks, and widths of them for each of two ranks; float32 activations, so that only the order of
+# sums differs.
+HEADS = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+ALIGNED = HEADS | {"intermediate_size": 256, "moe_intermediate_size": 256}
 
 
 @plans
@@ -92,9 +94,10 @@ def test_fp8_weights_on_two_ranks_are_those_of_one(tmp_path, axes, widths, dequa
 @pytest.mark.parametrize(
     ("axes", "widths", "dequantize", "message"),
     [
-        (TP2, {"intermediate_size": 176}, False, r"mlp\.gate_proj\.weight has 176 rows over tp=2"),
-        (TP2, {"intermediate_size": 176}, True, r"mlp\.gate_proj\.weight has 176 rows over tp=2"),
-        (TP2, {"intermediate_size": 256}, False, r"experts\.gate_up_proj has 144 rows over tp=2"),
+        (TP2, {}, False, r"self_attn\.q_b_proj\.weight has 192 rows over tp=2"),
+        (TP2, HEADS | {"intermediate_size": 176}, False, r"mlp\.gate_proj\.weight has 176 rows over tp=2"),
+        (TP2, HEADS | {"intermediate_size": 176}, True, r"mlp\.gate_proj\.weight has 176 rows over tp=2"),
+        (TP2, HEADS | {"intermediate_size": 256}, False, r"experts\.gate_up_proj has 144 rows over tp=2"),
         ({"fsdp_size": 2}, {}, True, r"kv_a_proj_with_mqa\.weight has 80 rows over fsdp=2"),
     ],
 )

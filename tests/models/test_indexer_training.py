@@ -141,6 +141,34 @@ def test_stages_of_a_dense_model(tmp_path):
     assert da.load(tmp_path).config.index_topk == 6
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "indexers"])
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_recomputed_layers_give_the_same_losses_and_gradients(kind, stage, frozen):
+    """Bit for bit: the same operations again. GLM-5's layers share what a layer before has selected."""
+    depth = {} if kind == "glm-5" else {"num_nextn_predict_layers": 1}
+    runs = []
+    for recompute in (False, True):
+        lm = make(kind, **depth)[0].train()
+        lm.gradient_checkpointing_enable(recompute)
+        if frozen:
+            da.train_only_indexers(lm)
+        ids, selection = tokens(lm.config, 2, TOKENS), da.KeySelection(stage=stage)
+        out = lm(ids, labels=ids, selection=selection)
+        (out.indexer_loss + (0.0 if frozen else out.loss)).backward()
+        grads = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+        runs.append((out.indexer_loss, selection, grads))
+    (loss, kept, expected), (again, found, grads) = runs
+    assert torch.equal(again, loss) and grads.keys() == expected.keys()
+    assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
+    assert {name for name in grads if ".indexer." in name}
+    for name in ("losses", "recall"):
+        before, after = getattr(kept, name), getattr(found, name)
+        assert before.keys() == after.keys() and all(
+            torch.equal(after[layer], value) for layer, value in before.items()
+        )
+
+
 class Kept:
     """Bytes that the graph keeps for the backward pass, of arguments of checkpoints too."""
 
@@ -207,9 +235,5 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="expected a deepseek_v3 with dense attention"):
         da.sparse_from_dense(small_models.model(config("v32")))
     lm, _ = make("v32")
-    lm.train().gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="expected no gradient checkpointing"):
-        da.indexer_warm_up(lm, tokens(lm.config, 1, 8))
-    lm.gradient_checkpointing_enable(False)
     with pytest.raises(ValueError, match="expected no cache with the loss of the indexers"):
         lm(tokens(lm.config, 1, 8), cache=lm.new_cache(1), selection=da.KeySelection(stage="dense"))

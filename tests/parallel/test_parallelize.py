@@ -130,9 +130,7 @@ def selected(rank):
     ids, selection = rows_of(model.config, 0, (2,)), KeySelection(record=True)
     model(ids, labels=ids, selection=selection)
     tokens = da.generate(model.eval(), ids, max_new_tokens=8, eos_token_id=[])
-    with pytest.raises(ValueError) as caught:
-        da.indexer_warm_up(model.train(), ids)
-    return selection.ids, tokens, str(caught.value)
+    return selection.ids, tokens
 
 
 def test_ranks_select_the_same_keys():
@@ -140,11 +138,41 @@ def test_ranks_select_the_same_keys():
     ids, selection = rows_of(model.config, 0, (2,)), KeySelection(record=True)
     model(ids, labels=ids, selection=selection)
     tokens = da.generate(model.eval(), ids, max_new_tokens=8, eos_token_id=[])
-    for found, text, message in run_ranks(selected, 2):
+    for found, text in run_ranks(selected, 2):
         assert found.keys() == selection.ids.keys()
         assert all(torch.equal(found[layer].sort(-1).values, selection.ids[layer].sort(-1).values) for layer in found)
         assert torch.equal(text, tokens)
-        assert "expected tp = 1 for training indexers" in message
+
+
+def indexers_trained(model, ids, stage):
+    """Loss of each layer, recall, and gradients: of indexers alone in the warm-up, else of all."""
+    selection = KeySelection(stage=stage)
+    out = model(ids, labels=ids, return_logits=False, selection=selection)
+    loss = out.indexer_loss if stage == "dense" else out.indexer_loss + loss_of(out)
+    loss.backward()
+    losses = {layer: float(loss.detach()) for layer, loss in selection.losses.items()}
+    return losses, {layer: float(value) for layer, value in selection.recall.items()}, gradients(model)
+
+
+def indexers_on_ranks(rank, axes, stage, recompute):
+    model = model_of("v32")
+    model.gradient_checkpointing_enable(recompute)
+    model = da.parallelize(model, ParallelLayout(**axes))
+    return indexers_trained(model, rows_of(model.config, 0, (2,)), stage)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+@pytest.mark.parametrize(("axes", "world"), [({"tp": 2}, 2), ({"tp": 2, "ep": 2}, 2), ({"tp": 4}, 4)], ids=str)
+def test_indexers_learn_from_the_heads_of_all_ranks(axes, world, stage, recompute):
+    model = model_of("v32")
+    losses, recall, expected = indexers_trained(model, rows_of(model.config, 0, (2,)), stage)
+    assert any(".indexer." in name for name in expected) and len(losses) == 4
+    for own, found, grads in run_ranks(indexers_on_ranks, world, axes, stage, recompute):
+        assert own == pytest.approx(losses, rel=1e-5) and found == pytest.approx(recall, rel=1e-5)
+        assert grads.keys() == expected.keys()
+        for name, grad in expected.items():
+            assert error(grads[name], grad) < 10 * SAME[torch.float32], name
 
 
 def crowded(experts, **changes):

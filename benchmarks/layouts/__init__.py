@@ -1,0 +1,1 @@
+"""Layouts over several devices: checked against one process, then timed, under torchrun."""
