@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from deepseek_kernels import mla_attention, mla_decode, rope_
 from deepseek_kernels import rope as rotate
-from deepseek_kernels.attention.head_projection import latents_to_values, queries_to_latents
+from deepseek_kernels.attention.head_projection import latents_to_values, queries_to_latents, reads_codes
 
 from ..cache.latent_cache import LatentCache
 from ..config.argument_types import Size, check_types
 from ..config.deepseek_config import DeepseekConfig
-from ..layers.linear import Linear, dense_weight, is_plain_linear, is_plain_module
+from ..layers.linear import Linear, dense_weight, fp8_weight, is_plain_linear, is_plain_module
 from ..layers.norm import RMSNorm, normalize
 from ..layers.rope import Rotation
 
@@ -224,9 +224,13 @@ class MultiHeadLatentAttention(nn.Module):
         Returns:
             [B, T, N, V].
         """
-        split = self.qk_nope_head_dim
+        split, shape = self.qk_nope_head_dim, (q.shape[2], self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        kept = fp8_weight(self.kv_b_proj)
+        if kept is not None and reads_codes(q, codes := kept[0].view(shape)):
+            latents = attend(queries_to_latents(q, codes, split, *kept[1:]))
+            return latents_to_values(latents, codes, split, *kept[1:])
         weight, bias = self.kv_b_map(q)
-        up = weight.view(q.shape[2], split + self.v_head_dim, self.kv_lora_rank)  # [N, P + V, C]
+        up = weight.view(shape)  # [N, P + V, C]
         out = latents_to_values(attend(queries_to_latents(q, up, split)), up, split)
         # A bias of the keys adds the same to all scores of a query, which the softmax takes out again.
         return out if bias is None else out + bias.view(q.shape[2], -1)[:, split:]

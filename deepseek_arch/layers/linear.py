@@ -23,6 +23,7 @@ __all__ = [
     "QuantizedRows",
     "declares",
     "dense_weight",
+    "fp8_weight",
     "is_plain_linear",
     "is_plain_module",
 ]
@@ -186,3 +187,13 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
     if not is_plain_linear(module) or type(module.weight) not in (nn.Parameter, Tensor) or module.bias is not None:
         return None
     return module.weight.to(dtype) if type(module) is nn.Linear else module.dense_weight(dtype)
+
+
+def fp8_weight(module: nn.Module) -> tuple[Tensor, Tensor, tuple[int, int]] | None:
+    """Returns the FP8 values [N, K], the scales and the block size of the matrix that is all of what a layer does.
+
+    None for a layer of another kind, and where `dense_weight` returns None.
+    """
+    if not declares(module, "fp8_weight") or type(module.weight) not in (nn.Parameter, Tensor):
+        return None
+    return module.fp8_weight() if module.bias is None else None

@@ -46,7 +46,7 @@ def _on_local(kind: Any, behaviour: type | None) -> type[nn.Module]:
 
 
 def _stated(kind: type[nn.Module]) -> dict[str, Any]:
-    return {name: vars(kind)[name] for name in ("dense_weight", "norm_consumers") if name in vars(kind)}
+    return {name: vars(kind)[name] for name in ("dense_weight", "fp8_weight", "norm_consumers") if name in vars(kind)}
 
 
 @functools.cache

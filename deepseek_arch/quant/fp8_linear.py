@@ -71,6 +71,10 @@ class FP8Linear(FP8Layer, Linear):
         """Returns the dequantized matrix, as `Linear.dense_weight`."""
         return self.dequantize(dtype)
 
+    def fp8_weight(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Returns the FP8 values, their scales and the block size: the matrix as it is stored."""
+        return self.weight, self.weight_scale_inv, self.block_size
+
     def norm_consumers(self) -> tuple[nn.Module, ...]:
         """Returns this layer, as `Linear.norm_consumers`."""
         return (self,)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import deepseek_arch as da
 from deepseek_arch.attention.mla import MultiHeadLatentAttention
-from deepseek_arch.layers.linear import Linear
+from deepseek_arch.layers.linear import Linear, fp8_weight
 from deepseek_arch.layers.rope import RotaryEmbedding
 from deepseek_arch.layout.parameter_map import layout, scale_name
 from deepseek_arch.moe.moe import Experts
@@ -384,6 +384,28 @@ def test_absorbed_attention_with_an_fp8_kv_b_proj(dtype, monkeypatch):
     # A hook may change what the module computes: then it is asked.
     attention.kv_b_proj.register_forward_hook(lambda module, args, out: 2 * out)
     assert error(attention.kv_b_map(x)[0], 2 * attention.kv_b_proj.dequantize(dtype)) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_queries_read_an_fp8_kv_b_proj_as_it_is(cpu_backend, dtype, monkeypatch):
+    """A step that dequantized the matrix would take longer for it than for all other products of the layer."""
+    cfg = small_models.config("v3")
+    attention = MultiHeadLatentAttention.from_config(cfg, dtype=torch.float32)
+    attention.kv_b_proj = FP8Linear.quantize(attention.kv_b_proj, (16, 12))
+    attention.to(dtype).eval()
+    rope = RotaryEmbedding.from_config(cfg)(torch.arange(5)[None])
+    x = torch.randn(1, 5, cfg.hidden_size).to(dtype)
+    monkeypatch.setattr(attention, "prefers_absorbed", lambda *_: True)
+    with torch.no_grad():
+        expected = attention(x, rope)  # by the references, which dequantize
+        monkeypatch.setattr(FP8Linear, "dequantized", lambda *_: pytest.fail("dequantized"))
+        with use_backend("cpu"):
+            got = attention(x, rope)
+            attention.kv_b_proj.bias = nn.Parameter(torch.ones(attention.kv_b_proj.out_features, dtype=dtype))
+            assert fp8_weight(attention.kv_b_proj) is None
+            assert fp8_weight(nn.Linear(2, 2)) is None
+    roundings = 256 if dtype == torch.float32 else 4
+    assert error(got, expected) < roundings * torch.finfo(dtype).eps
 
 
 # ---------------------------------------------------------------- compiled

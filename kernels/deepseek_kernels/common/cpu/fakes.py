@@ -78,11 +78,25 @@ def _sparse_mla(q: Tensor, states: Tensor, ids: Tensor, kv_lora_rank: int, scale
     return q.new_empty(*q.shape[:3], kv_lora_rank)
 
 
-def _queries_to_latents(q: Tensor, up: Tensor, own: int) -> Tensor:
+def _queries_to_latents(
+    q: Tensor,
+    up: Tensor,
+    own: int,
+    scale: Tensor | None = None,
+    block_rows: int = 1,
+    block_columns: int = 1,
+) -> Tensor:
     return q.new_empty(*q.shape[:3], up.shape[2] + q.shape[3] - own)
 
 
-def _latents_to_values(latents: Tensor, up: Tensor, own: int) -> Tensor:
+def _latents_to_values(
+    latents: Tensor,
+    up: Tensor,
+    own: int,
+    scale: Tensor | None = None,
+    block_rows: int = 1,
+    block_columns: int = 1,
+) -> Tensor:
     return latents.new_empty(*latents.shape[:3], up.shape[1] - own)
 
 

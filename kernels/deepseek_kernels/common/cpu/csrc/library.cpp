@@ -40,8 +40,12 @@ TORCH_LIBRARY(deepseek_kernels_cpu, library) {
       "mla_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor key, Tensor? mask, Tensor out, Tensor log_sum, "
       "float scale) -> (Tensor, Tensor, Tensor)");
   library.def("mla_prefill(Tensor q, Tensor states, int kv_lora_rank, float scale, Tensor? mask) -> Tensor");
-  library.def("queries_to_latents(Tensor q, Tensor up, int own) -> Tensor");
-  library.def("latents_to_values(Tensor latents, Tensor up, int own) -> Tensor");
+  library.def(
+      "queries_to_latents(Tensor q, Tensor up, int own, Tensor? scale=None, int block_rows=1, int block_columns=1) "
+      "-> Tensor");
+  library.def(
+      "latents_to_values(Tensor latents, Tensor up, int own, Tensor? scale=None, int block_rows=1, int block_columns=1) "
+      "-> Tensor");
   library.def("indexer_scores(Tensor q, Tensor keys, Tensor weights, Tensor? mask) -> Tensor");
   library.def("topk_select(Tensor scores, int top_k, Tensor? mask) -> Tensor");
   library.def("sparse_mla(Tensor q, Tensor states, Tensor ids, int kv_lora_rank, float scale) -> Tensor");

@@ -22,6 +22,20 @@ struct Code {
 };
 constexpr float CODE_UNIT = 256.0f;
 
+inline float float_of(float value) {
+  return value;
+}
+
+inline float float_of(BFloat16 value) {
+  return value;
+}
+
+// As `load_pair`, of which the comment below says how.
+inline float float_of(Code code) {
+  const uint16_t bits = static_cast<uint16_t>((code.bits & 0x80) << 8 | (code.bits & 0x7F) << 7);
+  return c10::detail::fp16_ieee_to_fp32_value(static_cast<uint16_t>(bits | ((bits + (1 << 7)) & (1 << 14))));
+}
+
 constexpr int64_t WIDTH = Vec::size();
 constexpr int64_t STEP = 2 * WIDTH; // what `load_pair` reads
 
