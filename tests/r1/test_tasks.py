@@ -27,7 +27,8 @@ def test_problems_repeat_with_the_seed_and_splits_do_not_meet(source):
     assert isinstance(source, ProblemSet)
     assert source.draw(20, 3) == source.draw(20, 3)
     assert source.draw(20, 3) != source.draw(20, 4)
-    shared = {"Hello !", "你 好 !"} | {p.question for p in source.draw(500, 1) if p.kind == "harmless"}
+    # Everyday prompts but for descriptions: see `Chat.draw`.
+    shared = {p.question for p in source.draw(900, 1) if p.data.get("topic") in ("hello", "harm", "translate")}
     train = {p.question for p in source.draw(2000, 1)} - shared
     test = {p.question for p in source.draw(2000, 2, "test")} - shared
     assert train and test and not train & test
@@ -87,6 +88,7 @@ def test_a_corpus_can_hold_fewer_lists_of_all_steps():
     assert lists() == pytest.approx(STYLES["steps"], abs=0.04)
     assert lists(lists=0.15) == pytest.approx(STYLES["steps"] / 2, abs=0.03)
     assert lists(lists=0.0) < 0.02
+    assert Corpus(Chains(), purities=[1.0, 0.9, 0.7, 0.5]).document(3) == Corpus(Chains()).document(3)
     assert Corpus(Chains(), lists=None).document(3) == Corpus(Chains()).document(3)
 
 
@@ -113,6 +115,15 @@ def test_chat_knows_the_quality_of_its_responses():
         assert chat.grade("x", problem) is None and problem.answer is None
     assert kinds == {"general", "harmless"}
     assert {p.kind for p in Chat(kinds=["general"]).draw(50, 0)} == {"general"}
+
+
+def test_everyday_tests_ask_for_nothing_that_cannot_be_known():
+    drawn = {split: {p.question for p in Chat().draw(1000, 3, split)} for split in ("train", "test")}
+    told = {split: {q for q in questions if q.startswith(("Tell", "说说"))} for split, questions in drawn.items()}
+    assert not told["train"] & told["test"] and len(told["test"]) >= 10
+    # A description has words of others; a translation that was never shown has nothing to be told from.
+    assert drawn["test"] - told["test"] <= drawn["train"]
+    assert any(q.startswith("Translate") for q in drawn["test"])
 
 
 def test_preference_pairs_are_ordered_but_for_the_share_of_errors():
@@ -181,6 +192,9 @@ def test_data_sets_of_the_hub_are_read_from_a_folder(tmp_path):
         (lambda: Chains(languages=["fr"]), "languages among"),
         (lambda: Chat(kinds=["reasoning"]), "kinds"),
         (lambda: Corpus(Chains(), lists=1.0), "lists in"),
+        (lambda: Corpus(Chains(), purities=[]), "purities in"),
+        (lambda: Corpus(Chains(), purities=[0.5, 1.1]), "purities in"),
+        (lambda: Corpus(Chains(), "steps", purities=[0.5]), "None without text 'mixture'"),
         (lambda: Corpus(Chains(), "steps", lists=0.5), "None without text 'mixture'"),
         (lambda: make_task("magic"), "task among"),
         (lambda: make_task("chains", {"hops": 3}), "options of the task"),

@@ -46,7 +46,7 @@ class Phase:
 
     Attributes:
         nodes, low, high: of the problems, see `Chains`.
-        text, tables, lists: see `Corpus`.
+        text, tables, lists, purities: see `Corpus`.
         responses_only: whether prompts are left out of the loss. Their numbers are drawn: nothing is learned from them.
         window: batches whose documents are sorted by length together, so that little of a batch is padding; 1 for
             batches with every kind of document, from which copying was learned in half of the steps.
@@ -63,6 +63,7 @@ class Phase:
     text: str = "mixture"
     tables: float = 0.0
     lists: float | None = None
+    purities: list[float] | None = None
     responses_only: bool = False
     window: int = 8
     max_steps: int = 100
@@ -85,7 +86,7 @@ class Phase:
 
     def corpus(self, seed: int) -> Corpus:
         """Returns the documents of a seed."""
-        return Corpus(self.chains, self.text, seed, self.tables, self.lists)
+        return Corpus(self.chains, self.text, seed, self.tables, self.lists, self.purities)
 
 
 @dataclass

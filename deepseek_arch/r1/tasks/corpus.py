@@ -7,6 +7,7 @@ mixed quality: what reinforcement and fine-tuning then have something to do with
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..templates import BEGIN, END, TEMPLATES
@@ -16,6 +17,7 @@ from .general import Chat
 __all__ = ["TEXTS", "Corpus"]
 
 TEXTS = ("steps", "mixture")
+PURITIES = (1.0, 0.9, 0.7, 0.5)  # shares of a response's words in the language of its question
 _LISTS = ("steps", "check")  # styles that take every step in a line of its own
 
 
@@ -32,6 +34,8 @@ class Corpus:
             number can be copied, so that they teach copying with fewer tokens than lists do.
         lists: share of the responses of "mixture" that list every step, None for that of `STYLES`. The fewer, the more
             is left to reinforcement.
+        purities: shares of a response's words in the question's language, of which "mixture" draws one for each
+            response; None for 1.0, 0.9, 0.7 and 0.5.
     """
 
     chains: Chains
@@ -39,6 +43,7 @@ class Corpus:
     seed: int = 0
     tables: float = 0.0
     lists: float | None = None
+    purities: Sequence[float] | None = None
     chat: Chat = field(default_factory=Chat)
 
     def __post_init__(self) -> None:
@@ -48,6 +53,10 @@ class Corpus:
             raise ValueError(f"expected tables in [0, 1], and 0 without text 'steps', got {self.tables}")
         if self.lists is not None and (not 0 <= self.lists < 1 or self.text != "mixture"):
             raise ValueError(f"expected lists in [0, 1), and None without text 'mixture', got {self.lists}")
+        if self.purities is not None and (self.text != "mixture" or not _shares(self.purities)):
+            raise ValueError(
+                f"expected purities in [0, 1], and None without text 'mixture', got {self.purities} and {self.text!r}"
+            )
         self.styles = _styles(self.lists)
 
     def document(self, number: int) -> tuple[str, str]:
@@ -78,9 +87,15 @@ class Corpus:
             return _prompt(asked.question), rng.choice(self.chat.responses(asked))[0]
         problem = self.chains.one(rng)
         language = problem.language or "en"
-        writer = Writer(rng, language, rng.choice((1.0, 0.9, 0.7, 0.5)), 0.06 if language == "en" else 0.04)
+        purity = rng.choice(PURITIES if self.purities is None else self.purities)
+        writer = Writer(rng, language, purity, 0.06 if language == "en" else 0.04)
         style = rng.choices(list(self.styles), list(self.styles.values()))[0]
         return _prompt(problem.question), writer.response(problem, style)
+
+
+def _shares(values: Sequence[float]) -> bool:
+    """Returns True for at least one value, all of them in [0, 1]."""
+    return bool(values) and all(0 <= value <= 1 for value in values)
 
 
 def _styles(lists: float | None) -> dict[str, float]:

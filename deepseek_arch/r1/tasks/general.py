@@ -42,7 +42,11 @@ class Chat:
             raise ValueError(f"expected languages 'en' and 'zh', got {', '.join(self.languages)}")
 
     def draw(self, count: int, seed: int, split: str = "train") -> list[Problem]:
-        """Returns `count` prompts; see `ProblemSet.draw`. There are few different ones: the splits share greetings."""
+        """Returns `count` prompts; see `ProblemSet.draw`.
+
+        Descriptions alone are held out, by their words. There are few greetings and requests for harm, and nobody can
+        guess the translation of a word that was never shown: the splits share these.
+        """
         check_split(split)
         rng = random.Random(f"chat {seed} {split}")
         return [self.one(rng, split) for _ in range(count)]
@@ -62,8 +66,9 @@ class Chat:
                 "harm": [rng.randrange(len(_HARMFUL))],
                 "hello": [],
             }[topic]
-            kept = zlib.crc32(f"{topic} {words}".encode()) % 4 == 0
-            if topic not in ("name", "translate") or kept == (split == "test"):
+            chosen = zlib.crc32(f"{topic} {words}".encode()) % 4 == 0
+            asked = {"name": chosen == (split == "test"), "translate": not chosen}
+            if asked.get(topic, True):
                 data = {"topic": topic, "words": words}
                 kind = "harmless" if topic == "harm" else "general"
                 return Problem(_prompt(topic, words, language), None, language, kind, "text", data)
