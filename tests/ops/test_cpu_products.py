@@ -1,4 +1,4 @@
-"""The C++ products of few rows, dense and with FP8 weights, against float64, with and without AVX512-BF16.
+"""The C++ products of few and of some more rows, with and without FP8 weights and AVX512-BF16, against float64.
 
 Bounds follow each rounding: a sum of n products in float32, in any order, errs by n * eps * sum(|terms|); scales add
 two roundings to each term; the result is rounded to the activations' dtype. AVX512-BF16 takes subnormal numbers for
@@ -20,13 +20,15 @@ TINY = torch.finfo(torch.float32).tiny
 DTYPES = [torch.bfloat16, torch.float32]
 # Rows: one, several of the loops' sizes, all that there are. Columns: fewer than a vector, no multiple of one, many.
 SHAPES = [(1, 1, 1), (1, 33, 100), (2, 6, 64), (3, 130, 200), (5, 7, 31), (7, 66, 257), (8, 129, 1408)]
+# More rows than a few, which only dense products have: tiles of all sizes, blocks of columns.
+MANY = [(9, 1, 1), (10, 6, 31), (11, 127, 200), (12, 11, 1025), (15, 10, 2100), (29, 250, 33), (32, 4, 4096)]
 
 
 @pytest.fixture(params=["native", "portable"], autouse=True)
 def instructions(request, cpu_backend):
     """Both kinds of instructions, where the CPU has both."""
     with cpu_instructions(request.param):
-        yield
+        yield request.param
 
 
 @pytest.fixture
@@ -87,6 +89,31 @@ def test_dense(calls, dtype, rows, outputs, columns):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "columns"), MANY)
+def test_dense_of_many_rows(calls, instructions, dtype, rows, outputs, columns):
+    x, weight = inside(torch.randn(rows, columns).to(dtype)), inside(torch.randn(outputs, columns).to(dtype))
+    got = dense_gemm(x, weight)
+    assert_product(got, x, weight.double())
+    ours = dtype == torch.float32 or instructions == "native"
+    assert calls == ["dense"] * ours
+    if ours:
+        assert_bitwise(got, torch.cat([dense_gemm(row, weight) for row in x.split(5)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_many_depends_on_nothing_but_itself(instructions, dtype):
+    if dtype == torch.bfloat16 and instructions != "native":
+        pytest.skip("many rows of bfloat16 are the built-in product's")
+    x, weight = torch.randn(30, 1500).to(dtype), torch.randn(260, 1500).to(dtype)
+    together = dense_gemm(x, weight)
+    own = torch.arange(30) % 3 != 1
+    x[~own] = torch.nan
+    assert dense_gemm(x, weight)[~own].isnan().all()
+    assert_bitwise(dense_gemm(x, weight)[own], together[own])
+    assert_bitwise(on_two_threads(lambda: dense_gemm(x, weight))[own], together[own])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_of_any_layout_of_activations(dtype):
     x, weight = torch.randn(2, 3, 90).to(dtype), torch.randn(40, 90).to(dtype)
     plain = dense_gemm(x, weight)
@@ -100,15 +127,16 @@ def test_dense_of_any_layout_of_activations(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_integers_come_out_exactly(dtype):
     """Sums below 2^8 are exact in every dtype, so that one wrong column or row shows."""
-    x, weight = (torch.randint(-1, 2, (count, 200)).to(dtype) for count in (8, 50))
-    assert_bitwise(dense_gemm(x, weight), (x.double() @ weight.double().T).to(dtype))
+    for rows in (8, 27):
+        x, weight = (torch.randint(-1, 2, (count, 200)).to(dtype) for count in (rows, 50))
+        assert_bitwise(dense_gemm(x, weight), (x.double() @ weight.double().T).to(dtype))
 
 
 def test_what_is_not_for_it_is_the_built_in_s(calls):
     x, weight = torch.randn(8, 64), torch.randn(24, 64)
     leaf = x.clone().requires_grad_()
     assert dense_gemm(leaf, weight).requires_grad
-    for others in ((torch.randn(9, 64), weight), (x, torch.randn(64, 24).T), (x.double(), weight.double())):
+    for others in ((torch.randn(65, 64), weight), (x, torch.randn(64, 24).T), (x.double(), weight.double())):
         torch.testing.assert_close(dense_gemm(*others), others[0] @ others[1].T)
     assert dense_gemm(x[:0], weight).shape == (0, 24)
     assert not calls

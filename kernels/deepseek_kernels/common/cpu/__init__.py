@@ -29,6 +29,7 @@ __all__ = [
     "build_library",
     "cache_folder",
     "library_obstacle",
+    "multiplies_many",
     "needs_gradient",
     "observed",
 ]
@@ -100,6 +101,20 @@ def _transformed() -> bool:
 
 
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch: Dynamo guards both itself
+
+
+def multiplies_many(activations: torch.dtype, weight: torch.dtype) -> bool:
+    """Returns True if more than `FEW_ROWS` rows of these dtypes are multiplied as fast as by the built-in product."""
+    if activations == weight == torch.bfloat16:
+        return _native_bfloat16()
+    return activations == weight == torch.float32
+
+
+def _native_bfloat16() -> bool:
+    return torch.ops.deepseek_kernels_cpu.native_bfloat16()
+
+
+_native_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it looks at the processor
 
 
 def build_library() -> Path:

@@ -30,7 +30,7 @@ def dense_gemm(x: Tensor, weight: Tensor) -> Tensor:
     On a CPU that has no products of its dtype, 16 or more rows of bfloat16 or float16 run on blocks of the weight
     expanded to float32; large products of float32 run on oneDNN where it is faster (`common.float32_products`). One to
     eight rows that need no gradient are bound by reading the weight, which the C++ operator does at the memory's speed,
-    in bfloat16 and float32.
+    in bfloat16 and float32; it also takes some dozens of rows, for which the built-in ones pack the weight in vain.
     """
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):

@@ -1,4 +1,4 @@
-"""The experts of few tokens in one C++ call: each chosen expert's weights are read once, no other's at all."""
+"""The experts in one C++ call: each chosen expert's weights are read once, no other's at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...common.cpu import needs_gradient
+from ...common.cpu import multiplies_many, needs_gradient
 
 __all__ = ["fused_moe", "takes"]
 
-MOST_TOKENS = 32  # with more, experts own enough rows for products that are bound by arithmetic
+MOST_TOKENS = 32  # without products of many rows: with more, experts own enough for those to be faster elsewhere
 
 
 def takes(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> bool:
@@ -19,7 +19,8 @@ def takes(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> bool:
     return (
         narrow.dtype in (torch.bfloat16, torch.float32)
         and weights.dtype == torch.float32
-        and 0 < len(x) <= MOST_TOKENS
+        and len(x) > 0
+        and (len(x) <= MOST_TOKENS or multiplies_many(narrow.dtype, gate_up.dtype))
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and gate_up.numel() > 0

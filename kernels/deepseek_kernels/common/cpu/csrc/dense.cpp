@@ -14,7 +14,7 @@ namespace deepseek {
 
 namespace {
 
-constexpr int64_t BAND_ROWS = 128; // rows of a weight between two groups of activations: mostly in cache for the second
+constexpr int64_t BAND_ROWS = 120; // rows of a weight whose products are in memory before they are rounded
 
 Activations activations_of(const at::Tensor& x, const Matrix& weight) {
   const at::Tensor rows = x.contiguous();
@@ -34,16 +34,12 @@ at::Tensor product(const at::Tensor& x, const Matrix& weight, int64_t outputs) {
   const Activations activations = activations_of(x, weight);
   char* bytes = static_cast<char*>(out.mutable_data_ptr());
   at::parallel_for(0, outputs, rows_for_a_thread(weight), [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(MOST_ROWS * BAND_ROWS);
+    std::vector<float> sums(rows * BAND_ROWS);
     for (int64_t first = begin; first < end; first += BAND_ROWS) {
       const int64_t last = std::min(first + BAND_ROWS, end);
-      for (int64_t row = 0; row < rows; row += MOST_ROWS) {
-        const int64_t count = std::min(MOST_ROWS, rows - row);
-        multiply(activations, row, count, weight, first, last, sums.data(), BAND_ROWS);
-        for (int64_t m = 0; m < count; ++m)
-          store_row(
-              x.scalar_type(), sums.data() + m * BAND_ROWS, last - first, bytes + ((row + m) * outputs + first) * size);
-      }
+      multiply_many(activations, 0, rows, weight, first, last, sums.data(), BAND_ROWS);
+      for (int64_t row = 0; row < rows; ++row)
+        store_row(x.scalar_type(), sums.data() + row * BAND_ROWS, last - first, bytes + (row * outputs + first) * size);
     }
   });
   return out;

@@ -1,5 +1,5 @@
-// The experts of few tokens in one call, from the router's choice to the weighted sum: every chosen expert's weights are
-// read once, no other's at all.
+// The experts in one call, from the router's choice to the weighted sum: every chosen expert's weights are read from
+// memory once, no other's at all; an expert's results are never in memory as a whole.
 
 #include "products.h"
 #include "rows_of_values.h"
@@ -17,6 +17,7 @@ namespace deepseek {
 namespace {
 
 constexpr int64_t UNIT_ROWS = 64; // rows of a weight: what a thread takes at a time
+constexpr int64_t UNIT_TOKENS = 64; // rows of an expert: what it multiplies them by at a time
 
 // The rows of one expert among all choices sorted by expert.
 struct Group {
@@ -99,15 +100,15 @@ void first_product(const Activations& x, const Stack& gate_up, const Choices& ch
   const int64_t width = gate_up.rows / 2, each = chunks(width), all = each * choices.groups.size();
   const int64_t grain = std::max<int64_t>(1, rows_for_a_thread(gate_up.matrix) / (2 * UNIT_ROWS));
   at::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> gate(MOST_ROWS * UNIT_ROWS), up(MOST_ROWS * UNIT_ROWS);
+    std::vector<float> gate(UNIT_TOKENS * UNIT_ROWS), up(UNIT_TOKENS * UNIT_ROWS);
     for (int64_t unit = begin; unit < end; ++unit) {
       const Group& group = choices.groups[unit / each];
       const Matrix weight = gate_up.expert(group.expert);
       const int64_t first = unit % each * UNIT_ROWS, last = std::min(first + UNIT_ROWS, width);
-      for (int64_t row = group.first; row < group.last; row += MOST_ROWS) {
-        const int64_t count = std::min(MOST_ROWS, group.last - row);
-        multiply(x, row, count, weight, first, last, gate.data(), UNIT_ROWS);
-        multiply(x, row, count, weight, width + first, width + last, up.data(), UNIT_ROWS);
+      for (int64_t row = group.first; row < group.last; row += UNIT_TOKENS) {
+        const int64_t count = std::min(UNIT_TOKENS, group.last - row);
+        multiply_many(x, row, count, weight, first, last, gate.data(), UNIT_ROWS);
+        multiply_many(x, row, count, weight, width + first, width + last, up.data(), UNIT_ROWS);
         for (int64_t m = 0; m < count; ++m) {
           swiglu(gate.data() + m * UNIT_ROWS, up.data() + m * UNIT_ROWS, last - first);
           hidden.store(row + m, first, last - first, gate.data() + m * UNIT_ROWS);
@@ -127,12 +128,11 @@ void second_product(
     std::vector<float> products(sorted * UNIT_ROWS), total(UNIT_ROWS);
     for (int64_t first = begin * UNIT_ROWS; first < std::min(end * UNIT_ROWS, outputs); first += UNIT_ROWS) {
       const int64_t last = std::min(first + UNIT_ROWS, outputs);
-      for (const Group& group : choices.groups)
-        for (int64_t row = group.first; row < group.last; row += MOST_ROWS) {
-          const int64_t count = std::min(MOST_ROWS, group.last - row);
-          float* to = products.data() + row * UNIT_ROWS;
-          multiply(hidden, row, count, down.expert(group.expert), first, last, to, UNIT_ROWS);
-        }
+      for (const Group& group : choices.groups) {
+        float* to = products.data() + group.first * UNIT_ROWS;
+        const int64_t count = group.last - group.first;
+        multiply_many(hidden, group.first, count, down.expert(group.expert), first, last, to, UNIT_ROWS);
+      }
       round_row(out.scalar_type(), products.data(), sorted * UNIT_ROWS);
       for (int64_t token = 0; token < tokens; ++token) {
         std::fill(total.begin(), total.end(), 0.0f);

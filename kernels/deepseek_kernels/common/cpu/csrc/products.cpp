@@ -1,5 +1,7 @@
 #include "products.h"
 
+#include "many_rows.h"
+
 #include <cmath>
 #include <new>
 #include <vector>
@@ -14,6 +16,8 @@ namespace {
 
 constexpr int64_t PADDING = 64; // columns: a multiple of what any loop reads at once
 constexpr std::align_val_t ALIGNMENT{64};
+constexpr int64_t BAND_BYTES = 128 * 1024; // of a weight: what stays in cache for all rows of activations
+constexpr int64_t ROWS_BYTES = 256 * 1024; // of activations: what stays in cache for a band of the weight
 
 // ---------------------------------------------------------------- layouts of activations
 
@@ -256,6 +260,64 @@ void multiply(
     return with_rows(rows, NativeHalves{x.narrow_row(row), x.stride(), w, weight.columns, count, out, stride});
 #endif
   with_rows(rows, Wide<BFloat16>{x.wide_row(row), x.stride(), w, weight.columns, count, out, stride});
+}
+
+namespace {
+
+template <class T>
+void multiply_tiles(
+    const Activations& x,
+    int64_t row,
+    int64_t rows,
+    const Matrix& weight,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride) {
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // The loops for few rows read the weight at the memory's speed; tiles then find it in cache.
+    done = MOST_ROWS;
+    multiply(x, row, done, weight, first, last, out, stride);
+  }
+  const int64_t each = std::max<int64_t>(1, ROWS_BYTES / (TILE_ROWS * weight.row_bytes())) * TILE_ROWS;
+  const T* w = static_cast<const T*>(weight.data) + first * weight.columns;
+  for (; done < rows; done += each) {
+    const int64_t count = std::min(each, rows - done);
+    const T* from;
+    if constexpr (std::is_same_v<T, BFloat16>)
+      from = x.narrow_row(row + done);
+    else
+      from = x.wide_row(row + done);
+    ManyRows<T>{from, x.stride(), count, w, weight.columns, last - first, out + done * stride, stride}.run();
+  }
+}
+
+} // namespace
+
+void multiply_many(
+    const Activations& x,
+    int64_t row,
+    int64_t rows,
+    const Matrix& weight,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride) {
+  const bool tiles = weight.kind == Kind::float32 || (weight.kind == Kind::bfloat16 && x.narrow());
+  if (rows <= MOST_ROWS || !tiles) {
+    for (int64_t at = 0; at < rows; at += MOST_ROWS)
+      multiply(x, row + at, std::min(MOST_ROWS, rows - at), weight, first, last, out + at * stride, stride);
+    return;
+  }
+  const int64_t band = std::max<int64_t>(1, BAND_BYTES / (TILE_OUTPUTS * weight.row_bytes())) * TILE_OUTPUTS;
+  for (int64_t n = first; n < last; n += band) {
+    const int64_t end = std::min(n + band, last);
+    if (weight.kind == Kind::float32)
+      multiply_tiles<float>(x, row, rows, weight, n, end, out + n - first, stride);
+    else
+      multiply_tiles<BFloat16>(x, row, rows, weight, n, end, out + n - first, stride);
+  }
 }
 
 } // namespace deepseek

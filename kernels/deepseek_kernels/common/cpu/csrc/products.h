@@ -97,6 +97,18 @@ void multiply(
     float* out,
     int64_t stride);
 
+// The same for any number of rows of activations: with more than MOST_ROWS, tiles of sums read each row of the weight
+// once. The bits are those of `multiply`.
+void multiply_many(
+    const Activations& x,
+    int64_t row,
+    int64_t rows,
+    const Matrix& weight,
+    int64_t first,
+    int64_t last,
+    float* out,
+    int64_t stride);
+
 // Returns how many rows of a weight are worth a thread.
 inline int64_t rows_for_a_thread(const Matrix& weight) {
   return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, weight.row_bytes()));
