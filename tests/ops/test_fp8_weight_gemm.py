@@ -349,11 +349,10 @@ def test_custom_operator_is_registered_properly():
     scale, x = random_scale(weight, (8, 16), 2), torch.randn(5, 40, requires_grad=True)
     # Not test_schema: it compares the inputs before and after, for which torch has no float8.
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        reference.product, (x, weight, scale, torch.tensor([2, 4]), 8, 16, 2, False), test_utils=tests
-    )
+    operator = torch.ops.deepseek_kernels.fp8_weight_gemm.default
+    torch.library.opcheck(operator, (x, weight, scale, torch.tensor([2, 4]), 8, 16, 2, False), test_utils=tests)
     arguments = (x[:, :12].detach(), weight[:1, :12], scale[:1, :2], None, 8, 16, 1, True)
-    torch.library.opcheck(reference.product, arguments, test_utils=tests)
+    torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 def test_meta_tensors_give_shapes():

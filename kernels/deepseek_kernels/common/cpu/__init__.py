@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from ..autograd import transformed
 from .building import BuildError, build, find
 
 __all__ = [
@@ -93,14 +93,7 @@ def observed(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) not in _TENSORS:
             return True
-    return _transformed()
-
-
-def _transformed() -> bool:
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch: Dynamo guards both itself
+    return transformed()
 
 
 def multiplies_many(activations: torch.dtype, weight: torch.dtype) -> bool:

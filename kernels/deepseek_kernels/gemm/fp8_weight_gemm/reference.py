@@ -11,13 +11,14 @@ rounded to the activations' dtype, as `dequantize_blocks` rounds it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import dispatch
 from ...common import float32_products
+from ...common.autograd import transformed, transformed_product
 from ...common.host import cdiv
 
 __all__ = ["FEW_ROWS", "Expansion", "decode_into", "multiply", "product"]
@@ -179,7 +180,7 @@ def _groups(rows: int, ends: Tensor | None) -> Iterator[tuple[int, slice]]:
 
 # A custom operator, because loops over tiles and experts depend on data: torch.compile sees one opaque node.
 @torch.library.custom_op("deepseek_kernels::fp8_weight_gemm", mutates_args=())
-def product(
+def _product(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -189,10 +190,6 @@ def product(
     parts: int,
     transposed: bool,
 ) -> Tensor:
-    """x [P, K] @ weight[e].T -> [P, N] for the rows of each expert e; `transposed`: x [P, N] @ weight[e] -> [P, K].
-
-    Without `ends`, all rows are the first expert's.
-    """
     out = x.new_zeros(x.shape[0], weight.shape[2 if transposed else 1])
     if not x.shape[0]:
         return out
@@ -204,7 +201,7 @@ def product(
     return out
 
 
-@product.register_fake
+@_product.register_fake
 def _(x, weight, scale, ends, block_rows, block_columns, parts, transposed):
     return x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
 
@@ -218,8 +215,32 @@ def _differentiate(ctx, grad):
     nothing = (None,) * 7  # codes and scales have no gradient
     if not ctx.needs_input_grad[0]:
         return None, *nothing
-    # Linear in x, so its derivative is the product with the weights the other way round.
-    return product(grad, *ctx.saved_tensors, ctx.block_rows, ctx.block_columns, ctx.parts, not ctx.transposed), *nothing
+    others = ctx.block_rows, ctx.block_columns, ctx.parts, ctx.transposed
+    return _input_gradient(grad, *ctx.saved_tensors, *others), *nothing
 
 
-product.register_autograd(_differentiate, setup_context=_setup)
+_product.register_autograd(_differentiate, setup_context=_setup)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    ends: Tensor | None,
+    block_rows: int,
+    block_columns: int,
+    parts: int,
+    transposed: bool,
+) -> Tensor:
+    """x [P, K] @ weight[e].T -> [P, N] for the rows of each expert e; `transposed`: x [P, N] @ weight[e] -> [P, K].
+
+    Without `ends`, all rows are the first expert's. Differentiable in x, in both modes.
+    """
+    operands = x, weight, scale, ends, block_rows, block_columns, parts, transposed
+    return transformed_product(_product, _input_gradient, None, *operands) if transformed() else _product(*operands)
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """Linear in x, so its derivative is the product with the weights the other way round."""
+    *others, transposed = others
+    return product(grad, weight, *others, not transposed)
