@@ -193,6 +193,7 @@ def test_data_sets_of_the_hub_are_read_from_a_folder(tmp_path):
         (lambda: Chat(kinds=["reasoning"]), "kinds"),
         (lambda: Corpus(Chains(), lists=1.0), "lists in"),
         (lambda: Corpus(Chains(), purities=[]), "purities in"),
+        (lambda: Corpus(Chains(), general=0.9), "general in"),
         (lambda: Corpus(Chains(), purities=[0.5, 1.1]), "purities in"),
         (lambda: Corpus(Chains(), "steps", purities=[0.5]), "None without text 'mixture'"),
         (lambda: Corpus(Chains(), "steps", lists=0.5), "None without text 'mixture'"),

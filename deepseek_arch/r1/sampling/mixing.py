@@ -43,7 +43,7 @@ def general_rows(
     rows = []
     for problem in chat.draw(count, seed):
         known = [text for text, quality in chat.responses(problem) if quality >= least_quality]
-        thought = chat.thought(problem)
+        thought = "" if chat.simple(problem) else chat.thought(problem)
         # R1's template writes the opening tag itself where it is prefilled.
         start = "" if template.prefilled else "<think> "
         written = f"{start}{thought} </think> " if thought or template.prefilled else ""

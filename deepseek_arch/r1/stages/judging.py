@@ -183,7 +183,7 @@ def _from_file(
 
 
 def _text(judge: ModelReward, chat: Chat, problem: Problem, response: str) -> str:
-    thought = chat.thought(problem)
+    thought = "" if chat.simple(problem) else chat.thought(problem)
     start = "" if judge.template.prefilled else "<think> "
     whole = f"{start}{thought} </think> {response}" if thought else response
     text = judge.read(judge.template.prompt(problem.question), whole)

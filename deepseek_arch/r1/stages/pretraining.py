@@ -46,7 +46,7 @@ class Phase:
 
     Attributes:
         nodes, low, high: of the problems, see `Chains`.
-        text, tables, lists, purities: see `Corpus`.
+        text, tables, lists, purities, general: see `Corpus`.
         responses_only: whether prompts are left out of the loss. Their numbers are drawn: nothing is learned from them.
         window: batches whose documents are sorted by length together, so that little of a batch is padding; 1 for
             batches with every kind of document, from which copying was learned in half of the steps.
@@ -64,6 +64,7 @@ class Phase:
     tables: float = 0.0
     lists: float | None = None
     purities: list[float] | None = None
+    general: float = 0.06
     responses_only: bool = False
     window: int = 8
     max_steps: int = 100
@@ -86,7 +87,7 @@ class Phase:
 
     def corpus(self, seed: int) -> Corpus:
         """Returns the documents of a seed."""
-        return Corpus(self.chains, self.text, seed, self.tables, self.lists, self.purities)
+        return Corpus(self.chains, self.text, seed, self.tables, self.lists, self.purities, self.general)
 
 
 @dataclass

@@ -18,6 +18,7 @@ __all__ = ["TEXTS", "Corpus"]
 
 TEXTS = ("steps", "mixture")
 PURITIES = (1.0, 0.9, 0.7, 0.5)  # shares of a response's words in the language of its question
+_TABLES = 0.12  # share of documents of "mixture" that hold a table twice
 _LISTS = ("steps", "check")  # styles that take every step in a line of its own
 
 
@@ -36,6 +37,7 @@ class Corpus:
             is left to reinforcement.
         purities: shares of a response's words in the question's language, of which "mixture" draws one for each
             response; None for 1.0, 0.9, 0.7 and 0.5.
+        general: share of everyday prompts in "mixture".
     """
 
     chains: Chains
@@ -44,6 +46,7 @@ class Corpus:
     tables: float = 0.0
     lists: float | None = None
     purities: Sequence[float] | None = None
+    general: float = 0.06
     chat: Chat = field(default_factory=Chat)
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class Corpus:
             raise ValueError(
                 f"expected purities in [0, 1], and None without text 'mixture', got {self.purities} and {self.text!r}"
             )
+        if not 0 <= self.general <= 1 - _TABLES:
+            raise ValueError(f"expected general in [0, {1 - _TABLES}], got {self.general}")
         self.styles = _styles(self.lists)
 
     def document(self, number: int) -> tuple[str, str]:
@@ -80,9 +85,9 @@ class Corpus:
 
     def _mixture(self, rng: random.Random) -> tuple[str, str]:
         kind = rng.random()
-        if kind < 0.12:
+        if kind < _TABLES:
             return self._tables(rng, 1)
-        if kind < 0.18:
+        if kind < _TABLES + self.general:
             asked = self.chat.one(rng)
             return _prompt(asked.question), rng.choice(self.chat.responses(asked))[0]
         problem = self.chains.one(rng)

@@ -78,7 +78,7 @@ class Chat:
         return _responses(problem.data["topic"], problem.data["words"], problem.language == "en")
 
     def thought(self, problem: Problem) -> str:
-        """Returns what may be thought before answering; nothing for greetings, as in R1's data."""
+        """Returns what may be thought before answering; nothing for greetings."""
         en, words = problem.language == "en", problem.data["words"]
         subject = {
             "name": lambda: _ANIMALS[words[0]],
@@ -89,6 +89,10 @@ class Chat:
             return ""
         word = subject[problem.data["topic"]]()[0 if en else 1]
         return f"The question is about {word} ." if en else f"问题 是 关于 {word} 。"
+
+    def simple(self, problem: Problem) -> bool:
+        """Returns True for what R1's data answers without thoughts: greetings, and the translation of one word."""
+        return problem.data["topic"] in ("hello", "translate")
 
     def quality(self, response: str, problem: Problem) -> float | None:
         """Returns the quality of a response's summary, None for one that is not known."""
