@@ -208,6 +208,11 @@ class DeepseekModel(nn.Module):
         Raises:
             ValueError: neither or both are given, a shape is wrong, or an id lies outside the vocabulary.
         """
+        tokens = self.check_tokens(input_ids, inputs_embeds)
+        return tokens if input_ids is None else self.embed_tokens(tokens)
+
+    def check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Returns what `embed` looks up, or `inputs_embeds`; raises what it raises."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
@@ -224,7 +229,7 @@ class DeepseekModel(nn.Module):
             return inputs_embeds
         assert input_ids is not None
         beside = next(self.embed_tokens.parameters()) if getattr(input_ids, "is_meta", False) else input_ids
-        return self.embed_tokens(check_token_ids(input_ids, self.config.vocab_size, beside))
+        return check_token_ids(input_ids, self.config.vocab_size, beside)
 
 
 def check_mask(mask: Tensor | None, x: Tensor, cache: LatentCache | None) -> Tensor | None:

@@ -20,6 +20,7 @@ from ..layout.parallel_layout import LayoutError, ParallelLayout
 from ..models.causal_lm import DeepseekLM
 from ..moe.moe import Experts, MoE, Router
 from ..quant.fp8_convert import fp8_layers
+from .call_agreement import AgreesOnCalls
 from .context_parallel import ContextParallelAttention, ContextParallelLM, ContextParallelModel
 from .local import become, behave
 from .meshes import Meshes, mesh_device
@@ -78,6 +79,7 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
     meshes = Meshes(layout, mesh_device(model))
     meshes.param_dtype = param_dtype
     cut(model, meshes)
+    behave(model, AgreesOnCalls)
     if meshes.shards_anything or param_dtype is not None:
         _shard(model, meshes, param_dtype)
     model.meshes = meshes

@@ -22,7 +22,6 @@ from ..layers.rope import Rotation
 from ..models.losses import IGNORE
 from ..models.main_model import check_mask, check_positions
 from ..models.outputs import Places, TrunkOutput
-from ..models.tensor_checks import check_token_ids
 from ..moe.routing import Routing
 from .collectives import cut_sequence, gather_sequence, sent_bytes
 
@@ -151,20 +150,14 @@ class ContextParallelModel:
         if cache is not None:
             raise ValueError("expected no cache where sequences are cut over ranks (cp > 1), got one")
         model: Any = self
-        given = inputs_embeds if input_ids is None else input_ids
-        if input_ids is not None:
-            input_ids = check_token_ids(input_ids, model.config.vocab_size, next(model.parameters()))
-        elif inputs_embeds is not None:
-            model.embed(None, inputs_embeds)  # checks it
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        given = model.check_tokens(input_ids, inputs_embeds)
         batch, tokens = given.shape[:2]
         part = self.part_of(tokens)
         valid = check_mask(attention_mask, given, None)
         if position_ids is not None:
             position_ids = check_positions(position_ids, given)
         places = self.places(valid, position_ids, batch, tokens, given.device)
-        own = (None, part.cut(inputs_embeds)) if input_ids is None else (part.cut(input_ids), None)  # type: ignore[arg-type]
+        own = (None, part.cut(given)) if input_ids is None else (part.cut(given), None)
         x = model.run_layers(model.layers, model.embed(*own), places.rope, places.mask, None, routing, None)
         return TrunkOutput(model.norm(x), x, *places, part=part)
 

@@ -43,6 +43,8 @@ class Meshes:
         self.different = self.dense["dp_replicate", "dp_shard"]._flatten("data")
         self.data: ProcessGroup = self.different.get_group()
         self._both = self.experts["ep", "etp"]._flatten("ep_and_etp") if layout.etp > 1 else self.experts["ep"]
+        replicated = layout.dp_replicate > 1
+        self._replica = self.dense["dp_shard", "tp"]._flatten("replica") if replicated else None
         self._places = _mesh(sizes, device_type) if layout.cp > 1 else None
         self.stages: StagePlan | None = None
         self.copies: frozenset[str] = frozenset()
@@ -90,6 +92,11 @@ class Meshes:
         if name == "model.embed_tokens.weight":
             return 0 in held
         return self.stages.stage_of(layer_of(name)) in held
+
+    @property
+    def replica(self) -> ProcessGroup | None:
+        """Ranks that compute a pass without gradients together; None for all."""
+        return None if self._replica is None else self._replica.get_group()
 
     def sharding(self, routed: bool) -> DeviceMesh:
         """Returns the mesh over which FSDP shards: with two axes where the whole is replicated, too."""

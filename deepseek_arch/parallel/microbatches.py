@@ -12,6 +12,7 @@ from ..models.global_loss import LossShares
 from ..models.losses import ignore
 from ..models.mtp_loss import count_targets
 from ..models.tensor_checks import as_int64, nonzero
+from .call_agreement import agree_on_call
 from .stages import Microbatch
 
 __all__ = ["agreed_shares", "cut_batch"]
@@ -39,7 +40,9 @@ def cut_batch(
     return parts
 
 
-def agreed_shares(parts: list[Microbatch], count: int, model: Any, problem: ValueError | None) -> list[Microbatch]:
+def agreed_shares(
+    parts: list[Microbatch], count: int, model: Any, problem: Exception | None, mark: Tensor
+) -> list[Microbatch]:
     """Returns microbatches whose shares are those in the mean over the data-parallel ranks' losses.
 
     Every rank calls this once a step, with one collective of a few numbers.
@@ -47,24 +50,19 @@ def agreed_shares(parts: list[Microbatch], count: int, model: Any, problem: Valu
     Args:
         parts: `cut_batch`, or none with a problem.
         problem: what is wrong with this rank's arguments.
+        mark: their `fingerprint`.
 
     Raises:
-        ValueError: a rank has a problem; the first one's, on all ranks.
+        ValueError: as `agree_on_call`, on all ranks.
     """
     depths, device = model.config.num_nextn_predict_layers, model.device
     own = torch.zeros(count, 2, 1 + depths, dtype=torch.int64, device=device)
     if problem is None:
         own = torch.stack([torch.stack(tuple(part.shares)) for part in parts]).to(device)
-    summed = torch.cat((own.sum(0).flatten(), own.new_tensor([int(problem is not None)])))
-    dist.all_reduce(summed)
-    *total, problems = summed.tolist()
-    if problems:
-        messages: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if problem is None else str(problem))
-        raise ValueError(next(message for message in messages if message is not None))
+    total = agree_on_call(model.meshes, problem, mark, own.sum(0).flatten())
     ranks = dist.get_world_size(model.meshes.data)
     # Ranks that share tokens have counted them each.
     alike = dist.get_world_size() // (ranks // model.meshes.layout.cp)
-    whole = torch.tensor(total, dtype=torch.float64).view(2, -1) / alike
+    whole = total.double().view(2, -1) / alike
     shares = (own.cpu() * model.meshes.layout.dp / whole.clamp(min=1)).float()
     return [part._replace(shares=LossShares(*share)) for part, share in zip(parts, shares, strict=True)]

@@ -19,6 +19,7 @@ from ..models.outputs import CausalLMOutput
 from ..models.tensor_checks import check_labels, check_token_ids
 from ..quant.fp8_training.products import gradients_apart
 from .apply import check_layout, cut, shard_stages
+from .call_agreement import fingerprint
 from .forward_only import run_forward
 from .meshes import Meshes, mesh_device
 from .microbatches import agreed_shares, cut_batch
@@ -149,7 +150,6 @@ class Pipeline:
         self._stages: list[Stage] = model.__dict__["stages"]
         self._made: tuple[Any, Any] = (None, None)  # what the schedule was made for, and the schedule
 
-    @check_types
     def step(
         self,
         input_ids: Tensor,
@@ -175,11 +175,11 @@ class Pipeline:
             `mtp_loss`, `mtp_losses`, `mtp_accuracy` and `mtp_aux_losses`.
 
         Raises:
-            ValueError: on all ranks where an argument of one is wrong, before anything runs.
+            ValueError: on all ranks where an argument of one is wrong, or ranks of one pipeline have different ones,
+                before anything runs.
         """
         return self._run(input_ids, labels, attention_mask, position_ids, mtp_weight, True)
 
-    @check_types
     @torch.no_grad()
     def evaluate(
         self,
@@ -200,13 +200,15 @@ class Pipeline:
         mtp_weight: float,
         trains: bool,
     ) -> CausalLMOutput:
-        model, problem = self.model, None
+        model, problem, mark = self.model, None, torch.zeros((), dtype=torch.int64)
         try:
             input_ids, labels = self._checked(input_ids, labels, mask, position_ids, mtp_weight, trains)
             parts = cut_batch(model, input_ids, labels, mask, position_ids, self.microbatches)
-        except ValueError as error:
+            settings = (self.microbatches, mtp_weight, trains, model.training)
+            mark = fingerprint((input_ids, labels, mask, position_ids), settings)
+        except Exception as error:  # whatever it is: the others must not wait for this rank (TRAPS S4)
             problem, parts = error, []
-        parts = agreed_shares(parts, self.microbatches, model, problem)
+        parts = agreed_shares(parts, self.microbatches, model, problem, mark)
         for stage in self._stages:
             stage.begin(parts, mtp_weight)
         shape = parts[0].input_ids.shape
@@ -226,6 +228,7 @@ class Pipeline:
         with gradients_apart() if self.plan.schedule.splits else nullcontext():
             schedule.step(*ids, microbatch=numbers, target=numbers if has_last else None, **options)
 
+    @check_types
     def _checked(
         self,
         input_ids: Tensor,
