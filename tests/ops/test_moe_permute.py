@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepseek_kernels import BackendError, permute, sort_by_expert, unpermute, use_backend
 from deepseek_kernels.testing.numeric import assert_bitwise
+from support.cpu_operators import on_two_threads
 
 
 def routing(tokens: int, experts: int, choices: int) -> torch.Tensor:
@@ -105,6 +106,14 @@ def launch(triton_backend):
         yield launch
 
 
+@pytest.fixture(params=["triton", "cpu"])
+def kernels(request):
+    """Triton's, and those in C++."""
+    request.getfixturevalue(f"{request.param}_backend")
+    with use_backend(request.param):
+        yield request.param
+
+
 def on_reference(function, *arguments):
     with use_backend("reference"):
         return function(*arguments)
@@ -165,7 +174,7 @@ def there_and_back(x: Tensor, y: Tensor, weights: Tensor, grad: Tensor, ids: Ten
         (4, 4, 2, 0),
     ],
 )
-def test_movements_and_gradients_are_bitwise(launch, device, tokens, experts, choices, width, dtype):
+def test_movements_and_gradients_are_bitwise(kernels, device, tokens, experts, choices, width, dtype):
     ids = routing(tokens, experts + 1, choices).to(device) if tokens else torch.zeros(0, choices, dtype=torch.int64)
     x, grad = torch.randn(2, tokens, width, dtype=dtype, device=device)
     y = torch.randn(tokens * choices, width, dtype=dtype, device=device)
@@ -182,7 +191,7 @@ def test_movements_and_gradients_are_bitwise(launch, device, tokens, experts, ch
 
 
 @pytest.mark.parametrize("width", [3, 5000])
-def test_codes_move_as_bytes(launch, device, width):
+def test_codes_move_as_bytes(kernels, device, width):
     """Quantized rows, whose bytes nothing is computed with."""
     order, inverse, _ = sort_by_expert(routing(6, 5, 2).to(device), 5)
     codes = torch.randint(0, 256, (6, width), dtype=torch.uint8, device=device)
@@ -190,7 +199,7 @@ def test_codes_move_as_bytes(launch, device, width):
 
 
 @pytest.mark.parametrize("layout", ["columns apart", "wider", "transposed", "one row repeated"])
-def test_other_layouts_give_the_same(launch, device, layout):
+def test_other_layouts_give_the_same(kernels, device, layout):
     def lay(t: Tensor) -> Tensor:
         return {
             "columns apart": lambda: torch.stack([t, t], -1).flatten(1)[:, ::2],
@@ -219,7 +228,7 @@ def test_weights_may_be_as_narrow_as_rows(launch, device):
     assert_bitwise(got[4], wide[4].bfloat16())
 
 
-def test_only_the_gradients_that_are_needed(launch, device):
+def test_only_the_gradients_that_are_needed(kernels, device):
     ids = routing(5, 6, 2).to(device)
     order, inverse, _ = sort_by_expert(ids, 6)
     y, weights, grad = torch.randn(10, 8), torch.rand(5, 2), torch.randn(5, 8)
@@ -232,7 +241,7 @@ def test_only_the_gradients_that_are_needed(launch, device):
         assert_bitwise(leaves[need].grad, both[3 + need])
 
 
-def test_what_is_not_finite_stays_in_its_rows(launch, device):
+def test_what_is_not_finite_stays_in_its_rows(kernels, device):
     ids = routing(4, 5, 2).to(device)
     order, inverse, _ = sort_by_expert(ids, 5)
     y, weights = torch.ones(8, 6, device=device).bfloat16(), torch.ones(4, 2, device=device)
@@ -243,7 +252,7 @@ def test_what_is_not_finite_stays_in_its_rows(launch, device):
     assert_bitwise(permute(out, order, inverse)[inverse[2, 0]], out[2])
 
 
-def test_compiled_gives_the_same(launch, device):
+def test_compiled_gives_the_same(kernels, device):
     torch.compiler.reset()
     ids = routing(5, 6, 2).to(device)
     x, grad = torch.randn(2, 5, 10, device=device).bfloat16()
@@ -272,6 +281,32 @@ def test_custom_operators_are_registered_properly(launch, device):
     torch.library.opcheck(launch.spread, (x, inverse))
     torch.library.opcheck(launch.combine, (y, weights, inverse))
     torch.library.opcheck(launch.combine, (y, None, inverse))
+
+
+def test_cpp_operators_are_registered_properly(cpu_backend):
+    library = torch.ops.deepseek_kernels_cpu
+    _, inverse, _ = sort_by_expert(routing(5, 6, 2), 6)
+    grad, y, weights = torch.randn(5, 8), torch.randn(10, 8), torch.rand(5, 2)
+    for one in (weights, None):
+        torch.library.opcheck(library.combine.default, (y, one, inverse))
+    torch.library.opcheck(library.combine_backward.default, (grad, y, weights, inverse))
+
+
+def test_cpp_gives_the_same_on_two_threads(cpu_backend):
+    ids = routing(90, 7, 3)
+    operands = (*torch.randn(2, 90, 1000).bfloat16(), torch.randn(270, 1000).bfloat16(), torch.rand(90, 3))
+    x, grad, y, weights = operands
+    with use_backend("cpu"):
+        once = there_and_back(x, y, weights, grad, ids, 7)
+        assert_all_bitwise(on_two_threads(lambda: there_and_back(x, y, weights, grad, ids, 7)), once)
+
+
+def test_cpp_refuses_rows_that_are_not_there(cpu_backend):
+    y, weights = torch.ones(4, 3), torch.ones(2, 2)
+    for wrong in (4, -1):
+        inverse = torch.tensor([[0, 1], [2, wrong]])
+        with use_backend("cpu"), pytest.raises(IndexError, match=f"rows from 0 to 3, got {wrong}"):
+            unpermute(y, weights, torch.arange(4), inverse)
 
 
 # What users do wrong.

@@ -40,6 +40,14 @@ def _experts(
     return x.new_empty(x.shape[0], down.shape[1])
 
 
+def _combine(y: Tensor, weights: Tensor | None, inverse: Tensor) -> Tensor:
+    return y.new_empty(inverse.shape[0], y.shape[1])
+
+
+def _combine_backward(grad: Tensor, y: Tensor, weights: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), weights.new_empty(weights.shape)
+
+
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x.new_empty(0)
     if residual is not None:
@@ -144,6 +152,8 @@ _FAKES = (
     _dense,
     _fp8_weight,
     _experts,
+    _combine,
+    _combine_backward,
     _rms_norm,
     _topk_gate,
     _latent_write,

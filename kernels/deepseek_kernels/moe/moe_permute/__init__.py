@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from . import reference
+from . import cpu, reference
 
 __all__ = ["permute", "sort_by_expert", "unpermute"]
 
-dispatch.register("moe_permute", "triton")
+dispatch.register("moe_permute", "triton", "cpu")
 _ROWS = (torch.bfloat16, torch.float16, torch.float32)
 _COPIED = (*_ROWS, torch.uint8)  # FP8 values, which are only copied
 
@@ -53,7 +53,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ValueError: the shapes do not fit.
     """
     _check(x, inverse.shape[:1], order, inverse)
-    return _implementation(x, _obstacle(x, dtypes=_COPIED)).permute(x, order, inverse)
+    return _implementation(x, _obstacle(x, dtypes=_COPIED), None, order, inverse).permute(x, order, inverse)
 
 
 def unpermute(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def unpermute(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Ten
     _check(y, order.shape, order, inverse)
     if weights.shape != inverse.shape:
         raise ValueError(f"expected weights {list(inverse.shape)}, got {list(weights.shape)}")
-    return _implementation(y, _obstacle(y, weights)).unpermute(y, weights, order, inverse)
+    others = weights, order, inverse
+    return _implementation(y, _obstacle(y, weights), *others).unpermute(y, *others)
 
 
 def _check(rows: Tensor, count: torch.Size, order: Tensor, inverse: Tensor) -> None:
@@ -90,8 +91,11 @@ def _obstacle(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = _ROWS) -> str 
     return None if wrong is None else f"its rows and weights are {names}, got {wrong}"
 
 
-def _implementation(x: Tensor, unsupported: str | None):
-    if dispatch.pick("moe_permute", x.device, unsupported) == "reference":
+def _implementation(x: Tensor, unsupported: str | None, *others: Tensor):
+    chosen = dispatch.pick("moe_permute", x.device, unsupported)
+    if chosen == "cpu" and others and cpu.takes(x, *others):
+        return cpu
+    if chosen != "triton":
         return reference
     from . import launch
 

@@ -24,6 +24,9 @@ TORCH_LIBRARY(deepseek_kernels_cpu, library) {
   library.def(
       "experts(Tensor x, Tensor gate_up, Tensor down, Tensor expert_ids, Tensor weights, Tensor? gate_up_scale=None, "
       "Tensor? down_scale=None, int block_rows=1, int block_columns=1) -> Tensor");
+  library.def("combine(Tensor y, Tensor? weights, Tensor inverse) -> Tensor");
+  library.def(
+      "combine_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse) -> (Tensor, Tensor)");
   library.def("rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   library.def(
       "topk_gate(Tensor scores, Tensor? bias, int top_k, int[] groups, bool normalize, float factor) "
