@@ -54,7 +54,9 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
             axes = (grad.device_mesh, tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate()))
         square = local.float().square().sum()
         squares[axes] = squares[axes] + square if axes in squares else square
-    total = torch.zeros((), device=grads[0].device if grads else None)
+    # A stage of a pipeline may have no gradients, and takes part all the same.
+    default = None if meshes is None else meshes.dense.device_type
+    total = torch.zeros((), device=grads[0].device if grads else default)
     for axes, square in squares.items():
         if axes:
             mesh, dims = axes

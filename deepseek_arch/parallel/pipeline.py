@@ -213,8 +213,8 @@ class Pipeline:
             stage.begin(parts, mtp_weight)
         shape = parts[0].input_ids.shape
         if trains:
-            self._run_schedule(input_ids, self._schedule(*shape))
-            sum_embedding(model)
+            with sum_embedding(model):
+                self._run_schedule(input_ids, self._schedule(*shape))
         else:
             like = torch.empty(self._passed_on(*shape), dtype=model.dtype, device="meta")
             run_forward(self._stages, self.plan, like, model.meshes.pp)
@@ -245,7 +245,7 @@ class Pipeline:
         check_mask(mask, input_ids, None)
         if position_ids is not None:
             check_positions(position_ids, input_ids)
-        if batch % self.microbatches:
+        if batch % self.microbatches or not batch:
             raise ValueError(f"expected rows in multiples of {self.microbatches} microbatches, got {batch}")
         if mtp_weight and not model.config.num_nextn_predict_layers:
             raise ValueError(f"expected MTP modules for mtp_weight {mtp_weight}, got a model without them")

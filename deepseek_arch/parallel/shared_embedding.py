@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,22 +18,34 @@ __all__ = ["sum_embedding"]
 PURPOSE = "shared embedding"
 
 
-def sum_embedding(model: Any) -> None:
-    """Adds up the gradients of both copies of the embedding after a step's last backward pass (TRAPS S21).
+@contextmanager
+def sum_embedding(model: Any) -> Iterator[None]:
+    """Adds up, after the backward passes of a step within, the gradients of both copies of the embedding (TRAPS S21).
 
     Each of the two ranks sends its own to the other. Where FSDP leaves the embedding whole, since both stages are on
-    this rank, the mean over data-parallel ranks is taken here.
+    this rank, the mean over data-parallel ranks is taken here. What earlier steps have left is a sum already.
     """
-    meshes = model.meshes
-    plan, embedding = meshes.stages, model.model.embed_tokens
-    if not plan.shares_embedding or embedding is None:
+    embedding = model.model.embed_tokens
+    parameter = None if embedding is None else embedding._parameters["weight"]
+    if parameter is None or not model.meshes.stages.shares_embedding or not parameter.requires_grad:
+        yield
         return
-    parameter = embedding._parameters["weight"]
-    if not parameter.requires_grad:
-        return
+    earlier, parameter.grad = parameter.grad, None
+    yield
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    grad: Tensor = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    grad = _local(parameter.grad)
+    _sum(grad, model.meshes)
+    if earlier is not None:
+        grad.add_(_local(earlier))
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _sum(grad: Tensor, meshes: Any) -> None:
+    plan = meshes.stages
     if plan.last_rank != 0:
         _exchange(grad, plan.last_rank, meshes.pp)
     elif meshes.layout.dp * meshes.layout.cp > 1:
