@@ -18,12 +18,13 @@ from ..models.causal_lm import kept_states
 from ..models.tensor_checks import check_kept, check_labels
 from ..moe.balance_loss import BalanceLoss
 from ..moe.moe import Router
-from .added_losses import added_losses, own_losses, replaces_the_head
+from .added_losses import added_losses, own_losses, replaces_the_head, warms_up_modules
 from .attention_mask import only_mask
 from .base import DeepseekPreTrainedModel
 from .configuration import core_config
 from .continuous_batching import PagedGenerationMixin
 from .finite_logits import FiniteLogits
+from .indexer_training import indexer_stage
 from .input_checks import checked_prompts, vocabulary
 from .key_mapping import register_conversions
 from .layers import DeepseekMTPLayer
@@ -119,8 +120,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
         the loss is that of the next token alone, comparable with other models'. With `num_items_in_batch`, both added
         losses, means over this call, count by its share of the targets.
 
+        With `config.indexer_stage` "dense", labels, and no cache given, the loss is that of sparse attention's indexers
+        alone, which all keys are attended to for; with "sparse", training adds it with `config.indexer_loss_weight`. It
+        reaches the indexers alone. `da.train_only_indexers(model)` freezes everything else.
+
         Raises:
-            ValueError: as the main model's, or a weight that is negative or has nothing to weigh.
+            ValueError: as the main model's, or a weight that is negative or has nothing to weigh, or a stage without
+                indexers.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         logits_to_keep = check_kept(logits_to_keep, tokens)
@@ -129,9 +135,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
             labels = check_labels(labels, tokens, vocab_size, ignored)
         if kwargs.get("shift_labels") is not None:
             kwargs["shift_labels"] = check_labels(kwargs["shift_labels"], None, vocab_size, ignored)
-        attention_mask, weight = only_mask(attention_mask), 0.0
-        if labels is not None and input_ids is not None and past_key_values is None:
-            weight = loss_weight(self)
+        attention_mask, predicts, stage = only_mask(attention_mask), False, None
+        if labels is not None and past_key_values is None:
+            stage = indexer_stage(self)
+            predicts = input_ids is not None and (loss_weight(self) > 0 or warms_up_modules(self, stage))
+        if stage is not None:  # a cache would carry no gradient to the indexers' keys
+            use_cache, kwargs["indexer_stage"] = False, stage
         outputs: DeepseekModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -139,7 +148,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            return_trunk=weight > 0,
+            return_trunk=predicts,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -150,9 +159,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
         added = added_losses(self, outputs, input_ids, attention_mask, labels, num_items, shift_labels)
         loss = None
         if labels is not None:
+            kwargs.pop("indexer_stage", None)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if added.total is not None:
-                loss = loss + added.total.to(loss.device)
+            loss = added.with_loss(loss)
         return DeepseekCausalLMOutput(
             loss=loss,
             aux_loss=added.aux_loss,
@@ -164,6 +173,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, PagedGenerationMixin):
             mtp_loss=added.mtp_loss,
             mtp_losses=added.mtp_losses,
             mtp_accuracy=added.mtp_accuracy,
+            indexer_loss=added.indexer_loss,
+            indexer_recall=added.indexer_recall,
             routing=outputs.routing,
         )
 

@@ -64,6 +64,13 @@ class ArchConfig(PreTrainedConfig):
     mtp_loss_weight: ClassVar[float] = 0.0
     """Weight of the MTP modules' loss in training; 0 leaves them out. An instance's own is saved with it."""
 
+    indexer_stage: ClassVar[str | None] = None
+    """Stage of the training of sparse attention's indexers: "dense" (the warm-up, which trains them alone), "sparse",
+    or None. An instance's own is saved with it, as is `indexer_loss_weight`."""
+
+    indexer_loss_weight: ClassVar[float] = 1.0
+    """Weight of the indexers' loss in the sparse stage; it reaches them alone, and no other loss does (TRAPS G6)."""
+
     # Outputs that evaluation must not take for predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -73,6 +80,8 @@ class ArchConfig(PreTrainedConfig):
         "mtp_loss",
         "mtp_losses",
         "mtp_accuracy",
+        "indexer_loss",
+        "indexer_recall",
     ]
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -69,6 +69,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return_trunk: bool = False,
         record_routing: bool = False,
         replay_routing: RoutingRecord | None = None,
+        indexer_stage: str | None = None,
         **kwargs: Any,
     ) -> DeepseekModelOutput:
         """One forward pass.
@@ -84,6 +85,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             record_routing: returns every routing decision as `routing`.
             replay_routing: decisions to take instead of the routers' own, for all B x T tokens; weights are still the
                 routers', and differentiable. Default: those of `replaying`, if any.
+            indexer_stage: "dense" or "sparse" computes the loss of the indexers, which is then in `selection`;
+                without a cache.
             kwargs: `cu_seq_lens_q` and `seq_idx` mark packed sequences as well; `output_hidden_states`,
                 `output_router_logits`, and `output_attentions` (with `attn_implementation="eager"`).
 
@@ -118,9 +121,15 @@ class DeepseekModel(DeepseekPreTrainedModel):
         mask = attention_mask_for(self.config, x, attention_mask, position_ids, past_key_values, starts)
         selection, chosen = None, {}
         if self._is_sparse:
-            mask, selection = as_visibility(mask), KeySelection()
+            mask, selection = as_visibility(mask), KeySelection(stage=indexer_stage)
             chosen = {"selection": selection}
         valid = real_tokens(attention_mask, tokens)
+        if indexer_stage is not None:
+            if selection is None or past_key_values is not None:
+                raise ValueError("expected sparse attention, and no cache, with indexer_stage")
+            selection.valid = valid
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not x.requires_grad:
+                x = x.detach().requires_grad_()  # for `use_reentrant=True`, where all but the indexers is frozen
         documents = None
         if return_trunk:
             documents = document_numbers(position_ids, valid) if starts is None else starts
@@ -157,6 +166,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             past_key_values=past_key_values,
             router_logits=cast(Any, tuple(routing.logits.values())) if logits and routing is not None else None,
             trunk=trunk,
+            selection=None if indexer_stage is None else selection,
             routing=record,
         )
 

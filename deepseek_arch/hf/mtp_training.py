@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attention.key_selection import KeySelection
 from ..config.argument_types import shown
 from ..models.mtp_chain import mtp_chain_losses
 from ..models.outputs import TrunkOutput
@@ -56,7 +57,13 @@ def share_of_items(
 
 
 def prediction_losses(
-    model: Any, trunk: TrunkOutput, input_ids: Tensor, labels: Tensor, valid: Tensor | None, balanced: bool
+    model: Any,
+    trunk: TrunkOutput,
+    input_ids: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    balanced: bool,
+    selection: KeySelection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the losses and accuracies of a `DeepseekForCausalLM`'s MTP modules, as `DeepseekLM` computes them.
 
@@ -67,6 +74,7 @@ def prediction_losses(
         input_ids, labels: [B, T].
         valid: bool [B, T], False for padding; None where nothing is.
         balanced: computes their balance loss too.
+        selection: the main model's, where indexers are trained; it gets the losses of the modules' own.
 
     Returns:
         losses and accuracies float32 [D], and the mean of the balance losses without their factor, or None.
@@ -85,6 +93,7 @@ def prediction_losses(
         padding=None if valid is None else ~valid,
         routing=routing,
         detached=model.mtp_detached,
+        selection=selection,
     )
     if routing is not None:
         routing.commit()

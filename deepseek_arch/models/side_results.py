@@ -29,8 +29,10 @@ class SideResults:
         self.selection = None if selection is None else selection.separate()
 
     def differentiable(self, layer: int) -> tuple[Tensor, ...]:
-        """Returns what was kept of a layer and is differentiated; see `Routing.differentiable`."""
-        return () if self.routing is None else self.routing.differentiable(layer)
+        """Returns what was kept of a layer and is differentiated (`Routing.differentiable`), its indexer's loss too."""
+        own = () if self.routing is None else self.routing.differentiable(layer)
+        losses = {} if self.selection is None else self.selection.losses
+        return (*own, losses[layer]) if layer in losses else own
 
     def join(
         self,
@@ -44,6 +46,8 @@ class SideResults:
         Args:
             differentiable: the tensors that the layer returned in the place of those that it kept, if it did.
         """
+        if differentiable and self.selection is not None and layer in self.selection.losses:
+            *differentiable, self.selection.losses[layer] = differentiable
         if self.routing is not None and routing is not None:
             if differentiable:
                 self.routing.replace(layer, differentiable)

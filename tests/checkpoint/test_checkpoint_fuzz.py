@@ -10,7 +10,6 @@ import json
 import random
 import re
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -25,9 +24,10 @@ from deepseek_arch.checkpoint import inspect_checkpoint, load
 from support import checkpoint_files as files
 from support import layouts
 from support.checkpoint_mutations import MUTATIONS
+from support.peak_memory import PeakMemory
 
 LONGEST = 2.0  # seconds of one thread
-LARGEST = 200 * 2**20  # bytes beyond what the process had
+LARGEST = 200 * 2**20  # bytes at the peak of one case
 BASES = ("fp8", "bf16", "fp8 stacked", "without index")
 _STACK = re.compile(r"(.*\.experts)\.(gate_up|down)_proj(_scale_inv)?")
 
@@ -103,22 +103,14 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     root, config = tmp_path_factory.mktemp("bases"), layouts.small(num_nextn_predict_layers=1)
     made = {layout: layouts.write(root / layout, config, layout) for layout in BASES[:3]}
     made[BASES[3]] = layouts.write(root / BASES[3], config, "bf16", index=False)
-    for folder in made.values():
+    for folder in made.values():  # imports everything, which no case shall count as its memory
         assert use(folder)
+    use_otherwise(Path(shutil.copytree(made["fp8"], root / "copy")))  # it writes into its folder
     return made
 
 
-def memory() -> int:
-    """Bytes that the process has had at most; 0 where that cannot be known."""
-    if not sys.platform.startswith("linux"):
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def run(bases: dict[str, Path], folder: Path, cases: int, seed: int) -> None:
-    rng, loaded, before = random.Random(seed), 0, memory()
+    rng, loaded = random.Random(seed), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in range(cases):
@@ -126,16 +118,27 @@ def run(bases: dict[str, Path], folder: Path, cases: int, seed: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(bases[base], folder)
             mutation(folder, rng)
+            memory = PeakMemory()
             try:
                 loaded += use(folder)
                 if number % 10 == 0:
                     use_otherwise(folder)
+                assert memory.beyond() < LARGEST
             except BaseException as error:
                 error.add_note(f"seed {seed}, case {number}: {mutation.__name__} of {base}")
                 raise
-    assert memory() - before < LARGEST
     # Mutations that never fail, or always, would try nothing.
     assert 0.1 * cases < loaded < 0.7 * cases
+
+
+def test_the_memory_of_a_case_is_its_own():
+    """A peak before it neither counts nor hides its own."""
+    big = torch.ones(300 * 2**20, dtype=torch.uint8)
+    del big
+    memory = PeakMemory()
+    small = torch.ones(40 * 2**20, dtype=torch.uint8)
+    del small
+    assert 38 * 2**20 < memory.beyond() < 100 * 2**20 or not memory.known
 
 
 def test_mutated_folders(bases, tmp_path):
