@@ -54,6 +54,11 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
 
     Parameters become DTensors under their own names; module classes become subclasses that compute on local parts.
 
+    All ranks begin a pass together (with gradients disabled or in eval mode those of one replica): an argument that is
+    wrong on one, or that differs where ranks compute parts of the same sequences, is a ValueError on all. What only
+    computing shows, such as memory that runs out, is the error of one rank; the others fail when its process ends, or
+    after the process group's time limit.
+
     Args:
         model: a plain `DeepseekLM` with memory, or on the meta device, where only shapes are cut. FP8 layers are kept.
         layout: open sizes are filled in from the number of ranks.
