@@ -77,7 +77,7 @@ def agree_on_call(meshes: Any, error: Exception | None, mark: Tensor, counts: Te
     # Equal numbers, and no others, have n times the sum of their squares equal to the square of their sum.
     pairs = summed[1 + len(counts) :].view(-1, 2).tolist()
     different = [row for row, (total, squares) in enumerate(pairs) if shared * squares != total * total]
-    if different:
+    if different and dist.get_backend(group) != "fake":  # which adds nothing up
         raise ValueError(
             f"expected the same arguments on the {shared} ranks (pp x cp x tp) that compute parts of the same "
             f"sequences, got different ones for data-parallel parts {different[:10]}"

@@ -81,7 +81,8 @@ def use_dispatch(model: nn.Module, name: str, **options: Any) -> None:
     if meshes is None or meshes.layout.ep == 1 or not isinstance(meshes, Meshes):
         raise ValueError("expected a model that is cut by ep > 1, got another one")
     # A stage of a pipeline may have no experts: what makes groups is called on all ranks.
-    totals = {module.total_experts for module in cut} or {model.config.n_routed_experts}
+    config: Any = model.config
+    totals = {module.total_experts for module in cut} or {config.n_routed_experts}
     if len(totals) > 1:
         raise ValueError(f"expected the same number of experts in every layer, got {sorted(totals)}")
     for total in totals:
