@@ -176,9 +176,6 @@ def query_blocks(
     Args:
         mask: None (causal), spans or bool, of all T queries.
     """
-    if torch.compiler.is_exporting():  # sizes may be symbols, of which no blocks can be counted
-        yield QueryBlock(slice(0, queries), keys, mask)
-        return
     rows = max(1, pairs // max(1, batch * keys))
     for first in range(0, queries, rows):
         part = slice(first, min(first + rows, queries))

@@ -206,11 +206,13 @@ class SparseLatentAttention(MultiHeadLatentAttention):
             mask: of all queries; the selection implies it, and it says which keys a block can do without.
         """
         expanded, dropout = self.expand(latents), self.dropout if self.training else 0.0
-        blocks = list(query_blocks(mask, q.shape[0], q.shape[1], latents.shape[1], _PAIRS))
 
         def attend(q: Tensor, expanded: Tensor, keys: Tensor, ids: Tensor) -> Tensor:
             return mla_attention(q, expanded, keys, self.softmax_scale, selection_mask(ids, keys.shape[1]), dropout)
 
+        if torch.compiler.is_exporting():  # sizes may be symbols, of which no blocks can be counted
+            return attend(q, expanded, keys, ids)
+        blocks = list(query_blocks(mask, q.shape[0], q.shape[1], latents.shape[1], _PAIRS))
         # Kept for the backward pass, the masks of all blocks would be one of all queries and keys.
         again = len(blocks) > 1 and differentiated(q, expanded, keys)
         outs = []

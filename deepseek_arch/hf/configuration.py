@@ -13,9 +13,10 @@ Three things differ from the native classes, all of them in memory only:
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -53,6 +54,9 @@ _CONFIGS = ("config.json", "adapter_config.json")  # the second names the folder
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # ... and those that a config has fields for, although they are about the load.
 _FOR_MODEL = ("dtype", "torch_dtype", "quantization_config")
+
+
+_Config = TypeVar("_Config", bound=type)
 
 
 class ArchConfig(PreTrainedConfig):
@@ -106,10 +110,8 @@ class ArchConfig(PreTrainedConfig):
         """
         try:
             return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
-            fields = {**config_dict, **{name: kwargs[name] for name in kwargs.keys() & config_dict.keys()}}
-            DeepseekConfig.from_dict({"model_type": cls.model_type, **fields})  # says it as everywhere else
-            raise ConfigError(f"expected fields of a config, got one of a wrong type: {error}") from None
+        except _FieldError as error:  # a change: what is wrong in the file has been said
+            _explain(cls, {**config_dict, **{name: kwargs[name] for name in kwargs.keys() & config_dict.keys()}}, error)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the published `config.json` layout: its class names, and the rope fields in their older form too."""
@@ -136,10 +138,43 @@ class ArchConfig(PreTrainedConfig):
         return DeepseekConfig.from_dict(self.to_dict())
 
 
+class _FieldError(ConfigError):
+    """A field of the wrong type, in transformers' words."""
+
+
+def _explain(cls: type[ArchConfig], fields: dict[str, Any], error: Exception) -> NoReturn:
+    """Raises what `DeepseekConfig` says of the fields, as everywhere else, or what transformers says."""
+    DeepseekConfig.from_dict({"model_type": cls.model_type, **fields})
+    raise ConfigError(f"expected fields of a config, got one of a wrong type: {error}") from None
+
+
+def _own_errors(cls: _Config) -> _Config:
+    """Makes a class whose fields transformers checks raise ConfigError, when it is made and when a field is set."""
+    make, assign = cls.__init__, cls.__setattr__
+
+    @functools.wraps(make)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            make(self, *args, **kwargs)
+        except (StrictDataclassError, _FieldError) as error:
+            _explain(type(self), type(self)().to_dict() | kwargs if kwargs else {}, error)
+
+    @functools.wraps(assign)
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        try:
+            assign(self, name, value)
+        except StrictDataclassError as error:
+            raise _FieldError(f"expected fields of a config, got one of a wrong type: {error}") from None
+
+    cls.__init__, cls.__setattr__ = __init__, __setattr__  # type: ignore[method-assign, assignment]
+    return cls
+
+
 def _expert_names(native: type[PreTrainedConfig]) -> dict[str, str]:
     return {**native.attribute_map, "num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
 
+@_own_errors
 @strict
 class ArchDeepseekV2Config(ArchConfig, DeepseekV2Config):
     """DeepSeek-V2, V2-Lite, V2.5."""
@@ -164,6 +199,7 @@ _ATTENTION_PLAN = {
 }
 
 
+@_own_errors
 @strict
 class ArchDeepseekV3Config(ArchConfig, DeepseekV3Config):
     """DeepSeek-V3, V3.1, R1, Moonlight."""
@@ -178,6 +214,7 @@ class ArchDeepseekV3Config(ArchConfig, DeepseekV3Config):
     num_mtp_layers: int = 0
 
 
+@_own_errors
 @strict
 class ArchKimiK2Config(ArchDeepseekV3Config):
     """Kimi-K2: V3's fields and class names under a model type that transformers does not know."""
@@ -185,6 +222,7 @@ class ArchKimiK2Config(ArchDeepseekV3Config):
     model_type = "kimi_k2"
 
 
+@_own_errors
 @strict
 class ArchGlm4MoeLiteConfig(ArchConfig, Glm4MoeLiteConfig):
     """GLM-4.7-Flash."""
@@ -196,6 +234,7 @@ class ArchGlm4MoeLiteConfig(ArchConfig, Glm4MoeLiteConfig):
     output_router_logits: bool = False
 
 
+@_own_errors
 @strict
 class ArchDeepseekV32Config(ArchConfig, DeepseekV32Config):
     """DeepSeek-V3.2, V3.2-Exp, V3.2-Speciale."""
@@ -207,6 +246,7 @@ class ArchDeepseekV32Config(ArchConfig, DeepseekV32Config):
     output_router_logits: bool = False
 
 
+@_own_errors
 @strict
 class ArchGlmMoeDsaConfig(ArchConfig, GlmMoeDsaConfig):
     """GLM-5."""

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import deepseek_arch as da
 from deepseek_arch.checkpoint import CheckpointError, inspect_checkpoint, load, save
+from deepseek_arch.checkpoint.files.writer import ShardFiles
 from deepseek_arch.checkpoint.synthetic import write_checkpoint
 from deepseek_arch.config.deepseek_config import ConfigError
+from deepseek_arch.layout.published_tensors import TensorSpec
 from support import checkpoint_files as files
 from support import layouts, small_models
 
@@ -272,3 +274,14 @@ def test_a_checkpoint_written_under_another_default_dtype(tmp_path, config):
         torch.set_default_dtype(torch.float32)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     files.assert_same_tensors(one, two)
+
+
+def test_every_tensor_of_a_shard_is_aligned(tmp_path):
+    """Readers map float32 scales in place: behind three bytes of codes they would not stand at a multiple of four."""
+    specs = [TensorSpec("codes", "F8_E4M3", (3,)), TensorSpec("scale", "F32", (2,)), TensorSpec("norm", "BF16", (1,))]
+    ShardFiles(tmp_path, [specs], ["model.safetensors"]).start_shards()
+    text = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(text[:8], "little")
+    header = json.loads(text[8 : 8 + length])
+    for spec in specs:
+        assert (8 + length + header[spec.name]["data_offsets"][0]) % spec.itemsize == 0, spec.name

@@ -126,10 +126,17 @@ def test_static_cache_decoding_exports():
 
 
 @pytest.mark.parametrize(
-    ("kind", "make", "masked", "sample"),
-    [("v32", core, False, 9), ("v32", ours, False, 9), ("v32", ours, True, 4), ("glm-5", core, True, 4)],
+    ("kind", "make", "masked", "sample", "strict"),
+    [
+        ("v32", core, False, 9, False),
+        ("v32", ours, False, 9, False),
+        ("v32", ours, True, 4, False),
+        ("glm-5", core, True, 4, False),
+        ("v32", core, False, 9, True),
+        ("glm-5", core, False, 4, True),
+    ],
 )
-def test_sparse_attention_exports_for_lengths_on_both_sides_of_its_selection(kind, make, masked, sample):
+def test_sparse_attention_exports_for_lengths_on_both_sides_of_its_selection(kind, make, masked, sample, strict):
     """One program where every key is read (up to `index_topk`) and where a part is left out."""
     config = small_models.config(kind, **({"num_hidden_layers": 2} if kind == "v32" else {}))
     module = Logits(make(config).eval()).eval()
@@ -143,7 +150,7 @@ def test_sparse_attention_exports_for_lengths_on_both_sides_of_its_selection(kin
 
     shapes = {"input_ids": sizes} | ({"attention_mask": sizes} if masked else {})
     with torch.no_grad():
-        program = torch.export.export(module, arguments(2, sample), dynamic_shapes=shapes).module()
+        program = torch.export.export(module, arguments(2, sample), strict=strict, dynamic_shapes=shapes).module()
         for batch, length in ((3, 5), (2, config.index_topk), (2, config.index_topk + 1), (1, 1), (1, 2), (2, 64)):
             given = arguments(batch, length)
             real = given[-1].bool() if masked else torch.ones_like(given[0], dtype=torch.bool)

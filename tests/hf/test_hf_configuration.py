@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from transformers import AutoConfig, DeepseekV3Config
 
 import deepseek_arch as da
 import deepseek_arch.hf as dhf
+from deepseek_arch.config.deepseek_config import ConfigError
+from deepseek_arch.hf.configuration import CONFIG_CLASSES
 from support import small_models
 
 # transformers has defaults of its own for these; none changes what is computed.
@@ -103,3 +106,21 @@ def test_other_things_are_refused():
         dhf.DeepseekForCausalLM({"model_type": "deepseek_v3"})
     with pytest.raises(da.ConfigError, match="topk_group"):
         dhf.DeepseekForCausalLM(dhf.ArchDeepseekV3Config(topk_group=9))
+
+
+@pytest.mark.parametrize("model_type", CONFIG_CLASSES)
+def test_fields_of_a_wrong_type_are_named_in_the_cores_words(model_type):
+    """Not by huggingface_hub's own error, which is no ValueError, when a config is made or changed."""
+    cls = CONFIG_CLASSES[model_type]
+    for name, value in (("eos_token_id", "x"), ("hidden_size", 1.5), ("vocab_size", None)):
+        with pytest.raises(ConfigError, match=name):
+            cls(**{name: value})
+        config = cls()
+        before = config.to_dict()
+        with pytest.raises(ConfigError, match=name):
+            setattr(config, name, value)
+        assert config.to_dict() == before
+        with pytest.raises(ConfigError, match=name):
+            cls.from_dict(before | {name: value})
+    assert cls(eos_token_id=[1, 2]).eos_token_id == [1, 2]
+    assert pickle.loads(pickle.dumps(config)).to_dict() == before

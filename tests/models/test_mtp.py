@@ -254,3 +254,16 @@ def test_routers_of_modules_count_real_tokens_with_a_real_next_one(side):
     for depth, layer in enumerate(lm.mtp):
         counted = (5 - depth - 1) + (8 - depth - 1)
         assert int(layer.mlp.gate.load.sum()) == counted * lm.config.num_experts_per_tok, depth
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_modules_run_again_in_the_backward_pass_where_layers_do(recompute):
+    lm = model(config("v3", num_nextn_predict_layers=1)).train()
+    lm.gradient_checkpointing_enable(recompute)
+    calls = []
+    lm.mtp[0].self_attn.register_forward_hook(lambda *args: calls.append(1))
+    ids = tokens(lm.config, 1, 8)
+    out = lm(ids, labels=ids)
+    assert len(calls) == 1
+    out.mtp_loss.backward()
+    assert len(calls) == 1 + recompute
