@@ -1,4 +1,4 @@
-"""`dense_gemm`: few rows of activations, which a CPU multiplies as fast as it reads the weight, and a prompt."""
+"""`dense_gemm`: few rows of activations, which a CPU multiplies as fast as it reads the weight, dozens, a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Dense(Operator):
 
     def shapes(self, scale: Scale) -> Iterable[Shape]:
         n, k = 2 * scale.expert, scale.hidden
-        for rows in dict.fromkeys((1, 2, 4, 8, scale.prompt)):
+        for rows in dict.fromkeys((1, 2, 4, 8, 16, 32, scale.prompt)):
             yield Shape(f"{scale.name} gate_up {rows}x{n}x{k}", {"M": rows, "N": n, "K": k}, None, 5)
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ class Experts(Operator):
         return {
             "grouped_mm": Provider(_grouped_mm, devices=("cuda",)),
             "loop": Provider(_loop),
-            "our operators": Provider(reference.fused_moe, built_in=False, devices=("cuda",)),  # on a CPU this is ours
+            "our operators": Provider(reference.fused_moe, built_in=False, devices=("cuda",)),  # as "reference"
         }
 
     def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:

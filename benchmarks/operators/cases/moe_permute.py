@@ -1,4 +1,4 @@
-"""`moe_permute`: tokens in the order of their experts, and the weighted sum on the way back."""
+"""`moe_permute`: tokens in the order of their experts, the weighted sum on the way back, and its gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepseek_kernels import permute, sort_by_expert, unpermute
 from ..declare import CheckedByReference, Provider, Shape, compiled
 from ..fp8_operands import BF16_ROUNDING
 from ..goals import Goal
-from ..operands import Random
+from ..operands import Random, with_gradients
 from ..scales import Scale
 from ..verify import require_close, require_equal
 
@@ -77,4 +77,33 @@ class Unpermute(Permute):
         return super().bytes(shape) + 4 * shape["T"] * shape["topk"]
 
 
-OPERATORS = (Permute(), Unpermute())
+class Training(Unpermute):
+    """The weighted sum and both of its gradients, through autograd. Operands: those of the sum, and its gradient."""
+
+    name = "moe_permute.training"
+
+    def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
+        y, weights, *routing = super().inputs(shape, random)
+        return y.requires_grad_(), weights.requires_grad_(), *routing, random.normal(shape["T"], shape["H"])
+
+    def ours(self, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, grad: Tensor) -> Any:
+        return with_gradients(unpermute(y, weights, order, inverse), (y, weights), grad)
+
+    def providers(self, shape: Shape) -> Mapping[str, Provider]:
+        weighted_sum = super().providers(shape)["weighted sum"].call
+
+        def with_both(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, grad: Tensor) -> Any:
+            return with_gradients(weighted_sum(y, weights, order, inverse), (y, weights), grad)
+
+        return {"weighted sum": Provider(with_both)}
+
+    def verify(self, got: Any, expected: Any, *, ours: bool = True) -> None:
+        for mine, right in zip(got, expected, strict=True):
+            require_close(mine, right, BF16_ROUNDING)
+
+    def bytes(self, shape: Shape) -> int:
+        """Counts two passes over the rows, the second of which also writes them."""
+        return 2 * super().bytes(shape) + 2 * shape["T"] * shape["topk"] * shape["H"]
+
+
+OPERATORS = (Permute(), Unpermute(), Training())
