@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -69,6 +70,37 @@ assert len(da.presets()) > 10
     command = [sys.executable, str(site / "bin" / "deepseek-arch"), "plan", "tiny", "--json"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert '"activated"' in run.stdout
+
+
+def test_a_wheel_with_the_library_needs_no_compiler(cpu_library, tmp_path):
+    """As `deepseek-arch build-kernels --into-package` and `pip wheel` make it (kernels/README.md)."""
+    from deepseek_kernels.common.cpu import cache_folder
+
+    pytest.importorskip("setuptools", minversion="77")
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("deepseek_arch", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(cache_folder(), source / "kernels/deepseek_kernels/common/cpu/lib")
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    run = subprocess.run(
+        [*command, f"-C--build-option=--plat-name={platform}", "."], cwd=source, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob(f"*-{platform}.whl")
+    zipfile.ZipFile(path).extractall(site)
+    script = """
+import torch
+from deepseek_kernels import describe, rms_norm
+rms_norm(torch.ones(1, 8), torch.ones(8), 1e-6)
+print(*(choice.implementation for choice in describe() if choice.op == "rms_norm"))
+"""
+    variables = {"PYTHONPATH": str(site), "PATH": str(tmp_path), "DEEPSEEK_KERNELS_CPU": "1", "CXX": ""}
+    environment = os.environ | variables | {"DEEPSEEK_KERNELS_CACHE": str(tmp_path / "none")}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "cpu\n"
 
 
 # ------------------------------------------------------------------ source distribution

@@ -144,6 +144,18 @@ def generate_actions(
     return {OURS: ours, **({REFERENCE: reference} if built else {}), NATIVE: native}
 
 
+def compiled_actions(
+    names: tuple[str, str], model: da.DeepseekLM, prompt: int, new: int, batch: int
+) -> dict[str, Callable[[], Tensor]]:
+    """Returns the greedy generation of `new` tokens with a compiled step, and the same by plain steps."""
+    ids = random_ids(model.config.vocab_size, prompt, seed=6, rows=batch)
+
+    def generate(compiled: bool) -> Tensor:
+        return da.generate(model, ids, max_new_tokens=new, eos_token_id=[], compiled=compiled)
+
+    return {names[0]: lambda: generate(True), names[1]: lambda: generate(False)}
+
+
 def training_step(model: Any, ids: Tensor) -> Tensor:
     """Runs forward, loss and backward, leaves the gradients, and returns the loss."""
     model.train()

@@ -1,7 +1,8 @@
-"""The parts of the command `model` that run in its own process: decoding, prefill, FP8, batches, fp32, small models."""
+"""The parts of the command `model` that run in its own process: decoding, prefill, FP8, batches, small models."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from ..core.report import NATIVE, OURS, Row, Samples
 from ..core.timing import interleave, interleave_clocked
 from .actions import (
     Action,
+    compiled_actions,
     decode_actions,
     generate_actions,
     our_decode,
@@ -48,6 +50,7 @@ __all__ = ["MOST_STEPS", "Bench"]
 MOST_STEPS = 22  # of a decode
 HUGE, NATIVE_HUGE = "ours, huge pages", "transformers, huge pages"
 PLAIN, PLAIN_REFERENCE = "unquantized", "unquantized, reference"
+EAGER = "not compiled"
 PROMPT = 32  # tokens before those that a small model generates
 LLAMA_TOKENS = 16  # of a sample
 
@@ -220,6 +223,21 @@ class Bench:
                 times = Times(f"{preset} generates, {batch} prompts", seconds, remarks=[remark])
                 tokens = batch * s.new_tokens
                 yield times.to_row("tokens/s", "higher", lambda t, n=tokens: n / t, goals=s.is_reference())
+
+    def compiled(self) -> Iterator[Row]:
+        """Tokens a second of the same generation with a compiled step; the first call, which compiles, is not in it."""
+        s = self.settings
+        for preset in s.presets:
+            ours = random_model(comparable(da.DeepseekConfig.from_pretrained(preset)), torch.float32)
+            for batch in s.compiled_batches:
+                actions = compiled_actions((OURS, EAGER), ours, PROMPT, s.new_tokens, batch)
+                start = time.perf_counter()
+                tokens = {name: action() for name, action in actions.items()}
+                remarks = [f"first call {time.perf_counter() - start:.0f} s", _token_remark(tokens)]
+                seconds = interleave_clocked(actions, rounds=5, warmup=0, budget_s=s.budget_s)
+                times = Times(f"{preset} generates compiled, {batch} prompts", seconds, remarks=remarks)
+                made = batch * s.new_tokens
+                yield times.to_row("tokens/s", "higher", lambda t, n=made: n / t, goals=False, baseline=EAGER)
 
 
 @torch.inference_mode()

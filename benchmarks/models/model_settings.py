@@ -11,7 +11,7 @@ from .contestants import DTYPES, comparable
 
 __all__ = ["GOALS", "PARTS", "Settings"]
 
-PARTS = ("decode", "prefill", "kept", "batches", "fp32", "small", "train", "load")
+PARTS = ("decode", "prefill", "kept", "batches", "fp32", "small", "compiled", "train", "load")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Settings:
     fp32_prompt: Annotated[int, "prompt length to prefill in fp32"] = 1024
     presets: Annotated[tuple[str, ...], "small models that generate, in fp32"] = ("tiny", "mini")
     small_batches: Annotated[tuple[int, ...], "their prompts"] = (1, 8, 64)
+    compiled_batches: Annotated[tuple[int, ...], "prompts of small models with compiled steps"] = (1, 8)
     new_tokens: Annotated[int, "tokens that a small model generates for each prompt"] = 32
     sequence: Annotated[int, "tokens of the training step"] = 2048
     loads: Annotated[int, "times that each contestant loads the checkpoint"] = 3
@@ -59,6 +60,7 @@ class Settings:
             raise ValueError(f"expected dtype {' or '.join(DTYPES)}, got {self.dtype!r}")
         sizes = (self.threads, self.layers, self.batch_layers, self.sequence, self.loads, self.fp32_prompt)
         sizes += (self.new_tokens, self.ceiling_size, *self.contexts, *self.prompts, *self.batches, *self.small_batches)
+        sizes += self.compiled_batches
         if min(sizes) < 1 or not self.contexts:
             raise ValueError(f"expected positive sizes, got {self}")
         if not self.only or not set(self.only) <= set(PARTS):

@@ -158,7 +158,7 @@ def run(settings: Settings, *, on_row: Callable[[Row], None] = lambda row: None)
         if settings.runs("load"):
             da.save(bench.ours, folder)
         bench.free()
-        for part in ("batches", "fp32", "small"):
+        for part in ("batches", "fp32", "small", "compiled"):
             add(part, getattr(bench, part))
         add("train", lambda: train(bench))
         add("load", lambda: load(bench, Path(folder)))

@@ -187,7 +187,12 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def build_kernels(as_json: Json = False) -> None:
+def build_kernels(
+    into_package: Annotated[
+        bool, typer.Option("--into-package", help="Into the package's own folder, for a wheel, not the cache.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Compile the C++ operators for this CPU, which then run by default; takes up to a minute, once.
 
     They are kept in DEEPSEEK_KERNELS_CACHE, by default ~/.cache/deepseek_kernels, for this PyTorch and compiler.
@@ -195,7 +200,7 @@ def build_kernels(as_json: Json = False) -> None:
     from deepseek_kernels.common import cpu
 
     try:
-        library = cpu.build_library()
+        library = cpu.build_library(into_package)
     except cpu.BuildError as error:
         raise ValueError(f"expected a C++ compiler that builds the operators for this CPU: {error}") from error
     if as_json:

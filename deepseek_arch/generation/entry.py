@@ -73,8 +73,10 @@ def generate(
             of layers that a draft runs in place of times, so that all choose alike), up to `mtp_depth`; False
             drafts `mtp_depth`, but for a step in 64 without drafts, whose time the report needs. Default: True, except
             when sampling with a seed, since the tokens that are drawn depend on the length.
-        compiled: fixes all work of a decoding step beforehand: as a CUDA graph on a GPU, with `torch.compile`
-            elsewhere, which takes a minute or more the first time. For plain decoding.
+        compiled: fixes all work of a decoding step beforehand: as a CUDA graph on a GPU, with `torch.compile` and its
+            C++ compiler elsewhere. Compiling takes half a minute or more, once in a process for each model, number of
+            rows and 256 tokens of length, so that it pays for many tokens of a small model, whose steps are mostly
+            Python; those of a large one are products, which stay what they are. For plain decoding.
         drop_finished: lets finished rows leave the batch, whose caches are compacted, instead of decoding on until the
             last row has ended. The tokens are the same (greedy ties within rounding aside), sampled ones too.
         return_report: returns a `SpeculationReport` as well.

@@ -26,6 +26,7 @@ TASKS = "benchmarks.models.isolated_tasks"
 SMALL = {"preset": "tiny", "layers": 2, "dtype": "fp32", "threads": 1, "loads": 1}
 SMALL |= {"contexts": (8,), "prompts": (16,), "sequence": 16, "budget_s": 0.0, "ceiling_size": 64}
 SMALL |= {"batches": (1, 2), "fp32_prompt": 16, "presets": ("tiny",), "small_batches": (1, 2), "new_tokens": 2}
+SMALL |= {"compiled_batches": (1,)}
 
 # A stand-in for llama-bench: two samples of so many nanoseconds for each token that it is asked for.
 LLAMA = """#!{python}
@@ -64,7 +65,18 @@ def test_a_small_run_of_the_model_benchmark(tmp_path):
     options += ["--contexts", "8", "--prompts", "16", "--sequence", "16", "--loads", "1", "--ceiling-size", "64"]
     options += ["--batches", "1,2", "--fp32-prompt", "16", "--presets", "tiny", "--small-batches", "2"]
     llama = executable(tmp_path / "llama-bench", LLAMA.format(python=sys.executable))
-    options += ["--new-tokens", "2", "--llama-bench", llama, "--gguf", llama, "--llama-contexts", "8"]
+    options += [
+        "--compiled-batches",
+        "1",
+        "--new-tokens",
+        "2",
+        "--llama-bench",
+        llama,
+        "--gguf",
+        llama,
+        "--llama-contexts",
+        "8",
+    ]
     command = [sys.executable, "-m", "benchmarks", "model", *options, "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
@@ -80,6 +92,7 @@ def test_a_small_run_of_the_model_benchmark(tmp_path):
         "fp32, decode at 8": both,
         "fp32, prefill 16": both,
         "tiny generates, 2 prompts": both,
+        "tiny generates compiled, 1 prompts": {"ours", "not compiled"},
         "training step 16": both,
         "training step 16, memory at peak": both,
         "training step 16, memory beyond the weights": both,

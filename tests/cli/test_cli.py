@@ -154,6 +154,14 @@ def test_build_kernels_builds_what_doctor_then_finds(cli, cpu_library, monkeypat
     assert re.search(r"C\+\+ operators\W+built", cli("doctor")[1])
 
 
+def test_build_kernels_into_the_package(cli, cpu_library, monkeypatch):
+    from deepseek_kernels.common import cpu
+
+    monkeypatch.setattr(cpu, "PACKAGED", cpu.cache_folder())  # where the library is, so that nothing is compiled
+    code, out, _ = cli("build-kernels", "--into-package", "--json")
+    assert code == 0 and Path(json.loads(out)["library"]).is_relative_to(cpu.cache_folder())
+
+
 def test_build_kernels_says_why_it_cannot(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("DEEPSEEK_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")

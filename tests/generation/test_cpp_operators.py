@@ -107,10 +107,11 @@ def test_training_runs_attention_alone(ran):
     assert not ran  # attention of many queries is not among the names
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "FP8 weights"])
 @torch.no_grad()
-def test_compiled_steps():
+def test_compiled_steps(fp8):
     torch.compiler.reset()
-    model = _model()
+    model = keep_fp8(_model()) if fp8 else _model()
     ids = torch.randint(0, model.config.vocab_size, (1, 3))
     with use_backend("cpu"):
         cache = StaticLatentCache(model.new_cache(1), 16)

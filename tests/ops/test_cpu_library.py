@@ -143,6 +143,29 @@ def test_without_a_compiler_a_library_that_is_there_is_used(compiler, tmp_path, 
         building.build(tmp_path)
 
 
+def test_a_library_that_came_with_the_package(compiler, unloaded, tmp_path, monkeypatch):
+    """It is found behind the cache, without a compiler, and only by the PyTorch and the CPU that it was built for."""
+    log = compiler()
+    monkeypatch.setattr(building, "PACKAGED", tmp_path / "package")
+    monkeypatch.setattr(cpu, "PACKAGED", tmp_path / "package")
+    assert building.packaged_misfit() is None
+    library = cpu.build_library(into_package=True)
+    assert library.is_relative_to(tmp_path / "package") and not cpu.cache_folder().exists()
+    assert cpu.build_library() == library and calls(log) == 2
+    own = building.build(cpu.cache_folder())
+    assert cpu.build_library() == own and calls(log) == 4
+    own.unlink()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert building.find(cpu.cache_folder()) == library and building.packaged_misfit() is None
+    monkeypatch.setattr(building, "_torch_version", lambda: ("99.0", "0"))
+    assert building.find(cpu.cache_folder()) is None
+    expected = rf"another PyTorch, Python, CPU or OpenMP \(found {library.parent.name}, expected "
+    assert re.search(expected, building.packaged_misfit() or "")
+    if platform.system() == "Linux":
+        assert re.search(f"its library is not built.*; .*{expected}", cpu.library_obstacle(auto=True) or "")
+
+
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(compiler, tmp_path):
     compiler(end="echo 'kernels.cpp: error: no such thing' >&2; exit 1")
     with pytest.raises(BuildError, match=r"failed to build its library:\nkernels\.cpp: error: no such thing"):

@@ -1,9 +1,9 @@
 """Operators for CPUs in C++: built on the user's machine, kept in a cache, never required.
 
 The library is built when it is asked for: by the first operator inside `use_backend("cpu")` (or with
-DEEPSEEK_KERNELS_BACKEND=cpu), or ahead by `deepseek-arch build-kernels`. `auto` uses a library that is in the cache and
-never builds one, because a compiler takes ten to sixty seconds and the first forward pass of a program is a bad place
-for an unannounced stall of that length.
+DEEPSEEK_KERNELS_BACKEND=cpu), or ahead by `deepseek-arch build-kernels`, which also puts it into the package for a
+wheel. `auto` uses a library that is in the cache or in the package and never builds one, because a compiler takes ten
+to sixty seconds and the first forward pass of a program is a bad place for an unannounced stall of that length.
 
 Two environment variables, read once: with DEEPSEEK_KERNELS_CPU=0, `auto` leaves the library alone, and
 DEEPSEEK_KERNELS_CACHE names the folder of the cache (by default `deepseek_kernels` in XDG_CACHE_HOME or in ~/.cache).
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import transformed
-from .building import BuildError, build, find
+from .building import PACKAGED, BuildError, build, find, packaged_misfit
 
 __all__ = [
     "FEW_ROWS",
@@ -110,8 +110,12 @@ def _native_bfloat16() -> bool:
 _native_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it looks at the processor
 
 
-def build_library() -> Path:
-    """Builds the library unless the cache holds it, and returns its path.
+def build_library(into_package: bool = False) -> Path:
+    """Builds the library unless there is one that fits, and returns its path.
+
+    Args:
+        into_package: builds it into this package's folder instead of the cache, for wheels: it is found there on
+            machines without a compiler, with the same PyTorch, Python and kind of CPU.
 
     Raises:
         BuildError: this platform has none, there is no compiler, or it failed.
@@ -119,7 +123,7 @@ def build_library() -> Path:
     if reason := _platform_obstacle():
         raise BuildError(reason)
     try:
-        library = find(cache_folder()) or build(cache_folder())
+        library = build(PACKAGED) if into_package else find(cache_folder()) or build(cache_folder())
     except (OSError, RuntimeError, ValueError) as error:  # no home directory, or settings that are no command
         raise BuildError(str(error)) from error
     _forget_choices()
@@ -142,7 +146,8 @@ def _load(may_build: bool) -> str | None:
     except (BuildError, OSError, RuntimeError, ValueError) as error:  # a library is never required
         return str(error)
     if library is None:
-        return _NOT_BUILT
+        misfit = packaged_misfit()
+        return f"{_NOT_BUILT}; {misfit}" if misfit else _NOT_BUILT
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

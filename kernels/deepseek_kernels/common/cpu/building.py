@@ -26,7 +26,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BuildError", "build", "find"]
+__all__ = ["PACKAGED", "BuildError", "build", "find", "packaged_misfit"]
+
+PACKAGED = Path(__file__).parent / "lib"
+"""Libraries that came with the package, in a wheel: laid out as a cache, and looked into after it."""
 
 _SOURCES = Path(__file__).parent / "csrc"
 _TORCH = Path(torch.__file__).parent
@@ -46,12 +49,28 @@ class BuildError(RuntimeError):
 
 
 def find(cache: Path) -> Path | None:
-    """Returns the library in the cache, if it is there and whole: this compiler's, or any if there is no compiler."""
+    """Returns a library that is whole and fits: this compiler's in the cache, else one that came with the package.
+
+    Without a compiler, any in the cache. What does not fit lies in a folder of another name, which is not looked into.
+    """
     compiler = _compiler()
-    if compiler is not None:
-        library = _place(cache, compiler)
-        return library if _whole(library) else None
-    return next((library for library in sorted(_folder(cache).glob("kernels-*.so")) if _whole(library)), None)
+    places = [_place(cache, compiler)] if compiler is not None else _libraries(cache)
+    return next((library for library in (*places, *_libraries(PACKAGED)) if _whole(library)), None)
+
+
+def packaged_misfit() -> str | None:
+    """Returns what is wrong with the libraries that came with the package, or None if there are none or one fits."""
+    if not PACKAGED.is_dir() or any(_whole(library) for library in _libraries(PACKAGED)):
+        return None
+    found = ", ".join(sorted(folder.name for folder in PACKAGED.iterdir() if folder.is_dir()))
+    return (
+        f"the library that came with the package is of another PyTorch, Python, CPU or OpenMP "
+        f"(found {found or 'none'}, expected {_folder(PACKAGED).name})"
+    )
+
+
+def _libraries(cache: Path) -> list[Path]:
+    return sorted(_folder(cache).glob("kernels-*.so"))
 
 
 def build(cache: Path) -> Path:

@@ -11,7 +11,7 @@ rounded to the activations' dtype, as `dequantize_blocks` rounds it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,8 +215,9 @@ def _differentiate(ctx, grad):
     nothing = (None,) * 7  # codes and scales have no gradient
     if not ctx.needs_input_grad[0]:
         return None, *nothing
-    others = ctx.block_rows, ctx.block_columns, ctx.parts, ctx.transposed
-    return _input_gradient(grad, *ctx.saved_tensors, *others), *nothing
+    weight, scale, ends = ctx.saved_tensors
+    given = _input_gradient(grad, weight, scale, ends, ctx.block_rows, ctx.block_columns, ctx.parts, ctx.transposed)
+    return given, *nothing
 
 
 _product.register_autograd(_differentiate, setup_context=_setup)
@@ -240,7 +241,15 @@ def product(
     return transformed_product(_product, _input_gradient, None, *operands) if transformed() else _product(*operands)
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, *others: Any) -> Tensor:
+def _input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    ends: Tensor | None,
+    block_rows: int,
+    block_columns: int,
+    parts: int,
+    transposed: bool,
+) -> Tensor:
     """Linear in x, so its derivative is the product with the weights the other way round."""
-    *others, transposed = others
-    return product(grad, weight, *others, not transposed)
+    return product(grad, weight, scale, ends, block_rows, block_columns, parts, not transposed)
