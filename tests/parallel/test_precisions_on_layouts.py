@@ -178,6 +178,25 @@ def test_gradients_are_those_of_one_process(build, axes, bound):
             assert error(grads[name], exact[name]) < 1.5 * error(expected[name], exact[name]) + 0.01, name
 
 
+def codes_that_would_be_cast(rank, axes):
+    model = kept()
+    before = dict(model.named_parameters())
+    with pytest.raises(LayoutError) as caught:
+        if "pp" in axes:
+            da.pipeline(model, ParallelLayout(**axes), microbatches=2, param_dtype=torch.bfloat16)
+        else:
+            da.parallelize(model, ParallelLayout(**axes), torch.bfloat16)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_codes_are_not_cast(axes):
+    """FSDP would turn them into bfloat16 without their scales: the first pass failed in the middle."""
+    for message in run_ranks(codes_that_would_be_cast, 2, axes):
+        assert "expected param_dtype None with weights in FP8 (model.layers.0.self_attn.q_a_proj)" in message
+
+
 # ---------------------------------------------------------------- adapters around experts
 
 
