@@ -113,6 +113,23 @@ def test_parameters_are_cast_for_computing(axes, world, tmp_path):
         assert error(whole[name], expected[name]) < 1.5 * error(noisy[name].float(), expected[name]), name
 
 
+def decoded(rank, depth):
+    model = da.parallelize(model_of(), ParallelLayout(dp_shard=2), torch.bfloat16)
+    return da.generate(model, IDS[:2], max_new_tokens=6, mtp_depth=depth, eos_token_id=[])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_caches_are_of_the_dtype_that_is_computed_in(depth):
+    """Shards alone are float32. Routers are those of float32, too."""
+    exact, half = model_of(), model_of().bfloat16()
+    for module, other in zip(exact.modules(), half.modules(), strict=True):
+        if isinstance(module, da.Router):
+            other.weight.data = module.weight.data
+    expected = da.generate(half, IDS[:2], max_new_tokens=6, mtp_depth=depth, eos_token_id=[])
+    for tokens in run_ranks(decoded, 2, depth):
+        assert torch.equal(tokens, expected)
+
+
 # ---------------------------------------------------------------- FP8
 
 
