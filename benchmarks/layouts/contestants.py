@@ -85,8 +85,6 @@ def _check(contestant: Contestant, config: da.DeepseekConfig, batch: int, micro_
     layout = contestant.layout
     if batch % (layout.dp * micro_batch):
         raise LayoutError(f"expected dp x micro-batch = {layout.dp} x {micro_batch} to divide the batch of {batch}")
-    if layout.pp > 1 and layout.cp > 1:
-        raise LayoutError(f"expected cp = 1 with pp > 1, got {layout.cp}")
     if layout.cp > 1 and config.is_sparse_attention:
         raise LayoutError("expected cp = 1 for sparse attention")
     if contestant.schedule is not None:

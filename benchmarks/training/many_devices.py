@@ -90,13 +90,12 @@ def train(
 
 
 def _rows(text: Tensor, settings: Settings, step: int, model: da.DeepseekLM) -> Tensor:
-    """Returns this rank's rows of a batch that all ranks draw alike."""
+    """Returns this rank's rows of a batch that all ranks draw alike; those of a context-parallel group share theirs."""
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    rows = random_rows(text, settings.batch, settings.sequence + 1, draw)
-    group = model.meshes.data
-    if settings.batch < dist.get_world_size(group):
-        raise ValueError(f"expected a row for each of {dist.get_world_size(group)} ranks, got {settings.batch}")
-    return rows.tensor_split(dist.get_world_size(group))[dist.get_rank(group)].to(model.device)
+    rows, layout = random_rows(text, settings.batch, settings.sequence + 1, draw), model.meshes.layout
+    if settings.batch < layout.dp:
+        raise ValueError(f"expected a row for each of {layout.dp} data-parallel ranks, got {settings.batch}")
+    return rows.tensor_split(layout.dp)[dist.get_rank(model.meshes.data) // layout.cp].to(model.device)
 
 
 def _step(model: da.DeepseekLM, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:

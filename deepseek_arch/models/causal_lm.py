@@ -116,8 +116,9 @@ class DeepseekLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the embedding."""
-        return next(self.model.embed_tokens.parameters()).dtype
+        """Dtype of the activations, and so of caches: the embedding's, unless FSDP casts that (`parallelize`)."""
+        cast = None if self.meshes is None else self.meshes.param_dtype
+        return cast or next(self.model.embed_tokens.parameters()).dtype
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recomputes each decoder layer in the backward pass instead of keeping its activations (training only)."""

@@ -64,6 +64,7 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
         layout: open sizes are filled in from the number of ranks.
         param_dtype: what FSDP casts parameters to for computing; their own dtype is that of the shards, the optimizer
             and the sums of gradients. Routers stay as they are: rounded, they would choose other experts (TRAPS S20).
+            Not with FP8 layers, which compute in the dtype of what they are given.
 
     Returns:
         `model`, with `model.meshes`; `LoadBalancer` and `global_loss` sum over `model.meshes.data`.
@@ -80,7 +81,7 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
     layout = layout.for_devices(torch.distributed.get_world_size())
     if layout.pp > 1:
         raise LayoutError(f"expected pp = 1 (pipeline cuts into stages), got {layout.pp}")
-    check_layout(model, layout)
+    check_layout(model, layout, param_dtype)
     meshes = Meshes(layout, mesh_device(model))
     meshes.param_dtype = param_dtype
     cut(model, meshes)
@@ -91,9 +92,14 @@ def parallelize(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dt
     return model
 
 
-def check_layout(model: DeepseekLM, layout: ParallelLayout) -> None:
+def check_layout(model: DeepseekLM, layout: ParallelLayout, param_dtype: torch.dtype | None = None) -> None:
     """Raises LayoutError from what is the same on all ranks, so that all of them raise."""
-    config, problems = model.config, []
+    config, problems, in_fp8 = model.config, [], fp8_layers(model)
+    if param_dtype is not None and in_fp8:
+        problems.append(
+            f"expected param_dtype None with weights in FP8 ({next(iter(in_fp8))}), whose codes would be cast without "
+            f"their scales, got {param_dtype}: load with that dtype"
+        )
     if layout.cp > 1 and config.is_sparse_attention:
         problems.append("expected cp = 1 for sparse attention, whose indexer's keys are not gathered")
     if layout.cp > 1 and model.capacity is not None:
@@ -114,7 +120,7 @@ def check_layout(model: DeepseekLM, layout: ParallelLayout) -> None:
         ][:1]
     if problems:
         raise LayoutError("; ".join(problems))
-    layout.validate(config, fp8_blocks=bool(fp8_layers(model)))
+    layout.validate(config, fp8_blocks=bool(in_fp8))
 
 
 def cut(model: DeepseekLM, meshes: Meshes) -> None:
@@ -208,13 +214,19 @@ def _cut_heads_and_columns(model: DeepseekLM, meshes: Meshes) -> None:
 
 
 def _shard(model: DeepseekLM, meshes: Meshes, param_dtype: torch.dtype | None) -> None:
-    """Applies FSDP2: routed experts first, on the mesh of those that hold the same (TRAPS S12)."""
+    """Applies FSDP2: routed experts first, on the mesh of those that hold the same (TRAPS S12).
+
+    All of them give weights back after a forward pass. By default roots of FSDP do not: that is each layer's experts
+    where they alone are shared, and an optimizer that is made after a pass would get what is gathered.
+    """
     policy, as_given = _policies(param_dtype)
-    _shard_experts(model, meshes, param_dtype)
+    again: dict[str, Any] = {"reshard_after_forward": True}
+    _shard_experts(model, meshes, param_dtype, **again)
     if meshes.layout.dp * meshes.layout.cp > 1 or param_dtype is not None:
+        again["mesh"] = meshes.sharding(routed=False)
         for layer in (*model.model.layers, *model.mtp):
-            fully_shard(layer, mesh=meshes.sharding(routed=False), mp_policy=policy)
-        fully_shard(model, mesh=meshes.sharding(routed=False), mp_policy=as_given)
+            fully_shard(layer, mp_policy=policy, **again)
+        fully_shard(model, mp_policy=as_given, **again)
 
 
 def _policies(param_dtype: torch.dtype | None) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:

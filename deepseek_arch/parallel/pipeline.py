@@ -122,7 +122,7 @@ def _cut_into_stages(
     Raises:
         LayoutError: as `pipeline`.
     """
-    check_layout(model, layout)
+    check_layout(model, layout, param_dtype)
     meshes = Meshes(layout, mesh_device(model))
     rank = dist.get_rank(meshes.pp)
     meshes.param_dtype = param_dtype

@@ -173,22 +173,21 @@ def plan_inference(
     sizes = per_layer(c, lambda i: _layer_bytes(c, layers[i], setup, layout.ep))
     ends = sum(_stored_bytes(c, parameter, setup) for parameter in end_parameters(c, layout, True, True))
     cached = kv_cache_bytes(c, setup.context, setup.cache_bytes) + indexer_cache_bytes(c, setup.context)
-    tokens = setup.batch / layout.tp
+    # Two batches' rows to and from the experts, in BF16, and float32 logits.
+    working = (2 * 2 * 2 * (c.num_experts_per_tok or 1) * c.hidden_size + 4 * c.vocab_size) // layout.tp
     memory = {
         "weights": ends + sum(dense + routed for dense, routed in sizes),
         "cache": setup.batch * cached,
-        # Two batches' rows to and from the experts, in BF16, and float32 logits.
-        "working": round(2 * 2 * 2 * tokens * (c.num_experts_per_tok or 1) * c.hidden_size)
-        + 4 * setup.batch * c.vocab_size // layout.tp,
+        "working": setup.batch * working,
         "reserved": round(RESERVED * device.memory),
     }
-    free = device.memory - sum(memory.values()) + memory["cache"]
+    free = device.memory - memory["weights"] - memory["reserved"]
     return InferencePlan(
         layout=layout,
         setup=setup,
         device=device,
         memory=memory,
-        largest_batch=max(0, int(free // cached)),
+        largest_batch=max(0, int(free // (cached + working))),
         decode=_decode_seconds(c, layout, setup, device, layers, sizes),
         prefill_tokens_per_second=_prefill_rate(c, layout, setup, device),
     )

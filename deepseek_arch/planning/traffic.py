@@ -262,8 +262,9 @@ def _once_a_step(
 ) -> Iterator[Transfer]:
     """Yields the exchange of gradients and weights over data-parallel ranks, and between copies of parameters.
 
-    What ZeRO-2 and 3 reduce, and ZeRO-3 gathers, has travelled in every micro-batch. DualPipe holds every stage twice:
-    the gradients of both copies are added, each rank's shard with that of its counterpart.
+    What ZeRO-2 and 3 reduce, and ZeRO-3 gathers, has travelled in every micro-batch. DualPipe holds every stage twice,
+    others may hold the embedding twice: the gradients of both copies are added, each rank's shard with that of its
+    counterpart.
     """
     first, last = 0 in held, len(stages) - 1 in held
     layers = per_layer(c, lambda i: layer_parameters(c, i, layout))
@@ -282,7 +283,7 @@ def _once_a_step(
             yield Transfer("stage copies", _between_stages(layout, per_node), "step", ring_bytes(shard, 2))
     shared = c.num_nextn_predict_layers or c.tie_word_embeddings
     if shared and first != last:
-        nbytes = 2 * setup.gradient_bytes * c.vocab_size // layout.tp * c.hidden_size
+        nbytes = 2 * setup.gradient_bytes * c.vocab_size // layout.tp * c.hidden_size / layout.dense_shards
         yield Transfer("shared embedding", _between_stages(layout, per_node), "step", ring_bytes(nbytes, 2))
 
 

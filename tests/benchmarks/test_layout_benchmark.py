@@ -177,6 +177,8 @@ def test_layouts_that_fit_are_chosen_and_others_told():
     chosen, problems = contestants.contestants_of("tp=2,ep=4; pp=2 tp=3", ("1F1B", "GPipe"), V3, 8, 32, 1, 4096)
     assert [each.name for each in chosen] == ["dp_shard=4,tp=2,ep=4", "pp=2,dp_shard=4 1F1B", "pp=2,dp_shard=4 GPipe"]
     assert len(problems) == 1 and problems[0].startswith("tp=3: expected pp x dp_replicate x cp x tp = 3 to divide 8")
+    chosen, problems = contestants.contestants_of("pp=2,cp=2", ("1F1B",), V3, 8, 32, 1, 4096)
+    assert [each.name for each in chosen] == ["pp=2,dp_shard=2,cp=2 1F1B"] and problems == []
     default, silent = contestants.contestants_of("", ("1F1B",), V3, 8, 32, 1, 4096)
     assert len(default) > 4 and silent == []
     with pytest.raises(LayoutError, match="expected a layout that fits 8 devices"):

@@ -35,6 +35,14 @@ def test_a_run_goes_on_on_another_layout_with_the_same_losses(tmp_path):
     assert not torch.equal(model.lm_head.weight, fresh.lm_head.weight)
 
 
+def test_ranks_that_share_sequences_are_given_the_same():
+    """A row has a token more than `sequence`, of which each rank has a part."""
+    options = {"sequence": 31, "steps": 2}
+    expected = run_ranks(trained, 2, options | {"layout": "tp=2"})[0]
+    for losses in run_ranks(trained, 2, options | {"layout": "cp=2"}):
+        assert losses == pytest.approx(expected, rel=2e-5)
+
+
 def test_it_says_how_to_be_started():
     run = subprocess.run([sys.executable, "-m", "benchmarks.training.many_devices"], capture_output=True, text=True)
     assert run.returncode == 1 and "expected to be started by torchrun" in run.stderr

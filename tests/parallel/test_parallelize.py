@@ -255,6 +255,23 @@ def refused(rank, axes, changes):
     return str(caught.value)
 
 
+def parameters_after_passes(rank, axes):
+    model = da.parallelize(model_of(), ParallelLayout(**axes))
+    ids = rows_of(model.config, 0, (2,))
+    before, changed = dict(model.named_parameters()), []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            model(ids, labels=ids, return_logits=False)
+        changed += [name for name, parameter in model.named_parameters() if parameter is not before[name]]
+    return changed
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"dp_shard": 2, "ep": 2}], ids=str)
+def test_a_forward_pass_leaves_nothing_gathered(axes):
+    """An optimizer that is made then gets the shards; experts of all layers are never whole at a time."""
+    assert run_ranks(parameters_after_passes, 2, axes) == [[], []]
+
+
 @pytest.mark.parametrize(
     ("axes", "changes", "message"),
     [

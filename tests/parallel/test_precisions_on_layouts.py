@@ -113,6 +113,23 @@ def test_parameters_are_cast_for_computing(axes, world, tmp_path):
         assert error(whole[name], expected[name]) < 1.5 * error(noisy[name].float(), expected[name]), name
 
 
+def decoded(rank, depth):
+    model = da.parallelize(model_of(), ParallelLayout(dp_shard=2), torch.bfloat16)
+    return da.generate(model, IDS[:2], max_new_tokens=6, mtp_depth=depth, eos_token_id=[])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_caches_are_of_the_dtype_that_is_computed_in(depth):
+    """Shards alone are float32. Routers are those of float32, too."""
+    exact, half = model_of(), model_of().bfloat16()
+    for module, other in zip(exact.modules(), half.modules(), strict=True):
+        if isinstance(module, da.Router):
+            other.weight.data = module.weight.data
+    expected = da.generate(half, IDS[:2], max_new_tokens=6, mtp_depth=depth, eos_token_id=[])
+    for tokens in run_ranks(decoded, 2, depth):
+        assert torch.equal(tokens, expected)
+
+
 # ---------------------------------------------------------------- FP8
 
 
@@ -176,6 +193,25 @@ def test_gradients_are_those_of_one_process(build, axes, bound):
         assert error(grads[worst], expected[worst]) < bound, worst
         for name in expected.keys() - set(same):  # their tokens meet in other groups of rows, which are rounded alike
             assert error(grads[name], exact[name]) < 1.5 * error(expected[name], exact[name]) + 0.01, name
+
+
+def codes_that_would_be_cast(rank, axes):
+    model = kept()
+    before = dict(model.named_parameters())
+    with pytest.raises(LayoutError) as caught:
+        if "pp" in axes:
+            da.pipeline(model, ParallelLayout(**axes), microbatches=2, param_dtype=torch.bfloat16)
+        else:
+            da.parallelize(model, ParallelLayout(**axes), torch.bfloat16)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_codes_are_not_cast(axes):
+    """FSDP would turn them into bfloat16 without their scales: the first pass failed in the middle."""
+    for message in run_ranks(codes_that_would_be_cast, 2, axes):
+        assert "expected param_dtype None with weights in FP8 (model.layers.0.self_attn.q_a_proj)" in message
 
 
 # ---------------------------------------------------------------- adapters around experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,10 @@ def test_the_largest_batch_just_fits(batch, context, ep):
     setup = InferenceSetup(batch=batch, context=context)
     plan = plan_inference(V3, ParallelLayout(dp_shard=ep, ep=ep), "h200", setup)
     assert plan.fits == (plan.largest_batch >= batch)
+    if plan.largest_batch:  # whichever batch was asked about
+        most = replace(setup, batch=plan.largest_batch)
+        found = plan_inference(V3, ParallelLayout(dp_shard=ep, ep=ep), "h200", most)
+        assert found.fits and found.largest_batch == plan.largest_batch
     assert plan.step_seconds > 0 and plan.decode_tokens_per_second == pytest.approx(batch / plan.step_seconds)
     json.dumps(plan.to_dict())
 
