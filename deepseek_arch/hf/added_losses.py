@@ -101,8 +101,8 @@ def added_losses(
     if targets is None:
         return added
     share = share_of_items(targets, num_items, shift_labels)
-    if outputs.selection is not None and outputs.selection.stage == "dense":
-        added.alone, added.total = True, share * indexer_weight(model) * added.indexer_loss
+    if outputs.selection is not None and added.indexer_loss is not None and outputs.selection.stage == "dense":
+        added.alone, added.total = True, indexer_weight(model) * share * added.indexer_loss
         return added
     terms = [] if added.aux_loss is None else [model.router_aux_loss_coef * share * added.aux_loss]
     if added.mtp_loss is not None and model.training:
@@ -156,7 +156,7 @@ def own_losses(forward: MethodType) -> MethodType:
             out.loss = added.with_loss(out.loss)
         if added.indexer_loss is not None and self.training and getattr(out, "log_probs", None) is not None:
             shifted = kwargs.get("shift_labels")
-            counted = (labels[:, 1:] if shifted is None else shifted) != -100
+            counted = (labels[:, 1:] if shifted is None else shifted) != -100  # type: ignore[index]
             out.log_probs = carry_loss(out.log_probs, counted, indexer_weight(self) * added.indexer_loss, added.alone)
         return out
 

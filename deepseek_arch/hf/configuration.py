@@ -150,7 +150,8 @@ def _explain(cls: type[ArchConfig], fields: dict[str, Any], error: Exception) ->
 
 def _own_errors(cls: _Config) -> _Config:
     """Makes a class whose fields transformers checks raise ConfigError, when it is made and when a field is set."""
-    make, assign = cls.__init__, cls.__setattr__
+    make: Any = cls.__init__  # type: ignore[misc]
+    assign: Any = cls.__setattr__
 
     @functools.wraps(make)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,7 +167,7 @@ def _own_errors(cls: _Config) -> _Config:
         except StrictDataclassError as error:
             raise _FieldError(f"expected fields of a config, got one of a wrong type: {error}") from None
 
-    cls.__init__, cls.__setattr__ = __init__, __setattr__  # type: ignore[method-assign, assignment]
+    cls.__init__, cls.__setattr__ = __init__, __setattr__  # type: ignore[method-assign, assignment, misc]
     return cls
 
 

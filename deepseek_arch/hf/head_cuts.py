@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ def check_heads(model: nn.Module, config: DeepseekConfig) -> None:
         ValueError: alike on every rank, if a plan cuts heads.
     """
     heads = config.num_attention_heads
+    parameter: Any  # a DTensor where a plan cuts it
     for name, parameter in model.named_parameters():
         if not name.endswith("self_attn.kv_b_proj.weight") or not hasattr(parameter, "placements"):
             continue

@@ -283,8 +283,9 @@ def _once_a_step(
             yield Transfer("stage copies", _between_stages(layout, per_node), "step", ring_bytes(shard, 2))
     shared = c.num_nextn_predict_layers or c.tie_word_embeddings
     if shared and first != last:
-        nbytes = 2 * setup.gradient_bytes * c.vocab_size // layout.tp * c.hidden_size / layout.dense_shards
-        yield Transfer("shared embedding", _between_stages(layout, per_node), "step", ring_bytes(nbytes, 2))
+        rows = c.vocab_size // layout.tp
+        both = 2 * setup.gradient_bytes * rows * c.hidden_size / layout.dense_shards
+        yield Transfer("shared embedding", _between_stages(layout, per_node), "step", ring_bytes(both, 2))
 
 
 def total_by(transfers: Iterable[Transfer], *fields: str) -> dict[tuple[str, ...], float]:

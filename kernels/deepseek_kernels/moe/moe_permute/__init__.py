@@ -91,9 +91,9 @@ def _obstacle(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = _ROWS) -> str 
     return None if wrong is None else f"its rows and weights are {names}, got {wrong}"
 
 
-def _implementation(x: Tensor, unsupported: str | None, *others: Tensor):
+def _implementation(x: Tensor, unsupported: str | None, weights: Tensor | None = None, *ids: Tensor):
     chosen = dispatch.pick("moe_permute", x.device, unsupported)
-    if chosen == "cpu" and others and cpu.takes(x, *others):
+    if chosen == "cpu" and ids and cpu.takes(x, weights, *ids):
         return cpu
     if chosen != "triton":
         return reference
