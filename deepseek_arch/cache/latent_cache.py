@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import index as as_index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,8 @@ from deepseek_kernels.attention.packed_latents import pack, packed_bytes, unpack
 from ..config.argument_types import check_types, shown
 from ..layers.rope import Rotation
 from .index_keys import IndexKeys
-from .slots import Slots, key_mask_for_slots, next_slots, row_lengths
 
-__all__ = ["LatentCache"]
+__all__ = ["LatentCache", "key_mask_for_slots", "spans_up_to"]
 
 _GROWTH = 1.5
 _STEP = 64  # capacities are multiples of this
@@ -95,7 +96,7 @@ class LatentCache:
             arguments = (index_format or format, batch_size, capacity or 0, self.device, self.dtype)
             self._index_keys = IndexKeys(layers, index_head_dim, *arguments)
         self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * num_layers
-        self._pending: Slots | None = None
+        self._pending: _Append | None = None
 
     # ---------------------------------------------------------------- state
 
@@ -159,9 +160,24 @@ class LatentCache:
         On an exception inside the block every row goes back to its former length.
         """
         before = list(self._lengths)
-        self._pending = next_slots(self.lengths, num_tokens, valid, self.device)
+        start = self.lengths
+        lengths = torch.tensor(start, device=self.device)
+        if valid is not None and bool(valid.all()):
+            valid = None
+        if valid is None:
+            slots = lengths[:, None]
+            if num_tokens > 1:
+                slots = slots + torch.arange(num_tokens, device=self.device)
+            after = tuple(length + num_tokens for length in start)
+        else:
+            if valid.shape != (self.batch_size, num_tokens):
+                raise ValueError(f"expected valid [{self.batch_size}, {num_tokens}], got {list(valid.shape)}")
+            valid = valid.to(self.device)
+            slots = (lengths[:, None] + valid.cumsum(-1) - 1).clamp(min=0)
+            after = tuple((lengths + valid.sum(-1)).tolist())
+        self._pending = _Append(after, slots, valid)
         try:
-            yield self._pending.slots
+            yield slots
         except BaseException:
             self._pending = None
             self._restore(before)
@@ -260,7 +276,7 @@ class LatentCache:
         buffer = held.buffer(index, self._grown(held.buffer(index, 0).shape[1], place.longest))
         return self._store_index_keys(buffer, keys.to(buffer.dtype), place)
 
-    def _store_index_keys(self, buffer: Tensor, keys: Tensor, place: Slots) -> Tensor:
+    def _store_index_keys(self, buffer: Tensor, keys: Tensor, place: _Append) -> Tensor:
         slots, valid = place.slots, place.valid
         rows = torch.arange(self.batch_size, device=self.device)[:, None].expand_as(slots)
         if valid is not None:
@@ -276,7 +292,7 @@ class LatentCache:
 
     def rewind(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Drops the tokens of each row beyond `lengths` (one number, or one per row)."""
-        target = row_lengths(lengths, self.batch_size)
+        target = _row_lengths(lengths, self.batch_size)
         if len(target) != self.batch_size:
             raise ValueError(f"expected one length or {self.batch_size}, got {len(target)}")
         for length, present in zip(target, self.lengths, strict=True):
@@ -360,11 +376,14 @@ class LatentCache:
                 "use torch.no_grad() or a cache without a format"
             )
 
-    def _place(self, index: int, tokens: int) -> Slots:
+    def _place(self, index: int, tokens: int) -> _Append:
         """Returns the slots of a layer's next tokens."""
         if self._pending is not None:
             return self._pending
-        return next_slots(self._lengths[index], tokens, None, self.device)
+        before = self._lengths[index]
+        starts = torch.tensor(before, device=self.device)[:, None]
+        slots = starts + torch.arange(tokens, device=self.device)
+        return _Append(tuple(length + tokens for length in before), slots, None)
 
     def _restore(self, lengths: list[tuple[int, ...]]) -> None:
         """Sets the lengths of every layer, zeroing the slots that become free."""
@@ -375,3 +394,56 @@ class LatentCache:
                     if self._index_keys is not None:
                         self._index_keys.clear(index, row, after, before)
         self._lengths = list(lengths)
+
+
+def _row_lengths(lengths: int | Sequence[int] | Tensor, rows: int) -> tuple[int, ...]:
+    """Returns one length for each row, given one for all or one for each."""
+    if isinstance(lengths, Tensor) and (lengths.layout != torch.strided or lengths.is_meta):
+        kind = f"{lengths.layout} on {lengths.device}"
+        raise ValueError(f"expected lengths in a dense tensor with values, got one of layout {kind}")
+    listed: Any = lengths.tolist() if hasattr(lengths, "tolist") else lengths  # also numpy's
+    several = listed if isinstance(listed, list | tuple) else (listed,) * rows
+    try:
+        if isinstance(listed, bool) or any(isinstance(length, bool) for length in several):
+            raise TypeError
+        return tuple(as_index(length) for length in several)
+    except TypeError:
+        raise ValueError(f"expected an integer length, or a list of {rows}, got {shown(lengths)}") from None
+
+
+class _Append:
+    """The slots that one forward pass writes to.
+
+    Attributes:
+        lengths: of the rows afterwards.
+        longest: the largest of them.
+        slots: int64 [B, T], as `LatentCache.append` yields them.
+        valid: bool [B, T], or None.
+        targets: `slots`, but -1 for tokens that are not stored.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], slots: Tensor, valid: Tensor | None) -> None:
+        self.lengths, self.slots, self.valid = lengths, slots, valid
+        self.longest = max(lengths)
+        self.targets = slots if valid is None else slots.masked_fill(~valid, -1)
+
+
+def key_mask_for_slots(slots: Tensor, lengths: tuple[int, ...], valid: Tensor | None) -> Tensor | None:
+    """Returns the mask of attention to a cache whose token i lies in slot i: up to each query's own slot.
+
+    Args:
+        slots: int64 [B, T] of this call's tokens.
+        lengths: tokens of the rows before this call.
+        valid: bool [B, T]; None, or all True, where no token is padding.
+
+    Returns:
+        Spans [B, T, 2], or None where all rows are equally long and nothing is padding.
+    """
+    if len(set(lengths)) == 1 and (valid is None or bool(valid.all())):
+        return None
+    return spans_up_to(slots)
+
+
+def spans_up_to(slots: Tensor) -> Tensor:
+    """Returns spans [B, T, 2] of all slots up to each query's own, int64 [B, T]."""
+    return torch.stack((torch.zeros_like(slots), slots + 1), dim=-1).int()

@@ -11,8 +11,7 @@ from torch import Tensor
 from deepseek_kernels.attention.packed_latents import pack
 
 from ..config.argument_types import check_types, shown
-from .latent_cache import LatentCache
-from .slots import Slots, spans_up_to
+from .latent_cache import LatentCache, _Append, spans_up_to
 
 __all__ = ["StaticLatentCache"]
 
@@ -132,7 +131,7 @@ class StaticLatentCache(LatentCache):
         """Appends as `LatentCache.update_indexer` and returns all slots; inside of `append`."""
         return super().update_indexer(keys, layer_idx)
 
-    def _store_index_keys(self, buffer: Tensor, keys: Tensor, place: Slots) -> Tensor:
+    def _store_index_keys(self, buffer: Tensor, keys: Tensor, place: _Append) -> Tensor:
         rows = torch.arange(self.batch_size, device=self.device)[:, None]
         buffer[rows, place.slots.clamp(max=self.capacity - 1)] = keys  # beyond the capacity: see the class
         return buffer
@@ -143,10 +142,10 @@ class StaticLatentCache(LatentCache):
         self._device_lengths.zero_()
         return buffers
 
-    def _place(self, index: int, tokens: int) -> Slots:
+    def _place(self, index: int, tokens: int) -> _Append:
         if self._slots is None:
             raise ValueError("expected a call within `append` for a static cache")
-        return Slots((self.capacity,) * self.batch_size, self._slots, None)
+        return _Append((self.capacity,) * self.batch_size, self._slots, None)
 
     def _restore(self, lengths: list[tuple[int, ...]]) -> None:
         self._device_lengths.copy_(torch.tensor(lengths[0], device=self.device))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_arch.attention.masking import attention_mask_for_documents, document_numbers
-from deepseek_arch.cache.slots import key_mask_for_slots
+from deepseek_arch.cache.latent_cache import key_mask_for_slots
 from deepseek_kernels.common.masks import as_dense, causal_mask, is_spans
 
 
