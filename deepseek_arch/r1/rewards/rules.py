@@ -85,18 +85,24 @@ class Language(Reward):
         template: as for `Accuracy`.
         reads: "thought", as the paper's formula, or "all", thoughts and summary: with the first, summaries may drift
             into another language.
+        kinds: of the problems that it applies to, None for all: the answer to a request for a translation is in another
+            language than the request.
     """
 
     columns = ("language",)
 
-    def __init__(self, template: Template | str, reads: str = "all") -> None:
+    def __init__(self, template: Template | str, reads: str = "all", kinds: Sequence[str] | None = None) -> None:
         super().__init__("language")
         if reads not in ("thought", "all"):
             raise ValueError(f"expected reads 'thought' or 'all', got {reads!r}")
-        self.template, self.reads = _template(template), reads
+        if isinstance(kinds, str):
+            raise ValueError(f"expected a list of kinds, got {kinds!r}")
+        self.template, self.reads, self.kinds = _template(template), reads, kinds
+        if kinds is not None:
+            self.columns = ("language", "kind")
 
     def score(self, text: str, row: Mapping[str, Any]) -> float | None:
-        if row["language"] is None:
+        if row["language"] is None or (self.kinds is not None and row["kind"] not in self.kinds):
             return None
         parsed = self.template.parse(text)
         read = parsed.prose if self.reads == "all" else parsed.thought or ""
