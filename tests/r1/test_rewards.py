@@ -286,6 +286,9 @@ def test_bad_input_is_refused():
         Accuracy("no such template")
     with pytest.raises(ValueError, match="'thought' or 'all'"):
         Language(TAGS, reads="summary")
+    assert Format(TAGS, kinds=["reasoning"])(completions=["x"], answer=["4"], kind=["general"], grader=["math"]) == [
+        None
+    ]
     with pytest.raises(ValueError, match="list of kinds"):
         Language(TAGS, kinds="reasoning")
     with pytest.raises(ValueError, match="no 'answer'"):
