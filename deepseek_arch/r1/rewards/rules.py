@@ -98,7 +98,7 @@ class Language(Reward):
             language than the request.
     """
 
-    columns = ("language",)
+    columns: tuple[str, ...] = ("language",)
 
     def __init__(self, template: Template | str, reads: str = "all", kinds: Sequence[str] | None = None) -> None:
         super().__init__("language")
