@@ -118,6 +118,19 @@ def test_tables_are_those_of_the_committed_reports():
         assert new == MEASUREMENTS, f"run: python -m benchmarks table {path} --into benchmarks/README.md"
 
 
+def test_tables_of_the_r1_recipe_are_those_of_its_committed_results():
+    from benchmarks.training.r1_tables import FOLDER, claims_table, load_results, refresh, stage_table
+
+    box, seeds, students = load_results(FOLDER)
+    for text, name, table in (
+        (TEXT, "r1 stages", stage_table(box)),
+        (MEASUREMENTS, "r1 claims", claims_table(box, seeds, students)),
+    ):
+        assert refresh(text, {name: table}) == text, (
+            "run: python -m benchmarks r1-table --into README.md, and the other"
+        )
+
+
 def test_links_lead_somewhere():
     """Every relative link of every document of the repository."""
     for document in ROOT.glob("**/*.md"):

@@ -56,6 +56,7 @@ COMMANDS = {
         Command("convert", "models.convert", "Conversion of checkpoints against copying them."),
         Command("fp8-training", "training.fp8_training", "Training in FP8 against training in BF16."),
         Command("train-mini", "training.mini_measurements", "A small model trained from nothing, and measured."),
+        Command("r1-table", "training.r1_tables", "Tables of the R1 recipe's results, printed or put into a document."),
         Command("compare", "cli.compare_reports", "Compares two reports; exits with 1 if a row regressed or is gone."),
         Command("plot", "cli.plot_report", "Draws a report of `kernels`: roofline, bandwidth and sweeps."),
         Command("table", "cli.table_of_report", "Prints a report as a Markdown table, or puts it into a document."),

@@ -73,18 +73,25 @@ def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
 
     Raises:
         ValueError: the folder holds no such checkpoint, one of another model, or a damaged one, or the model has no
-            parameters.
+            parameters. Where files are missing or too short, nothing has been read into the model.
     """
     folder = Path(path)
     if agreed_any(not (folder / _METADATA).is_file()):
         raise ValueError(f"expected a folder that save_sharded wrote, got {str(path)!r}")
+    damaged: Exception | None = None
+    try:
+        _check_sizes(folder)
+    except Exception as raised:  # whatever a damaged file makes of it
+        damaged = ValueError(f"expected whole files in {str(path)!r}, got {raised or type(raised).__name__}")
+    raise_alike(damaged)
     state = _state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=str(folder), no_dist=not on_ranks())
     except CheckpointException as error:  # alike on all ranks, and no subclass of Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise ValueError(
-            f"expected {str(path)!r} to hold every tensor of this {type(model).__name__}, got on rank {rank}: {cause}"
+            f"expected {str(path)!r} to hold every tensor of this {type(model).__name__}, got on rank {rank}: "
+            f"{type(cause).__name__} {cause}"
         ) from error
     state = _mapped(state, _cut_again)
     optimizers = [] if optimizer is None else [optimizer]
@@ -93,6 +100,21 @@ def load_sharded(model: nn.Module, path: str | Path, optimizer: torch.optim.Opti
 
 def _taken(path: str | Path) -> str:
     return f"expected a new or empty folder, got {str(path)!r}"
+
+
+def _check_sizes(folder: Path) -> None:
+    """Checks that files have as many bytes as they should: reading would stop where one ends, with a part loaded.
+
+    Raises:
+        ValueError: one has fewer.
+    """
+    ends: dict[str, int] = {}
+    for part in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in sorted(ends.items()):
+        size = (folder / name).stat().st_size
+        if size < end:
+            raise ValueError(f"{name} of {size} bytes instead of {end}")
 
 
 def _names(folder: Path) -> list[str]:

@@ -40,7 +40,7 @@ def trained(model, ids):
 
 
 def whole_rows(parameter):
-    """How many parts the rows of a parameter are in."""
+    """Number of parts that the rows of a parameter are in."""
     return parameter.shape[0] // parameter.to_local().shape[0] if hasattr(parameter, "to_local") else 1
 
 

@@ -111,6 +111,28 @@ def test_other_folders_are_refused_alike(tmp_path):
     assert str(caught.value).count("ValueError: expected a folder that save_sharded wrote") == 2
 
 
+def read_damaged(rank, folder):
+    model, _ = made({"dp_shard": 2}, seed=1)
+    before = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        da.load_sharded(model, folder)
+    assert all(torch.equal(whole(tensor), before[name]) for name, tensor in model.state_dict().items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("bytes_left", [None, 1000])
+def test_a_short_or_missing_file_is_told_before_anything_is_read(tmp_path, bytes_left):
+    run_ranks(saved, 2, {"dp_shard": 2}, tmp_path / "a")
+    name = "__1_0.distcp"
+    file = tmp_path / "a" / name
+    if bytes_left is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:bytes_left])
+    first, second = run_ranks(read_damaged, 2, tmp_path / "a")
+    assert first == second and "expected whole files in" in first and name in first
+
+
 def test_arguments_of_other_types_are_named(tmp_path):
     model = small_models.model(CONFIG)
     for call in (da.save_sharded, da.load_sharded):

@@ -246,6 +246,8 @@ def test_language_reads_the_summary_too_unless_told_otherwise():
     text = "<think>so it is four</think> 答案 是 \\boxed{4}"
     assert pay(Language(BOXED, reads="thought"), text) == 1.0
     assert pay(Language(BOXED), text) == pytest.approx(4 / 7)
+    chosen = Language(BOXED, kinds=["reasoning"])
+    assert pay(chosen, text) == pytest.approx(4 / 7) and pay(chosen, text, kind="general") is None
 
 
 def test_repetition_is_free_up_to_a_share_and_costs_one_at_most():
@@ -284,6 +286,11 @@ def test_bad_input_is_refused():
         Accuracy("no such template")
     with pytest.raises(ValueError, match="'thought' or 'all'"):
         Language(TAGS, reads="summary")
+    assert Format(TAGS, kinds=["reasoning"])(completions=["x"], answer=["4"], kind=["general"], grader=["math"]) == [
+        None
+    ]
+    with pytest.raises(ValueError, match="list of kinds"):
+        Language(TAGS, kinds="reasoning")
     with pytest.raises(ValueError, match="no 'answer'"):
         Accuracy(TAGS)(completions=["x"])
     with pytest.raises(ValueError, match="response template"):

@@ -22,6 +22,12 @@ def _template(template: Template | str) -> Template:
     return TEMPLATES[template]
 
 
+def _chosen(kinds: Sequence[str] | None) -> Sequence[str] | None:
+    if isinstance(kinds, str):
+        raise ValueError(f"expected a list of kinds, got {kinds!r}")
+    return kinds
+
+
 class Accuracy(Reward):
     """1 for a response whose only final answer is right, else 0; None for problems without a reference.
 
@@ -61,19 +67,22 @@ class Accuracy(Reward):
 
 
 class Format(Reward):
-    """1 for a well-formed response, else 0.
+    """1 for a well-formed response, else 0; None for problems of other kinds.
 
     Args:
         template: as for `Accuracy`.
+        kinds: of the problems that it applies to, None for all: a greeting may be answered without thoughts.
     """
 
     columns = ("answer", "kind", "grader")
 
-    def __init__(self, template: Template | str) -> None:
+    def __init__(self, template: Template | str, kinds: Sequence[str] | None = None) -> None:
         super().__init__("format")
-        self.template = _template(template)
+        self.template, self.kinds = _template(template), _chosen(kinds)
 
     def score(self, text: str, row: Mapping[str, Any]) -> float | None:
+        if self.kinds is not None and row["kind"] not in self.kinds:
+            return None
         boxed = row["kind"] == "reasoning" and row["answer"] is not None and row["grader"] != "code"
         return float(not self.template.parse(text, needs_answer=boxed).faults)
 
@@ -85,18 +94,22 @@ class Language(Reward):
         template: as for `Accuracy`.
         reads: "thought", as the paper's formula, or "all", thoughts and summary: with the first, summaries may drift
             into another language.
+        kinds: of the problems that it applies to, None for all: the answer to a request for a translation is in another
+            language than the request.
     """
 
-    columns = ("language",)
+    columns: tuple[str, ...] = ("language",)
 
-    def __init__(self, template: Template | str, reads: str = "all") -> None:
+    def __init__(self, template: Template | str, reads: str = "all", kinds: Sequence[str] | None = None) -> None:
         super().__init__("language")
         if reads not in ("thought", "all"):
             raise ValueError(f"expected reads 'thought' or 'all', got {reads!r}")
-        self.template, self.reads = _template(template), reads
+        self.template, self.reads, self.kinds = _template(template), reads, _chosen(kinds)
+        if kinds is not None:
+            self.columns = ("language", "kind")
 
     def score(self, text: str, row: Mapping[str, Any]) -> float | None:
-        if row["language"] is None:
+        if row["language"] is None or (self.kinds is not None and row["kind"] not in self.kinds):
             return None
         parsed = self.template.parse(text)
         read = parsed.prose if self.reads == "all" else parsed.thought or ""
