@@ -225,7 +225,8 @@ class MultiHeadLatentAttention(nn.Module):
             [B, T, N, V].
         """
         split, shape = self.qk_nope_head_dim, (q.shape[2], self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
-        kept = fp8_weight(self.kv_b_proj)
+        # A layer in high precision, which most are, need not be asked; nor looked up, which nn.Module does by a call.
+        kept = None if self._modules["kv_b_proj"].__class__ is Linear else fp8_weight(self.kv_b_proj)
         if kept is not None and reads_codes(q, codes := kept[0].view(shape)):
             latents = attend(queries_to_latents(q, codes, split, *kept[1:]))
             return latents_to_values(latents, codes, split, *kept[1:])

@@ -219,8 +219,7 @@ class DeepseekLM(nn.Module):
         if mtp_step is not None:
             return self._mtp_output(mtp_step, logits_to_keep, return_logits)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        flags = {"record_routing": record_routing, "return_logits": return_logits}
-        logits_to_keep, labels = self.check_options(tokens, logits_to_keep, labels, flags)
+        logits_to_keep, labels = self.check_options(tokens, logits_to_keep, labels, record_routing, return_logits)
         if self.training and isinstance(tokens, Tensor):
             check_not_offloaded(self, tokens.device)
         routing = self.routing_of(tokens, attention_mask, record_routing, replay_routing)
@@ -240,12 +239,12 @@ class DeepseekLM(nn.Module):
         return out
 
     def check_options(
-        self, tokens: Any, logits_to_keep: int | Tensor, labels: Tensor | None, flags: dict[str, bool]
+        self, tokens: Any, logits_to_keep: int | Tensor, labels: Tensor | None, record_routing: Any, return_logits: Any
     ) -> tuple[int | Tensor, Tensor | None]:
         """Returns `logits_to_keep` and labels of a pass over tokens, checked with its flags."""
         logits_to_keep = check_kept(logits_to_keep, tokens)
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
+        for name, flag in (("record_routing", record_routing), ("return_logits", return_logits)):
+            if flag is not True and flag is not False:
                 raise ValueError(f"expected {name} to be True or False, got {shown(flag)}")
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("expected logits_to_keep 0 with labels, since the loss needs every position")

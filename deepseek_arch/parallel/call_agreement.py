@@ -124,7 +124,7 @@ def _check(model: Any, given: dict[str, Any]) -> Tensor:
     ids, embeds, labels, mask = (given.get(n) for n in ("input_ids", "inputs_embeds", "labels", "attention_mask"))
     positions = given.get("position_ids")
     flags = {"record_routing": given.get("record_routing", False), "return_logits": given.get("return_logits", True)}
-    model.check_options(ids if embeds is None else embeds, given.get("logits_to_keep", 0), labels, flags)
+    model.check_options(ids if embeds is None else embeds, given.get("logits_to_keep", 0), labels, **flags)
     tokens = model.model.check_tokens(ids, embeds)
     check_mask(mask, tokens, None)
     if positions is not None:
