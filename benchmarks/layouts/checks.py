@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def check_layouts(
     device: torch.device,
 ) -> dict[str, Check]:
     """Returns the check of each contestant by its name; every rank calls this."""
-    cp = max(contestant.layout.cp for contestant in contestants)
+    cp = math.lcm(*(contestant.layout.cp for contestant in contestants))  # each cuts the sequence
     options: dict[str, Any] = {"batch": batch, "sequence": min(sequence, _TOKENS * cp), "dtype": torch.float32}
     options |= {"micro_batch": micro_batch, "device": device}
     narrow = narrow_config(config)
@@ -60,7 +61,8 @@ def check_layouts(
         out = {}
         for contestant in contestants:
             got, own = LayoutRun(narrow, contestant, **options).first_gradients()
-            error, parameter = worst_error(own, gradients)
+            present = {name for names in gathered(list(own)) for name in names}
+            error, parameter = worst_error(own, gradients, present)
             loss_error = abs(got.loss - expected.loss) / abs(expected.loss)
             norm_error = abs(got.norm - expected.norm) / expected.norm
             mine = loss_error, norm_error, error, parameter

@@ -144,9 +144,14 @@ def narrow_config(config: da.DeepseekConfig) -> da.DeepseekConfig:
     return config.replace(**changes)
 
 
-def worst_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Returns the largest error of a gradient, relative to the norm of the expected one, and its parameter's name."""
-    errors = {}
+def worst_error(gradients: dict[str, Tensor], expected: dict[str, Tensor], present: set[str]) -> tuple[float, str]:
+    """Returns the largest error of a gradient, relative to the norm of the expected one, and its parameter's name.
+
+    Args:
+        gradients: of this rank.
+        present: names of those that some rank has. One that none has counts as zero.
+    """
+    errors = {name: 1.0 for name, grad in expected.items() if name not in present and bool(grad.any())}
     for name, grad in gradients.items():
         reference = expected[name].double()
         errors[name] = float((grad.double() - reference).norm() / reference.norm().clamp(min=1e-30))

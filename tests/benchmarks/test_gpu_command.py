@@ -82,7 +82,7 @@ def test_everything_right_is_status_0_and_is_saved(tmp_path):
     one.kernels()
     assert one.status() == 0
     saved = Report.load(tmp_path / "gpu-test.json")
-    assert len(saved.rows) == len(one.work) == 3
+    assert len(saved.rows) == len(one.work) == 4
     assert saved.facts["ceilings"] == CEILINGS
     assert {check["status"] for check in saved.facts["checks"]} == {"passed"}
     assert "| moe_permute.permute | tiny 24x192, top-4 |" in (tmp_path / "gpu-test.md").read_text()
@@ -95,16 +95,16 @@ def test_one_failure_is_status_1_and_does_not_end_the_run(tmp_path, failing):
     one.run_checks()
     one.kernels()
     assert one.status() == 1
-    assert len(one.report.rows) == 3
+    assert len(one.report.rows) == 4
     assert "the process died" in (tmp_path / "gpu-test.md").read_text()
 
 
 def test_work_that_was_not_reached_is_named_and_is_status_1(tmp_path):
-    one = session(tmp_path, seconds=2.5)
-    one.kernels()  # the time is enough for the ceilings and two of three operators
-    assert len(one.report.rows) == 2
+    one = session(tmp_path, seconds=3.5)
+    one.kernels()  # the time is enough for the ceilings and three of four operators
+    assert len(one.report.rows) == 3
     assert (
-        one.report.notes[-1] == "out of time for 1 of 3 operators and shapes: fp8_gemm.transposed tiny o_proj 192x128"
+        one.report.notes[-1] == "out of time for 1 of 4 operators and shapes: fp8_gemm.transposed tiny o_proj 192x128"
     )
     assert one.status() == 1
     late = session(tmp_path, seconds=0)

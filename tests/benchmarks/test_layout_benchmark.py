@@ -18,7 +18,7 @@ from benchmarks.layouts.intervals import beyond, clipped, joined, length
 from benchmarks.layouts.measure import PeakMemory
 from benchmarks.layouts.sent_bytes import CountedCollectives
 from benchmarks.layouts.stage_clock import Span
-from benchmarks.layouts.training_run import StepResult, narrow_config
+from benchmarks.layouts.training_run import StepResult, narrow_config, worst_error
 from deepseek_arch.layout.parallel_layout import LayoutError, ParallelLayout
 from support.ranks import run_ranks
 
@@ -238,6 +238,13 @@ def counted(rank):
             each.wait()
         torch.ops._c10d_functional.all_reduce(x, "sum", dist.group.WORLD.group_name)
     return dict(counts.nbytes), dict(counts.calls)
+
+
+def test_a_gradient_that_no_rank_has_is_an_error():
+    expected = {"a": torch.ones(2), "b": torch.ones(3), "unused": torch.zeros(2)}
+    assert worst_error({"a": torch.ones(2)}, expected, {"a", "b"}) == (0.0, "a")
+    assert worst_error({"a": torch.tensor([1.0, 1.1])}, expected, {"a", "b"})[0] == pytest.approx(0.1 / 2**0.5)
+    assert worst_error({"a": torch.ones(2)}, expected, {"a"}) == (1.0, "b")
 
 
 def test_sent_bytes_are_counted_by_kind():
