@@ -312,6 +312,7 @@ def test_the_command_lists_operators_and_refuses_unknown_ones(capsys):
     assert [line.split()[0] for line in text if not line.startswith(" ")] == [
         "fp8_gemm.blocks",
         "moe_permute.permute",
+        "moe_permute.training",
         "moe_permute.unpermute",
     ]
     with pytest.raises(ValueError, match="got 'nothing'"):

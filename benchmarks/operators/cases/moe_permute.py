@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ class Training(Unpermute):
     """The weighted sum and both of its gradients, through autograd. Operands: those of the sum, and its gradient."""
 
     name = "moe_permute.training"
+
+    def shapes(self, scale: Scale) -> Iterable[Shape]:
+        return (replace(shape, goal=None) for shape in super().shapes(scale))  # goals are those of passes forward
 
     def inputs(self, shape: Shape, random: Random) -> tuple[Any, ...]:
         y, weights, *routing = super().inputs(shape, random)
