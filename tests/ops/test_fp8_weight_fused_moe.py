@@ -81,8 +81,8 @@ def test_gradients_are_those_of_the_sequence(backend):
         expected = torch.autograd.grad(
             fp8_weight_fused_moe(x, *given[1:6], weights, given[7]), (x, weights), torch.ones_like(out)
         )
-    for mine, right in zip(got, expected, strict=True):
-        assert_bitwise(mine, right)
+    assert_bitwise(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)  # each a sum over H, in another order
 
 
 def test_compiled_gives_the_same(backend):

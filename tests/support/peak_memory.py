@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 __all__ = ["PeakMemory"]
@@ -17,6 +18,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
+        gc.collect()  # what is given back later would make room for what is to be measured
         self.known = (_PROC / "clear_refs").exists()
         if self.known:
             (_PROC / "clear_refs").write_text("5")
