@@ -95,8 +95,8 @@ def _describe(writer: Any, gguf: Any, c: da.DeepseekConfig) -> None:
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    if c.q_lora_rank is not None:
-        writer.add_q_lora_rank(c.q_lora_rank)
+    # llama.cpp knows models without a query latent by their number of layers, 27; to others 0 says it.
+    writer.add_q_lora_rank(c.q_lora_rank or 0)
     writer.add_kv_lora_rank(c.kv_lora_rank)
     writer.add_key_length(c.latent_dim)
     writer.add_value_length(c.kv_lora_rank)
