@@ -78,7 +78,7 @@ def test_a_parameter_that_is_a_buffer_too_is_moved_once():
 
 @LINUX
 def test_the_system_is_asked_for_huge_pages():
-    """How many it gives depends on how much memory lies in one piece at the moment."""
+    """The number that it gives depends on how much memory lies in one piece at the moment."""
     linear = nn.Linear(4096, 4096, bias=False)
     assert "hg" not in flags_at(linear.weight.data_ptr() + 32 * MIB)
     da.use_huge_pages(linear)
