@@ -24,17 +24,8 @@ from deepseek_arch.quant.fp8_training import (
     fp8_training,
     remove_fp8_training,
 )
+from support.fp8_layers import SMALL
 from support.small_models import config, model, tokens
-
-SMALL = config(
-    "v3",
-    num_hidden_layers=2,
-    num_nextn_predict_layers=1,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-)
 
 
 def policy(*patterns: str, precision: FP8Precision = FP8) -> FP8Policy:
